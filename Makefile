@@ -1,0 +1,34 @@
+# The two commands. Both do all the set-up themselves: a bare clone and Python 3.11+ are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Large pages spare XLA's CPU backend most of its page faults; ignored where there are none.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+demo: $(BIN)/.installed
+	$(BIN)/python -m iared2_jax.main --config=configs/cluttered_mnist.py --workdir=runs/cluttered_mnist
+
+test: $(BIN)/.installed-test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(BIN)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(BIN)/.installed-test: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[test,lint]'
+	touch $@ $(BIN)/.installed
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

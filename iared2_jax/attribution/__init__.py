@@ -1,0 +1,1 @@
+"""Maps that say where a model looked, and how good they are."""

@@ -1,0 +1,69 @@
+"""Maps over an image: per-patch values, and the heatmaps they are shown and judged as."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from iared2_jax.models.iared2 import IARed2, Thresholds
+
+
+def to_heatmap(values: Float[Array, "b n"], size: int) -> Float[Array, "b size size"]:
+    """Per-patch values on their square grid, bilinearly enlarged to `size` px."""
+    side = math.isqrt(values.shape[-1])
+    grid = values.reshape(-1, side, side)
+    return jax.image.resize(grid, (len(grid), size, size), "bilinear")
+
+
+def explain(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    images: Float[Array, "b height width 3"],
+    group: int = 2,
+    thresholds: Thresholds = 0.5,
+) -> Float[Array, "b height width"]:
+    """Where the model looked: the informative scores of one group, as heatmaps in [0, 1].
+
+    A patch that an earlier group dropped scores 0. The paper shows the second group (Fig. 3). The
+    model's weights are used as they are: no gradient, no second model.
+
+    Args:
+      images: normalised, at the model's size.
+      group: from 1 to D.
+      thresholds: keep iff score > threshold; one for all groups or one each.
+
+    Raises:
+      ValueError: if there is no such group.
+
+    Example:
+      >>> import jax.numpy as jnp, iared2_jax
+      >>> module, variables = iared2_jax.create_model("vit_micro")
+      >>> iared2_jax.explain(module, variables, jnp.zeros([2, 64, 64, 3])).shape
+      (2, 64, 64)
+    """
+    if not 1 <= group <= module.num_groups:
+        raise ValueError(f"group must be in 1..{module.num_groups}, got {group}")
+
+    @jax.jit
+    def scores(variables, images):
+        return module.apply(variables, images, thresholds)[1]["scores"][group - 1]
+
+    return to_heatmap(scores(variables, images), images.shape[1])
+
+
+def raw_attention(
+    module: IARed2, variables: Mapping[str, Any], images: Float[Array, "b height width 3"]
+) -> list[Float[Array, "b n"]]:
+    """CLS-to-patch attention, mean over heads, of every block of the dense backbone.
+
+    The paper's "raw attention" is entry 1 (Block_1, counted from 0).
+    """
+
+    @jax.jit
+    def attention(variables, images):
+        _, out = module.apply(variables, images, execution="dense")
+        return [block.mean(axis=1) for block in out["attention"]]
+
+    return attention(variables, images)

@@ -1,0 +1,139 @@
+"""A run's own state on disk: Orbax checkpoints that are checked before they are believed.
+
+Orbax commits atomically, but it restores flipped bytes as wrong weights without an error, and takes
+a stray folder for the newest step. So every committed step is sealed with the sha256 of its files,
+and restoring walks the steps downwards to the newest one whose seal holds. This module is the only
+one that knows Orbax.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from iared2_jax.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """The checkpoints of one workdir: `<workdir>/checkpoints/<step>` and `<step>.seal.json`."""
+
+    def __init__(self, workdir: Path, keep: int = 3):
+        self._folder = Path(workdir).resolve() / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._current: int | None = None  # the step on disk that this process wrote or restored
+
+    def steps(self) -> list[int]:
+        """Sealed steps, newest first."""
+        names = [seal.name.split(".")[0] for seal in self._folder.glob("*.seal.json")]
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Writes, commits and seals one step, then deletes all but the newest `keep`.
+
+        Raises:
+          CheckpointError: if a parameter is not finite (the older steps stay), or the disk refuses.
+        """
+        if step == self._current:  # a signal right after a regular save: nothing new to write
+            return
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.params)):
+            raise CheckpointError(f"step {step} has parameters that are not finite: not saved")
+        target = self._folder / str(step)
+        try:
+            self._remove(step)
+            self._checkpointer.save(
+                target,
+                ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+            )
+            # The seal appears by a rename, so a step is either sealed whole or not at all.
+            draft = self._folder / f"{step}.seal.draft"
+            draft.write_text(json.dumps(_digests(target), indent=1))
+            draft.rename(self._seal(step))
+        except (OSError, ValueError) as error:  # a full disk is a ValueError to tensorstore
+            raise CheckpointError(
+                f"checkpoint {target} could not be written ({str(error).rpartition(': ')[2]}): "
+                "make room and give the same command again; the older ones are whole"
+            ) from error
+        self._current = step
+        self._delete_old(step)
+
+    def restore_newest(self, target_for: Callable[[int], Any]) -> tuple[Any, int] | None:
+        """The newest step that is whole, as (state, step); None if nothing was saved yet.
+
+        Args:
+          target_for: step -> the abstract state (shapes, dtypes, shardings) to restore into.
+
+        Raises:
+          CheckpointError: if there are checkpoints, but none is whole.
+        """
+        for stray in self._strays():
+            log.warning("ignoring %s: it is not a finished checkpoint of this run", stray)
+        steps = self.steps()
+        for step in steps:
+            fault = self._fault(step)
+            if fault is None:
+                restored = self._checkpointer.restore(
+                    self._folder / str(step),
+                    ocp.args.Composite(state=ocp.args.StandardRestore(target_for(step))),
+                )
+                self._current = step
+                return restored["state"], step
+            log.warning("checkpoint %s is damaged (%s): trying the one before", step, fault)
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} is whole: delete the folder to start over"
+            )
+        return None
+
+    def _delete_old(self, newest: int) -> None:
+        """Deletes all but the `keep` steps up to `newest`; later ones were damaged."""
+        kept = [step for step in self.steps() if step <= newest][: self._keep]
+        for step in set(self.steps()) - set(kept):
+            self._remove(step)
+
+    def _seal(self, step: int) -> Path:
+        return self._folder / f"{step}.seal.json"
+
+    def _remove(self, step: int) -> None:
+        self._seal(step).unlink(missing_ok=True)  # first, so that no seal outlives its files
+        for folder in (str(step), f"{step}.orbax-checkpoint-tmp"):
+            shutil.rmtree(self._folder / folder, ignore_errors=True)
+
+    def _strays(self) -> list[Path]:
+        sealed = {str(step) for step in self.steps()}
+        return [p for p in self._folder.iterdir() if p.is_dir() and p.name not in sealed]
+
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a sealed step; None if every file is as it was sealed."""
+        try:
+            expected = json.loads(self._seal(step).read_text())
+        except (OSError, ValueError):
+            return "its seal cannot be read"
+        found = _digests(self._folder / str(step))
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != expected.get(name):
+                return f"{name} is not as it was written"
+        return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by relative path."""
+    digests = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

@@ -1,0 +1,305 @@
+"""Every option of a run, with its default, in one place; configs/*.py are deltas of it."""
+
+import ast
+import math
+import runpy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from iared2_jax.data.sources import SOURCES
+from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.interpreter import POLICY_TOKENS
+from iared2_jax.models.registry import VARIANTS, get_variant, split_into_groups
+from iared2_jax.optim import OPTIMIZERS
+from iared2_jax.reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
+
+CURRICULA = ("iared2", "interpreters", "supervised")
+DTYPES = ("float32", "bfloat16")
+
+
+def _phase_defaults(**changes: Any) -> dict[str, Any]:
+    """The options that every kind of phase has."""
+    phase = dict(
+        batch_size=512,  # global, over all devices
+        steps=0,  # length of one phase: steps, or epochs; exactly one is above 0
+        epochs=0.0,
+        optimizer="adam",  # see optim.OPTIMIZERS
+        learning_rate=4e-5,  # the peak; decays to 0 by a cosine
+        warmup_steps=0,  # linear, from 0
+        weight_decay=0.0,
+        momentum=0.9,  # sgd only
+        clip_norm=0.0,  # of the global gradient; 0 is off
+        accumulate=1,  # micro-batches per step: less memory, the same update
+    )
+    return {**phase, **changes}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The paper's image recipe (section 4), on data that is always there."""
+    config = ml_collections.ConfigDict()
+    config.name = "unnamed"
+    config.seed = 0
+
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "deit_s"  # see models.registry.VARIANTS
+    config.model.num_classes = 1000
+    config.model.groups = 3  # D equal groups
+    config.model.group_sizes = ()  # or the blocks of each group, e.g. (2, 4, 6)
+    config.model.policy_token = "cls"  # "cls" | "learned"
+    config.model.interpreter_heads = 0  # 0: the variant's own
+    config.model.scale = True  # divide the interpreter's logits by sqrt(head width)
+    config.model.init_bias = 0.0  # added to them: 0 starts at a score of 0.5
+    config.model.dtype = "float32"  # of the computation: "float32" | "bfloat16"
+
+    # Where the parameters come from, first match wins: the workdir's own checkpoint; this; scratch.
+    config.weights = ""  # a .safetensors file, or the name of weights shipped with the package
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "cluttered_mnist"  # see data.sources.SOURCES
+    config.data.seed = 0  # of the scenes, for data that is made
+    config.data.image_size = 0  # px to resize to; 0: the model's own
+    config.data.eval_split = "test"
+    config.data.eval_size = 2000
+    config.data.threads = 2  # that prepare batches ahead
+
+    # What is trained, in which order (train.phases makes the list):
+    #   iared2        for each group: its interpreter, then the blocks from there on (the paper)
+    #   interpreters  only the interpreters; the backbone's weights are untouched (Table 4)
+    #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first
+    config.curriculum = "iared2"
+    config.interpreter = ml_collections.ConfigDict(_phase_defaults(epochs=10.0))
+    config.backbone = ml_collections.ConfigDict(_phase_defaults(epochs=20.0))
+    config.supervised = ml_collections.ConfigDict(
+        _phase_defaults(epochs=300.0, optimizer="adamw", learning_rate=5e-4, weight_decay=0.05)
+    )
+    config.train_head = False  # train final norm and head with the blocks, too
+    config.label_smoothing = 0.0
+
+    # The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau.
+    config.tau = (1.0,)  # the price of an error: one for all groups, or one each
+    config.reward_denominator = "initial"  # "initial": N | "entering": N_j
+    config.log_prob_reduction = "sum"  # "sum" (Eq. 3) | "mean"
+    config.rollouts = 1  # sampled masks per image; they share the prefix and the greedy rollout
+    config.threshold = 0.5  # keep iff the score is above
+
+    config.ema_decay = 0.0  # evaluate an exponential moving average of the parameters; 0 is off
+    config.max_bad_steps = 10  # non-finite steps in a row (none is applied) before giving up
+
+    config.log_every = 50  # steps per window of metrics
+    config.checkpoint_every = 1000  # steps; and at the end of every phase
+    config.keep_checkpoints = 3
+    config.profile = False  # trace steps 10..15 after the start to <workdir>/profile
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.batch_size = 100
+    config.eval.figures = 8  # images in the figures; 0 draws none
+    config.eval.speed_batch = 32  # images per batch of the throughput figures; 0 measures none
+    config.eval.speed_rounds = 15
+    return config
+
+
+# Keys that may change between a run and its continuation: they do not change what is learned.
+RESUMABLE = (
+    "data.threads",
+    "max_bad_steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "profile",
+    "eval.batch_size",
+    "eval.figures",
+    "eval.speed_batch",
+    "eval.speed_rounds",
+)
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """The part of `--config=file.py:variant,runlocal` after the colon, typed by its defaults.
+
+    `runlocal` is always there, False unless named. A bare word sets a boolean to True, `key=value`
+    sets anything else.
+
+    Raises:
+      UsageError: on a key that is not among the defaults, or a value of another type.
+
+    Example:
+      >>> parse_arg("runlocal,groups=4", groups=3).groups
+      4
+    """
+    values = {"runlocal": False, **defaults}
+    for item in filter(None, (arg or "").split(",")):
+        key, _, text = item.partition("=")
+        if key not in values:
+            raise UsageError(f"the config has no argument {key!r}{nearest(key, values)}")
+        kind = type(values[key])
+        values[key] = _typed(key, text or ("true" if kind is bool else ""), kind)
+    return ml_collections.ConfigDict(values)
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+    """The config that `file.py:arg` names, with the overrides of a command line put in, as text.
+
+    Written out rather than left to `ml_collections.config_flags`, whose errors are wrapped twice,
+    span lines, and hide a missing file until the config is read.
+
+    Raises:
+      UsageError: on a file, key or value that is not there or of another type.
+
+    Example:
+      >>> load("configs/vit_micro.py:runlocal", {"supervised.steps": "3"}).supervised.steps
+      3
+    """
+    path, _, arg = spec.partition(":")
+    if not Path(path).is_file():
+        known = {*Path(path).parent.glob("*.py"), *Path("configs").glob("*.py")}
+        hint = nearest(path, map(str, known)) if known else ": give the path of a configs/*.py"
+        raise UsageError(f"there is no config {path!r} below {Path.cwd()}{hint}")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UsageError(f"{path} is not a config: it has no function get_config")
+    config = get_config(arg)
+    values = flatten(config)
+    for key, text in (overrides or {}).items():
+        if key not in values:
+            raise UsageError(f"config.{key} is not an option{nearest(key, values)}")
+        kind = tuple if isinstance(values[key], list) else type(values[key])
+        config.update_from_flattened_dict({key: _typed(f"config.{key}", text, kind)})
+    return config
+
+
+def _typed(name: str, text: str, kind: type) -> Any:
+    """`text` as a value of the type that the option has."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            return tuple(ast.literal_eval(f"[{text.strip('()[]')}]"))
+        return kind(text)
+    except (KeyError, ValueError, SyntaxError) as error:
+        kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+        wanted = kinds.get(kind, "a list of numbers like 2,4")
+        raise UsageError(f"{name}={text!r} is not {wanted}") from error
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """{"model.name": "deit_s", ..}."""
+
+    def walk(node: ml_collections.ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, ml_collections.ConfigDict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+    return dict(walk(config, ""))
+
+
+def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
+    """Refuses a config that cannot mean anything, before anything is compiled.
+
+    Raises:
+      UsageError: one sentence that names the key, its value and what would do.
+    """
+    _check_keys(config)
+    _check_numbers(config)
+    flat = flatten(config)
+
+    def one_of(key, choices):
+        if flat[key] not in choices:
+            raise UsageError(f"config.{key}={flat[key]!r} is unknown{nearest(flat[key], choices)}")
+
+    one_of("curriculum", CURRICULA)
+    one_of("data.name", SOURCES)
+    one_of("data.eval_split", SOURCES[config.data.name].splits)
+    one_of("model.name", VARIANTS)
+    one_of("model.dtype", DTYPES)
+    one_of("model.policy_token", POLICY_TOKENS)
+    one_of("reward_denominator", REWARD_DENOMINATORS)
+    one_of("log_prob_reduction", LOG_PROB_REDUCTIONS)
+
+    groups = model_groups(config)
+    sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
+    if len(config.tau) not in (1, len(sizes)):
+        raise UsageError(
+            f"config.tau has {len(config.tau)} values for {len(sizes)} groups: "
+            f"give 1 or {len(sizes)}"
+        )
+    source = SOURCES[config.data.name]
+    if config.model.num_classes != source.num_classes:
+        raise UsageError(
+            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
+            f"{source.num_classes} classes: set --config.model.num_classes={source.num_classes}"
+        )
+    kinds = {"iared2": ("interpreter", "backbone"), "interpreters": ("interpreter",)}
+    for kind in kinds.get(config.curriculum, ("supervised",)):
+        _check_phase(kind, config[kind], device_count)
+
+
+def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:
+    """What `create_model` takes as `groups`."""
+    return tuple(config.model.group_sizes) or config.model.groups
+
+
+def _check_keys(config: ml_collections.ConfigDict) -> None:
+    known = flatten(default_config())
+    given = flatten(config)
+    for key in given:
+        if key not in known:
+            raise UsageError(f"config.{key} is not an option{nearest(key, known)}")
+    for key in known:
+        if key not in given:
+            raise UsageError(f"config.{key} is missing: start from config.default_config()")
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    flat = flatten(config)
+    for key, kinds in (("tau", (int, float)), ("model.group_sizes", (int,))):
+        if any(type(item) not in kinds for item in flat[key]):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise UsageError(f"config.{key}={flat[key]} must hold only {names}")
+    for key, value in flat.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"config.{key}={value} is not a finite number")
+            if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
+                raise UsageError(f"config.{key}={value} must not be negative")
+    for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints", "rollouts",
+                "eval.batch_size", "eval.speed_rounds", "data.eval_size",
+                "data.threads"):  # fmt: skip
+        if flat[key] < 1:
+            raise UsageError(f"config.{key}={flat[key]} must be at least 1")
+    for key in ("ema_decay", "label_smoothing"):
+        if flat[key] >= 1:
+            raise UsageError(f"config.{key}={flat[key]} must be below 1")
+    for key in ("seed", "data.seed"):
+        if flat[key] >= 2**32:
+            raise UsageError(f"config.{key}={flat[key]} must be below 2**32")
+    if not 0 < config.threshold < 1:
+        raise UsageError(f"config.threshold={config.threshold} must be between 0 and 1")
+
+
+def _check_phase(kind: str, phase: config_dict.ConfigDict, device_count: int) -> None:
+    if (phase.steps > 0) == (phase.epochs > 0):
+        raise UsageError(
+            f"config.{kind}.steps={phase.steps} and config.{kind}.epochs={phase.epochs}: "
+            "exactly one of the two must be above 0"
+        )
+    if phase.learning_rate == 0:
+        raise UsageError(f"config.{kind}.learning_rate=0.0 would train nothing")
+    if phase.optimizer not in OPTIMIZERS:
+        raise UsageError(
+            f"config.{kind}.optimizer={phase.optimizer!r} is unknown"
+            f"{nearest(phase.optimizer, OPTIMIZERS)}"
+        )
+    if phase.accumulate < 1 or phase.batch_size < 1:
+        raise UsageError(f"config.{kind}: batch_size and accumulate must be at least 1")
+    rows = device_count * phase.accumulate
+    if phase.batch_size % rows:
+        raise UsageError(
+            f"config.{kind}.batch_size={phase.batch_size} must be a multiple of {rows} "
+            f"({device_count} devices x {phase.accumulate} micro-batches)"
+        )

@@ -1,0 +1,141 @@
+"""Evaluators: accuracy, cost, speed, segmentation. Each yields (name, value) pairs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from iared2_jax.attribution.maps import to_heatmap
+from iared2_jax.attribution.segmentation import foreground, score_segmentation
+from iared2_jax.data.pipeline import eval_batches
+from iared2_jax.models.flops import Flops, count_flops
+from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.signals import Stop
+from iared2_jax.timing import interleaved
+
+Named = Iterator[tuple[str, Any]]
+
+
+class Interrupted(Exception):
+    """A signal asked to stop in the middle of an evaluation; nothing was written."""
+
+
+def collect(
+    fn: Callable[[dict[str, Array]], dict[str, Array]],
+    arrays: dict[str, np.ndarray],
+    batch_size: int,
+    stop: Stop | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs `fn` over all examples in batches of one size; padding is cut off again.
+
+    Args:
+      fn: jitted; a batch to arrays [B, ...].
+      arrays: the examples, by name.
+
+    Raises:
+      Interrupted: if `stop` was requested.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    for batch in eval_batches(arrays, batch_size):
+        if stop is not None and stop.requested:
+            raise Interrupted
+        counted = batch.pop("counted")
+        parts.append({k: np.asarray(v)[counted] for k, v in fn(batch).items()})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> Named:
+    """Top-1 and top-5, as shares in [0, 1]."""
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    yield "top1", float((order[:, 0] == labels).mean())
+    yield "top5", float((order[:, :5] == labels[:, None]).any(axis=-1).mean())
+
+
+def kept_tokens(keep: np.ndarray) -> Named:
+    """Share of the N patches each group's blocks see: mean, p5 and p95 over images.
+
+    Args:
+      keep: [images, groups, N].
+    """
+    share = keep.mean(axis=-1)
+    yield "kept", share.mean(axis=0).tolist()
+    yield "kept_p5", np.percentile(share, 5, axis=0).tolist()
+    yield "kept_p95", np.percentile(share, 95, axis=0).tolist()
+
+
+def cost(module: IARed2, keep: np.ndarray | None) -> Named:
+    """FLOPs (multiply-accumulates) per image, linear and full; of the dense backbone without keep.
+
+    Args:
+      keep: [images, groups, N].
+    """
+    if keep is None:
+        yield "flops", count_flops(module)._asdict()
+        return
+    flops = count_flops(module, tuple(keep.sum(axis=-1).T))
+    for name, reduce in (("flops", np.mean), ("flops_p5", _p5), ("flops_p95", _p95)):
+        yield name, Flops(*(float(reduce(values)) for values in flops))._asdict()
+
+
+def _p5(values):
+    return np.percentile(values, 5)
+
+
+def _p95(values):
+    return np.percentile(values, 95)
+
+
+def segmentation(maps: Mapping[str, np.ndarray], masks: np.ndarray, seed: int = 0) -> Named:
+    """Pixel accuracy, mAcc and mIoU of every map, and of the trivial answers.
+
+    Args:
+      maps: per-patch values [images, N], by name.
+      masks: the truth [images, H, W].
+      seed: of the random map.
+    """
+    any_map = next(iter(maps.values()))
+    rng = np.random.default_rng(seed)
+    everything = {**maps, "random": rng.random(any_map.shape, np.float32)}
+    for name, values in everything.items():
+        heatmaps = np.asarray(to_heatmap(values, masks.shape[1]))
+        yield name, score_segmentation(foreground(heatmaps), masks)._asdict()
+    yield "all_background", score_segmentation(np.zeros_like(masks), masks)._asdict()
+
+
+def throughput(
+    module: IARed2,
+    dense: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    images: Array,
+    thresholds: Thresholds,
+    capacities: Sequence[int],
+    rounds: int,
+) -> Named:
+    """Images per second from a device-resident batch to logits, every execution in one run.
+
+    Args:
+      dense, trained: variables of the dense baseline and of the model that drops.
+      images: one normalised batch on the device.
+      capacities: of gathered execution, so large that no image overflows.
+    """
+
+    def logits(**options):
+        return jax.jit(lambda variables, x: module.apply(variables, x, **options)[0])
+
+    executions = {
+        "dense": (logits(execution="dense"), dense),
+        "masked": (logits(thresholds=thresholds), trained),
+        "gathered": (
+            logits(thresholds=thresholds, execution="gathered", capacities=tuple(capacities)),
+            trained,
+        ),
+    }
+    variants = {
+        name: (lambda fn=fn, variables=variables: fn(variables, images))
+        for name, (fn, variables) in executions.items()
+    }
+    for name, timing in interleaved(variants, rounds).items():
+        rates = {"median": timing.median, "p25": timing.upper, "p75": timing.lower}
+        yield name, {key: len(images) / seconds for key, seconds in rates.items()}

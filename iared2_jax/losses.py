@@ -1,0 +1,117 @@
+"""One loss for each kind of phase: (module, config, phase, params, batch, key) -> loss, metrics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Array, PRNGKeyArray
+
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.phases import Phase
+from iared2_jax.reduction import policy
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def cross_entropy(logits: Array, labels: Array, smoothing: float) -> tuple[Array, Metrics]:
+    """Mean cross-entropy with label smoothing, and the accuracy."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
+    return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+
+def supervised_loss(module: IARed2, config, phase: Phase, params, batch: Batch, key: PRNGKeyArray):
+    """Cross-entropy of the plain backbone."""
+    logits, _ = module.apply({"params": params}, batch["image"], execution="dense")
+    return cross_entropy(logits, batch["label"], config.label_smoothing)
+
+
+def backbone_loss(module: IARed2, config, phase: Phase, params, batch: Batch, key: PRNGKeyArray):
+    """Cross-entropy under the greedy masks of interpreters 1..group.
+
+    Everything before the group's first block is frozen, so no gradient is computed there.
+    """
+    apply = functools.partial(module.apply, {"params": params})
+    x, alive = apply(phase.group, batch["image"], phase.thresholds, method="up_to")
+    head_logits = apply(phase.group, x, method="interpret")
+    keep = policy.greedy(head_logits, alive, config.threshold)
+    logits = apply(phase.group, x, keep, phase.thresholds, method="onward")
+    loss, metrics = cross_entropy(logits, batch["label"], config.label_smoothing)
+    return loss, {**metrics, "keep_rate": keep.mean()}
+
+
+def interpreter_loss(module: IARed2, config, phase: Phase, params, batch: Batch, key: PRNGKeyArray):
+    """Self-critical REINFORCE for one interpreter (Eq. 3).
+
+    The prefix up to the interpreter is the same for all rollouts, so it is computed once. The
+    sampled rollouts and the greedy one run as one larger batch. Rewards are constants to the
+    gradient, so nothing is differentiated but the interpreter itself.
+    """
+    group, labels, rollouts = phase.group, batch["label"], config.rollouts
+    apply = functools.partial(module.apply, {"params": params})
+    x, alive = apply(group, batch["image"], phase.thresholds, method="up_to")
+    x = jax.lax.stop_gradient(x)
+    head_logits = apply(group, x, method="interpret")
+
+    greedy = policy.greedy(head_logits, alive, config.threshold)
+    keys = jax.random.split(key, rollouts)
+    sampled = jnp.stack([policy.sample(k, head_logits, alive) for k in keys], axis=1)
+
+    # Rollouts of one image stay next to each other, so that rows split over devices as images do.
+    masks = jnp.concatenate([sampled, greedy[:, None]], axis=1)
+    logits = apply(
+        group,
+        jnp.repeat(x, rollouts + 1, axis=0),
+        rearrange(masks, "b r n -> (b r) n"),
+        phase.thresholds,
+        method="onward",
+    )
+    logits = rearrange(logits, "(b r) c -> b r c", r=rollouts + 1)
+    correct = jax.lax.stop_gradient(logits.argmax(-1) == labels[:, None])
+
+    tau = config.tau[group - 1 if len(config.tau) > 1 else 0]
+    handed = alive if config.reward_denominator == "entering" else None
+    rewards = jnp.stack(
+        [policy.reward(masks[:, r], correct[:, r], tau, handed) for r in range(rollouts + 1)],
+        axis=1,
+    )
+    advantage = rewards[:, :-1] - rewards[:, -1:]
+    loss = sum(
+        policy.self_critical_loss(
+            head_logits, sampled[:, r], alive, advantage[:, r], config.log_prob_reduction
+        )
+        for r in range(rollouts)
+    )
+    metrics = _health(head_logits, alive, masks, correct, rewards, advantage)
+    return loss / rollouts, metrics
+
+
+def _health(head_logits, alive, masks, correct, rewards, advantage) -> Metrics:
+    """The figures by which one sees whether a policy is learning (SPEC 3)."""
+    scores = jax.nn.sigmoid(head_logits).mean(-1)
+    count = jnp.maximum(alive.sum(), 1)
+    mean = jnp.where(alive, scores, 0).sum() / count
+    spread = jnp.sqrt(jnp.where(alive, (scores - mean) ** 2, 0).sum() / count)
+    return {
+        "accuracy": correct[:, -1].mean(),
+        "accuracy_sampled": correct[:, :-1].mean(),
+        "keep_rate": masks[:, -1].mean(),
+        "keep_rate_sampled": masks[:, :-1].mean(),
+        "score_mean": mean,
+        "score_spread": spread,
+        "entropy": policy.entropy(head_logits, alive).mean(),
+        "reward": rewards[:, -1].mean(),
+        "advantage_mean": advantage.mean(),
+        "advantage_variance": advantage.var(),
+        "answers_differ": (correct[:, :-1] != correct[:, -1:]).mean(),
+    }
+
+
+LOSSES = {
+    "supervised": supervised_loss,
+    "backbone": backbone_loss,
+    "interpreter": interpreter_loss,
+}

@@ -1,0 +1,79 @@
+"""Trains and evaluates what a config says; the same command goes on with a run that was stopped.
+
+    python -m iared2_jax.main --config=configs/cluttered_mnist.py --workdir=runs/demo
+
+Exit codes: 0 done, or stopped by a signal with the state saved; 2 the command or config is wrong;
+70 training diverged; 74 no checkpoint could be written or read; 130 interrupted without saving.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import ml_collections
+
+from iared2_jax import config as config_lib
+from iared2_jax.errors import CheckpointError, NonFiniteError, UsageError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # one line, like every other mistake
+        raise UsageError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m iared2_jax.main",
+        description=__doc__,
+        epilog="Any option of the config: --config.KEY=VALUE, e.g. --config.interpreter.steps=50; "
+        "all of them, with their defaults, are in iared2_jax/config.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="the experiment, e.g. configs/deit_s.py:runlocal")
+    parser.add_argument("--workdir", help="where the run lives (default: runs/<its name>)")
+    return parser
+
+
+def _overrides(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs (key, text) from --config.KEY=TEXT or --config.KEY TEXT."""
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--config."):
+            known = ["--config", "--workdir", "--help"]
+            raise UsageError(f"there is no flag {flag!r}{nearest(flag, known)}")
+        yield flag.removeprefix("--config."), text if equals else next(rest, "")
+
+
+def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
+    """The config and the workdir that a command line names."""
+    flags, rest = _parser().parse_known_args(argv)
+    overrides = dict(_overrides(rest))
+    if not flags.config:
+        raise UsageError("which experiment? Give --config=configs/<name>.py")
+    config = config_lib.load(flags.config, overrides)
+    return config, flags.workdir or f"runs/{config.name}"
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; a mistake of the user's ends in one line. Returns the exit code."""
+    # Our own progress, and from others only what matters.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("iared2_jax").setLevel(logging.INFO)
+    try:
+        config, workdir = parse(sys.argv[1:] if argv is None else argv)
+        from iared2_jax.train import train_and_evaluate  # slow to import: after the flags
+
+        train_and_evaluate(config, workdir)
+    except (UsageError, NonFiniteError, CheckpointError) as error:
+        print("iared2_jax:", " ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

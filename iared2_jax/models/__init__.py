@@ -1,0 +1,1 @@
+"""Pure Flax linen models: backbones, interpreters, and the two together."""

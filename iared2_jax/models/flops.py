@@ -1,0 +1,80 @@
+"""Multiply-accumulates per image, in the field's two conventions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.models.registry import get_variant, split_into_groups
+from iared2_jax.models.vit import ViT
+
+
+class Flops(NamedTuple):
+    """Multiply-accumulates per image: numbers, or one per image.
+
+    linear: linear layers only (patch embedding, qkv, proj, MLP, head): the paper's convention.
+    full: plus QK^T and AV, plus the interpreters.
+    """
+
+    linear: float | np.ndarray
+    full: float | np.ndarray
+
+
+def count_flops(
+    model: str | IARed2 | ViT,
+    kept: Sequence[float | np.ndarray] | None = None,
+    *,
+    group_sizes: Sequence[int] | None = None,
+    interpreters: bool | None = None,
+) -> Flops:
+    """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
+
+    With n = kept + prefix tokens, a block of width d costs 12 n d^2 linear and 2 n^2 d more; an
+    interpreter that is handed m patches costs (m + 1) d^2 + m d.
+
+    Args:
+      model: a variant's name, or a module.
+      kept: patch tokens in each group, numbers or arrays (one entry per image). None: the plain
+        dense backbone.
+      group_sizes: blocks in each group; by default the module's own, or as many equal groups as
+        `kept` has entries.
+      interpreters: count the interpreters (in `full`); by default if `kept` is given.
+
+    Raises:
+      UsageError: an unknown name, or groups that do not fit the depth.
+      ValueError: `kept` outside 0..N, or not one entry per group.
+
+    Example:
+      >>> dense = count_flops("deit_s")
+      >>> round(dense.linear / 1e9, 2), round(dense.full / 1e9, 2)
+      (4.24, 4.6)
+    """
+    if isinstance(model, IARed2):
+        vit, own_groups = model.backbone, model.group_sizes
+    else:
+        vit, own_groups = (get_variant(model).backbone if isinstance(model, str) else model), None
+    if interpreters is None:
+        interpreters = kept is not None
+    if kept is None:
+        kept = (vit.num_patches,) * len(group_sizes or own_groups or (1,))
+    sizes = split_into_groups(vit.depth, group_sizes or own_groups or len(kept))
+    if len(sizes) != len(kept):
+        raise ValueError(f"kept has {len(kept)} entries, but there are {len(sizes)} groups")
+    kept = [np.asarray(count, np.float64) for count in kept]
+    if any((count < 0).any() or (count > vit.num_patches).any() for count in kept):
+        raise ValueError(f"kept must be in 0..{vit.num_patches} patch tokens, in every group")
+
+    d = vit.embed_dim
+    heads = 2 if vit.distilled else 1
+    linear = vit.num_patches * 3 * vit.patch_size**2 * d + heads * d * vit.num_classes
+    quadratic = scoring = 0.0
+    entering = np.float64(vit.num_patches)
+    for blocks, count in zip(sizes, kept, strict=True):
+        n = count + vit.num_prefix
+        linear = linear + blocks * n * (4 + 2 * vit.mlp_ratio) * d**2
+        quadratic = quadratic + blocks * 2 * n**2 * d
+        scoring = scoring + (entering + 1) * d**2 + entering * d
+        entering = count
+    full = linear + quadratic + (scoring if interpreters else 0.0)
+    return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

@@ -1,0 +1,196 @@
+"""IA-RED²: a backbone in D groups, each an interpreter and L MSA-FFN blocks (paper, Fig. 2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from iared2_jax.models.interpreter import Interpreter, informative_scores
+from iared2_jax.reduction.gather import take_tokens, to_grid, top_k_slots
+
+EXECUTIONS = ("dense", "masked", "gathered")
+
+# A threshold below every score: the interpreter keeps all that is still there.
+KEEP_ALL = -1.0
+
+Thresholds = float | Sequence[float] | Float[Array, " D"]
+
+
+class IARed2(nn.Module):
+    """A vision transformer that drops the patches that do not matter for its answer.
+
+    Attributes:
+      backbone: the vision transformer (see `models/vit.py` for what it has to offer).
+      group_sizes: blocks per group, e.g. (4, 4, 4); they add up to the backbone's depth.
+      policy_token, interpreter_heads, scale, init_bias: see `Interpreter`.
+    """
+
+    backbone: nn.Module
+    group_sizes: tuple[int, ...]
+    policy_token: str = "cls"
+    interpreter_heads: int = 6
+    scale: bool = True
+    init_bias: float = 0.0
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_sizes)
+
+    def setup(self):
+        self.interpreters = [
+            Interpreter(
+                self.interpreter_heads,
+                self.policy_token,
+                self.scale,
+                self.init_bias,
+                self.backbone.dtype,
+                name=f"interpreter_{group}",
+            )
+            for group in range(1, self.num_groups + 1)
+        ]
+
+    # -- One group, in two halves. Groups are counted from 1, as in the paper.
+
+    def interpret(self, group: int, x: Float[Array, "b t d"]) -> Float[Array, "b n h"]:
+        """The group's per-head logits for the patch tokens of `x`."""
+        prefix = self.backbone.num_prefix
+        return self.interpreters[group - 1](x[:, prefix:], x[:, 0] if prefix else None)
+
+    def run_blocks(
+        self, group: int, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
+    ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b h t"]]]:
+        """The group's blocks over prefix and alive patches; and each block's CLS attention."""
+        valid = None
+        if alive is not None:
+            prefix = jnp.ones((x.shape[0], self.backbone.num_prefix), bool)
+            valid = jnp.concatenate([prefix, alive], axis=1)
+        first = sum(self.group_sizes[: group - 1])
+        attention = []
+        for index in range(first, first + self.group_sizes[group - 1]):
+            x, row = self.backbone.run_block(index, x, valid)
+            attention.append(row)
+        return x, attention
+
+    # -- The whole model.
+
+    def __call__(
+        self,
+        images: Float[Array, "b height width 3"],
+        thresholds: Thresholds = 0.5,
+        execution: str = "masked",
+        capacities: Sequence[int] | None = None,
+        keep: Sequence[Bool[Array, "b n"] | None] | None = None,
+    ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+        """Logits, and everything that led to them.
+
+        Args:
+          images: normalised.
+          thresholds: keep iff score > threshold, in (0, 1); one for all groups or one each.
+            `KEEP_ALL` switches a group's dropping off.
+          execution: "masked", the reference: all tokens stay in the array, dropped ones are masked
+            keys. "gathered": kept tokens move into arrays of `capacities` patch slots; the same
+            logits as long as `out["overflow"]` is 0. "dense": nothing is dropped.
+          capacities: patch slots of each group; with execution="gathered" only.
+          keep: per group, a mask that replaces the interpreter's decision (None: its own). A token
+            dropped in an earlier group stays dropped.
+
+        Returns:
+          logits [B, classes], and a dict of one array per group, on the original patch grid:
+            scores [B, N]        informative scores, 0 where a token was already dropped
+            keep [B, N]          which tokens this group's blocks see
+            head_logits [B, N, H]
+            overflow [B]         kept tokens that found no slot (0 unless gathered)
+          and `attention`, the CLS query's weights [B, heads, N] for every block, and `features`
+          [B, d], what the head reads. Under jit, what is not used is not computed.
+
+        Raises:
+          ValueError: an unknown execution, capacities that are missing, too many, or out of 1..N.
+        """
+        capacities = self._check(execution, capacities)
+        thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+        n, prefix = self.backbone.num_patches, self.backbone.num_prefix
+        x = self.backbone.embed(images)
+        alive = jnp.ones((x.shape[0], n), bool)
+        slots = jnp.broadcast_to(jnp.arange(n), alive.shape)  # where each token came from
+        out = {"scores": [], "keep": [], "head_logits": [], "overflow": [], "attention": []}
+
+        def on_grid(values):
+            return to_grid(values, slots, n) if execution == "gathered" else values
+
+        for group in range(1, self.num_groups + 1):
+            head_logits = self.interpret(group, x)
+            scores = jnp.where(alive, informative_scores(head_logits), 0.0)
+            out["scores"].append(on_grid(scores))
+            out["head_logits"].append(
+                jnp.moveaxis(on_grid(jnp.moveaxis(head_logits, -1, 1)), 1, -1)
+            )
+
+            overflow = jnp.zeros(x.shape[0], jnp.int32)
+            if execution != "dense":
+                forced = keep[group - 1] if keep is not None else None
+                if forced is None:
+                    chosen = scores > thresholds[group - 1]
+                else:
+                    chosen = jnp.take_along_axis(forced, slots, axis=1)
+                alive = alive & chosen
+            if execution == "gathered":
+                capacity = min(capacities[group - 1], alive.shape[1])
+                chosen, alive, overflow = top_k_slots(scores, alive, capacity)
+                x = jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], chosen)], axis=1)
+                slots = jnp.take_along_axis(slots, chosen, axis=1)
+            out["keep"].append(on_grid(alive))
+            out["overflow"].append(overflow)
+
+            x, attention = self.run_blocks(group, x, None if execution == "dense" else alive)
+            out["attention"] += [on_grid(row[..., prefix:]) for row in attention]
+
+        logits, out["features"] = self.backbone.classify(x)
+        return logits, out
+
+    def _check(self, execution, capacities):
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+        if (capacities is not None) != (execution == "gathered"):
+            raise ValueError('capacities go with execution="gathered", and it needs them')
+        if capacities is None:
+            return None
+        n = self.backbone.num_patches
+        if len(capacities) != self.num_groups or not all(1 <= c <= n for c in capacities):
+            raise ValueError(
+                f"capacities must be {self.num_groups} numbers in 1..{n}, one per group, "
+                f"got {tuple(capacities)}"
+            )
+        return tuple(int(c) for c in capacities)
+
+    # -- The parts that training needs: the prefix once, the suffix for several rollouts.
+
+    def up_to(
+        self, group: int, images: Float[Array, "b height width 3"], thresholds: Thresholds = 0.5
+    ) -> tuple[Float[Array, "b t d"], Bool[Array, "b n"]]:
+        """Masked execution up to the entry of `group`: the tokens, and which are still alive."""
+        thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+        x = self.backbone.embed(images)
+        alive = jnp.ones((x.shape[0], self.backbone.num_patches), bool)
+        for earlier in range(1, group):
+            alive = alive & (
+                informative_scores(self.interpret(earlier, x)) > thresholds[earlier - 1]
+            )
+            x, _ = self.run_blocks(earlier, x, alive)
+        return x, alive
+
+    def onward(
+        self,
+        group: int,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b n"],
+        thresholds: Thresholds = 0.5,
+    ) -> Float[Array, "b classes"]:
+        """Masked execution from the entry of `group`, whose keep mask is given, to the logits."""
+        thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+        x, _ = self.run_blocks(group, x, keep)
+        for later in range(group + 1, self.num_groups + 1):
+            keep = keep & (informative_scores(self.interpret(later, x)) > thresholds[later - 1])
+            x, _ = self.run_blocks(later, x, keep)
+        return self.backbone.classify(x)[0]

@@ -1,0 +1,64 @@
+"""The multi-head interpreter: how informative is each patch token? (paper, Eq. 1)"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from iared2_jax.models.vit import layer_norm
+
+POLICY_TOKENS = ("cls", "learned")
+
+# PyTorch's default for a linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the logits start with a
+# standard deviation of about 1/3, and the scores within a few hundredths of sigmoid(init_bias).
+interpreter_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Interpreter(nn.Module):
+    """Scores every patch token against one policy token.
+
+        I_i = 1/H sum_h sigmoid(k_i^h . q^h / sqrt(c) + init_bias),   c = embed_dim / H
+
+    with q from the policy token and k from the patches, both through one LayerNorm without affine.
+    Returned are the per-head logits, in float32: the policy takes log I and log(1 - I) from them
+    without ever forming an I that has rounded to 0 or 1.
+
+    Attributes:
+      num_heads: H; it divides the embedding's width.
+      policy_token: "cls", the CLS token at the group's entry, or "learned", one vector per group.
+      scale: divide by sqrt(c); the paper's Eq. 1 does not, the authors' tool does.
+      init_bias: a constant added to every logit: 0 starts at 0.5, 3 at "keep nearly everything".
+    """
+
+    num_heads: int
+    policy_token: str = "cls"
+    scale: bool = True
+    init_bias: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, patches: Float[Array, "b n d"], cls: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b n h"]:
+        d = patches.shape[-1]
+        if self.policy_token == "learned":
+            policy = self.param("policy_token", nn.initializers.normal(1.0), (1, d))
+        else:
+            policy = cls
+        norm = layer_norm(self.dtype, affine=False)
+        q = nn.Dense(d, kernel_init=interpreter_init, dtype=self.dtype, name="q")(norm(policy))
+        k = nn.Dense(d, kernel_init=interpreter_init, dtype=self.dtype, name="k")(norm(patches))
+        q = rearrange(q, "b (h c) -> b h c", h=self.num_heads).astype(jnp.float32)
+        k = rearrange(k, "b n (h c) -> b n h c", h=self.num_heads).astype(jnp.float32)
+        q = jnp.broadcast_to(q, (k.shape[0], *q.shape[1:]))
+        logits = jnp.einsum("bnhc,bhc->bnh", k, q)
+        if self.scale:
+            logits = logits * q.shape[-1] ** -0.5
+        return logits + self.init_bias
+
+
+def informative_scores(head_logits: Float[Array, "b n h"]) -> Float[Array, "b n"]:
+    """Eq. 1's mean over heads: I in [0, 1]."""
+    return jax.nn.sigmoid(head_logits).mean(axis=-1)

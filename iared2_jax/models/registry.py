@@ -1,0 +1,172 @@
+"""The named variants, in one table, and `create_model`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.models.interpreter import POLICY_TOKENS
+from iared2_jax.models.vit import ViT
+
+IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a name stands for: backbone, pixel normalisation, heads of its interpreters."""
+
+    backbone: ViT
+    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_NORM
+    interpreter_heads: int = 6
+    parameters: int = 0  # of the backbone; a test counts them
+
+
+_tiny = functools.partial(ViT, embed_dim=192, num_heads=3)
+_small = functools.partial(ViT, embed_dim=384, num_heads=6)
+_base = functools.partial(ViT, embed_dim=768, num_heads=12)
+
+VARIANTS: dict[str, Variant] = {
+    # DeiT (Touvron et al. 2021), ImageNet-1k.
+    "deit_ti": Variant(_tiny(), interpreter_heads=3, parameters=5_717_416),
+    "deit_s": Variant(_small(), parameters=22_050_664),
+    "deit_b": Variant(_base(), parameters=86_567_656),
+    "deit_b_384": Variant(_base(image_size=384), parameters=86_859_496),
+    "deit_ti_distilled": Variant(_tiny(distilled=True), interpreter_heads=3, parameters=5_910_800),
+    "deit_s_distilled": Variant(_small(distilled=True), parameters=22_436_432),
+    "deit_b_distilled": Variant(_base(distilled=True), parameters=87_338_192),
+    # ViT with AugReg weights (Steiner et al. 2021): the same shapes, another normalisation.
+    "vit_s16": Variant(_small(), norm=HALF_NORM, parameters=22_050_664),
+    "vit_b16": Variant(_base(), norm=HALF_NORM, parameters=86_567_656),
+    # Ours, for 64 px: the demo on Cluttered MNIST. Trained weights ship with the package.
+    "vit_micro": Variant(
+        ViT(
+            image_size=64,
+            patch_size=8,
+            embed_dim=96,
+            depth=6,
+            num_heads=3,
+            mlp_ratio=2,
+            num_classes=10,
+        ),
+        norm=HALF_NORM,
+        interpreter_heads=3,
+        parameters=474_730,
+    ),
+}
+
+
+def get_variant(name: str) -> Variant:
+    """The table's row for `name`; a `UsageError` with the nearest real name if there is none."""
+    if name not in VARIANTS:
+        raise UsageError(f"there is no model {name!r}{nearest(name, VARIANTS)}")
+    return VARIANTS[name]
+
+
+def split_into_groups(depth: int, groups: int | Sequence[int]) -> tuple[int, ...]:
+    """Blocks per group: D equal groups from a number, or the given sizes, checked.
+
+    Example:
+      >>> split_into_groups(12, 3), split_into_groups(12, (2, 4, 6))
+      ((4, 4, 4), (2, 4, 6))
+    """
+    if isinstance(groups, int):
+        if groups < 1 or depth % groups:
+            divisors = [d for d in range(1, depth + 1) if depth % d == 0]
+            raise UsageError(
+                f"groups={groups} does not divide the depth of {depth} blocks: use one of "
+                f"{divisors}, or a list of group sizes that add up to {depth}"
+            )
+        return (depth // groups,) * groups
+    sizes = tuple(int(size) for size in groups)
+    if sum(sizes) != depth or any(size < 1 for size in sizes):
+        raise UsageError(
+            f"group sizes {list(sizes)} must be positive and add up to the depth of {depth} blocks"
+        )
+    return sizes
+
+
+def create_module(
+    name: str,
+    num_classes: int | None = None,
+    groups: int | Sequence[int] = 3,
+    policy_token: str = "cls",
+    dtype: Any = jnp.float32,
+    **interpreter: Any,
+) -> IARed2:
+    """The module alone, without parameters; the arguments are `create_model`'s."""
+    variant = get_variant(name)
+    if policy_token not in POLICY_TOKENS:
+        raise UsageError(
+            f"policy_token {policy_token!r} is unknown: use one of {', '.join(POLICY_TOKENS)}"
+        )
+    known = {"interpreter_heads", "scale", "init_bias"}
+    for key in interpreter:
+        if key not in known:
+            raise UsageError(f"create_model has no option {key!r}{nearest(key, known)}")
+    interpreter.setdefault("interpreter_heads", variant.interpreter_heads)
+    backbone = variant.backbone
+    if backbone.embed_dim % interpreter["interpreter_heads"]:
+        raise UsageError(
+            f"interpreter_heads={interpreter['interpreter_heads']} does not divide the width "
+            f"{backbone.embed_dim} of {name}"
+        )
+    backbone = backbone.clone(
+        num_classes=backbone.num_classes if num_classes is None else num_classes, dtype=dtype
+    )
+    return IARed2(
+        backbone=backbone,
+        group_sizes=split_into_groups(backbone.depth, groups),
+        policy_token=policy_token,
+        **interpreter,
+    )
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    groups: int | Sequence[int] = 3,
+    policy_token: str = "cls",
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+    **interpreter: Any,
+) -> tuple[IARed2, dict[str, Any]]:
+    """A named backbone with its interpreters, freshly initialised.
+
+    Args:
+      name: one of `VARIANTS`, e.g. "deit_s".
+      num_classes: of the head; None takes the variant's own.
+      groups: D, how many equal groups; or the blocks of each group, e.g. (2, 4, 6).
+      policy_token: "cls" (the CLS token at the group's entry) or "learned" (a vector per group).
+      seed: of the initialisation.
+      dtype: of the computation, e.g. jnp.bfloat16; parameters stay float32.
+      **interpreter: interpreter_heads, scale, init_bias (see `models.interpreter.Interpreter`).
+
+    Returns:
+      The linen module, and its variables {"params": {"backbone": .., "interpreter_1": .., ..}}.
+
+    Raises:
+      UsageError: an unknown name or option, or groups that do not fit the depth.
+
+    Example:
+      >>> module, variables = create_model("vit_micro", groups=3)
+      >>> logits, out = module.apply(variables, jnp.zeros([1, 64, 64, 3]), thresholds=0.5)
+      >>> logits.shape, [tuple(s.shape) for s in out["scores"]]
+      ((1, 10), [(1, 64), (1, 64), (1, 64)])
+    """
+    module = create_module(name, num_classes, groups, policy_token, dtype, **interpreter)
+    return module, init_variables(module, seed)
+
+
+def init_variables(module: IARed2, seed: int = 0) -> dict[str, Any]:
+    """Fresh variables for `module`."""
+    size = module.backbone.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    # Under jit only the initialisers are compiled; the forward pass is dead code.
+    init = jax.jit(lambda key: module.init(key, jnp.zeros(images.shape, images.dtype)))
+    return init(jax.random.key(seed))

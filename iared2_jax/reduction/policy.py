@@ -1,0 +1,109 @@
+"""Which tokens live, as a Bernoulli policy trained by self-critical REINFORCE (paper, Eq. 2 and 3).
+
+Everything is per image and per group. `alive` says which tokens the group was handed: a dropped
+token, like the prefix tokens, is in neither the log-probability nor the counts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+LOG_PROB_REDUCTIONS = ("sum", "mean")
+REWARD_DENOMINATORS = ("initial", "entering")
+
+
+def log_scores(
+    head_logits: Float[Array, "b n h"],
+) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+    """log I and log(1 - I) of Eq. 1's score, finite at any logit.
+
+        log I = logsumexp_h log sigmoid(z_h) - log H,   log(1 - I) likewise with -z_h
+
+    Forming I first gives -inf, and NaN gradients, from a logit of about 17 on.
+    """
+    z = head_logits.astype(jnp.float32)
+    log_heads = jnp.log(z.shape[-1])
+    log_i = jax.nn.logsumexp(jax.nn.log_sigmoid(z), axis=-1) - log_heads
+    log_not_i = jax.nn.logsumexp(jax.nn.log_sigmoid(-z), axis=-1) - log_heads
+    return log_i, log_not_i
+
+
+def log_prob(
+    head_logits: Float[Array, "b n h"],
+    keep: Bool[Array, "b n"],
+    alive: Bool[Array, "b n"],
+    reduction: str = "sum",
+) -> Float[Array, " b"]:
+    """log pi(u) = sum_i log[I_i u_i + (1 - I_i)(1 - u_i)] over the alive tokens (Eq. 3).
+
+    Args:
+      head_logits: the interpreter's per-head logits.
+      keep: the actions u; outside `alive` they do not count.
+      alive: tokens the group was handed.
+      reduction: "sum" (Eq. 3), or "mean" over the alive tokens.
+
+    Raises:
+      ValueError: on an unknown reduction.
+    """
+    if reduction not in LOG_PROB_REDUCTIONS:
+        raise ValueError(f"reduction must be one of {LOG_PROB_REDUCTIONS}, got {reduction!r}")
+    log_i, log_not_i = log_scores(head_logits)
+    total = jnp.where(alive, jnp.where(keep, log_i, log_not_i), 0.0).sum(axis=-1)
+    return total / jnp.maximum(alive.sum(axis=-1), 1) if reduction == "mean" else total
+
+
+def entropy(head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]) -> Float[Array, " b"]:
+    """Mean Bernoulli entropy of the alive tokens, in nats: ln 2 = 0.69 is a coin flip."""
+    log_i, log_not_i = log_scores(head_logits)
+    per_token = -(jnp.exp(log_i) * log_i + jnp.exp(log_not_i) * log_not_i)
+    return jnp.where(alive, per_token, 0.0).sum(-1) / jnp.maximum(alive.sum(-1), 1)
+
+
+def sample(
+    key: PRNGKeyArray, head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]
+) -> Bool[Array, "b n"]:
+    """u ~ Bernoulli(I), independently per token; dead tokens stay dropped."""
+    scores = jax.nn.sigmoid(head_logits).mean(axis=-1)
+    return jax.random.bernoulli(key, scores) & alive
+
+
+def greedy(
+    head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"], threshold: float = 0.5
+) -> Bool[Array, "b n"]:
+    """The most probable action: keep iff I > threshold."""
+    return (jax.nn.sigmoid(head_logits).mean(axis=-1) > threshold) & alive
+
+
+def reward(
+    keep: Bool[Array, "b n"],
+    correct: Bool[Array, " b"],
+    tau: float,
+    alive: Bool[Array, "b n"] | None = None,
+) -> Float[Array, " b"]:
+    """R = 1 - (|u| / N)^2 where the answer is right, else -tau (Eq. 2).
+
+    Args:
+      keep: which tokens the group's blocks saw.
+      correct: whether the image was classified correctly.
+      tau: the price of an error.
+      alive: None divides by N, the patches the image started with (the default). The tokens the
+        group was handed divide by their number instead ("entering").
+    """
+    count = keep.sum(axis=-1).astype(jnp.float32)
+    denominator = keep.shape[-1] if alive is None else jnp.maximum(alive.sum(axis=-1), 1)
+    return jnp.where(correct, 1 - (count / denominator) ** 2, -jnp.float32(tau))
+
+
+def self_critical_loss(
+    head_logits: Float[Array, "b n h"],
+    sampled: Bool[Array, "b n"],
+    alive: Bool[Array, "b n"],
+    advantage: Float[Array, " b"],
+    reduction: str = "sum",
+) -> Float[Array, ""]:
+    """-mean over images of A log pi(u), A = R(sampled) - R(greedy); the gradient is -Eq. 3's.
+
+    No gradient goes through the advantage, or through the actions.
+    """
+    log_pi = log_prob(head_logits, sampled, alive, reduction)
+    return -(jax.lax.stop_gradient(advantage) * log_pi).mean()

@@ -1,0 +1,130 @@
+"""A run's results as text tables: on the terminal, and in the HTML report."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+Table = tuple[str, list[list[str]]]  # title; rows, the first is the header
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """The tables of `results` (see `report.results.evaluate_run`), as rows of strings."""
+    made = [_accuracy(results)]
+    if "segmentation" in results:
+        made.append(_segmentation(results))
+    if "images_per_second" in results:
+        made.append(_speed(results))
+    return made
+
+
+def _accuracy(results: dict[str, Any]) -> Table:
+    dense = results["dense"]
+    rows = [
+        ["model", "top-1", "top-5", "kept per group", "MMACs linear", "MMACs full", "of dense"],
+        _accuracy_row("dense", dense, dense, "1.00"),
+    ]
+    if "iared2" in results:
+        ours, random = results["iared2"], results["random"]
+        shares = " / ".join(f"{share:.2f}" for share in ours["kept"])
+        rows.append(_accuracy_row("IA-RED2", ours, dense, shares))
+        rows.append(_accuracy_row("random masks, same counts", {**ours, **random}, dense, shares))
+    return f"Accuracy and cost, {results['examples']} images", rows
+
+
+def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: str) -> list[str]:
+    full = row["flops"]["full"]
+    return [
+        name,
+        f"{100 * row['top1']:.2f}%",
+        f"{100 * row['top5']:.2f}%",
+        kept,
+        f"{row['flops']['linear'] / 1e6:.2f}",
+        f"{full / 1e6:.2f}",
+        f"{100 * full / dense['flops']['full']:.1f}%",
+    ]
+
+
+def _segmentation(results: dict[str, Any]) -> Table:
+    rows = [["map", "pixel accuracy", "mAcc", "mIoU"]]
+    for name, scores in results["segmentation"].items():
+        figures = (scores[key] for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"))
+        rows.append([name.replace("_", " "), *(f"{100 * figure:.2f}" for figure in figures)])
+    share = results["foreground_share"]
+    return f"Weakly-supervised segmentation, foreground {100 * share:.1f}% of the pixels", rows
+
+
+def _speed(results: dict[str, Any]) -> Table:
+    speed = results["images_per_second"]
+    dense = speed["executions"]["dense"]["median"]
+    rows = [["execution", "images/s", "quartiles", "over dense"]]
+    for name, rate in speed["executions"].items():
+        quartiles = f"{rate['p25']:.0f} .. {rate['p75']:.0f}"
+        over = f"{rate['median'] / dense:.2f}x"
+        rows.append([name, f"{rate['median']:.0f}", quartiles, over])
+    title = (
+        f"Throughput, batch {speed['batch']}, {speed['dtype']}, {speed['device']}; "
+        f"gathered: {100 * speed['padding_share']:.0f}% of the patch slots are padding"
+    )
+    return title, rows
+
+
+def as_text(table: Table) -> str:
+    """One table in columns, for a terminal."""
+    title, rows = table
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  " + "   ".join(cells)
+
+    rule = "  " + "-" * (len(line(rows[0])) - 2)
+    return "\n".join([title, rule, line(rows[0]), rule, *map(line, rows[1:]), rule])
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }
+  table { border-collapse: collapse; margin: 0 0 2rem }
+  th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ccc }
+  th:first-child, td:first-child { text-align: left }
+  img { max-width: 100% }
+  footer { color: #555; font-size: .85rem }
+</style>
+<h1>$title</h1>
+$body
+<footer>$footer</footer>
+</html>
+""")
+
+
+def write_html(
+    path: Path, title: str, made: list[Table], figures: dict[str, Path], footer: str
+) -> Path:
+    """The same tables, and the figures beside them, as one page that needs no network."""
+    parts = []
+    for caption, rows in made:
+        header, *body = rows
+        parts.append(f"<h2>{html.escape(caption)}</h2>\n<table>")
+        parts.append(_html_row(header, "th"))
+        parts += [_html_row(row, "td") for row in body]
+        parts.append("</table>")
+    for caption, image in figures.items():
+        source = html.escape(str(image.relative_to(path.parent)))
+        caption = html.escape(caption)
+        parts.append(f'<h2>{caption}</h2>\n<img src="{source}" alt="{caption}">')
+    page = _PAGE.substitute(
+        title=html.escape(title), body="\n".join(parts), footer=html.escape(footer)
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -1,0 +1,149 @@
+"""The training state, and the jitted, sharded step that moves it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from einops import rearrange
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from iared2_jax import optim
+from iared2_jax.data.pipeline import normalize
+from iared2_jax.losses import LOSSES, Batch, Metrics
+from iared2_jax.models import registry
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.phases import Phase
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes, and so all that a checkpoint holds.
+
+    step: of the run, over all phases; which phase it is in follows from it.
+    params: all of them; opt_state: only of what the current phase trains.
+    ema: a moving average of the parameters, or {} when off.
+    bad_steps: non-finite steps in a row.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    opt_state: Any
+    ema: dict[str, Any]
+    bad_steps: Int[Array, ""]
+
+    @property
+    def eval_params(self) -> dict[str, Any]:
+        return self.ema or self.params
+
+
+def enter_phase(state: TrainState, phase: Phase | None, group_sizes: tuple[int, ...]) -> TrainState:
+    """The state with a fresh optimizer for `phase`; without one when training is over."""
+    if phase is None:
+        return state.replace(opt_state=())
+    trainable, _ = optim.partition(state.params, phase.trains, group_sizes)
+    return state.replace(opt_state=optim.make_optimizer(phase.options, phase.steps).init(trainable))
+
+
+def initial_state(
+    params: dict[str, Any], phase: Phase, group_sizes: tuple[int, ...], ema_decay: float
+) -> TrainState:
+    """The state before the first step."""
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=(),
+        ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+    return enter_phase(state, phase, group_sizes)
+
+
+def make_train_step(
+    module: IARed2, phase: Phase, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step of one phase: batch rows split over the mesh, state replicated and donated.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+    optimizer = optim.make_optimizer(phase.options, phase.steps)
+    norm = registry.get_variant(config.model.name).norm
+    micro = phase.options.accumulate
+    loss_fn = functools.partial(LOSSES[phase.kind], module, config, phase)
+
+    def gradients(params, batch, key):
+        trainable, frozen = optim.partition(params, phase.trains, module.group_sizes)
+
+        def loss(trainable, batch, key):
+            return loss_fn(optim.merge(trainable, frozen), batch, key)
+
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        if micro == 1:
+            (value, metrics), grads = value_and_grad(trainable, batch, key)
+            return grads, {**metrics, "loss": value}
+
+        # Every micro-batch takes each device's rows in turn, so no row changes its device.
+        parts = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=micro), batch)
+
+        def body(total, part):
+            batch, index = part
+            (value, metrics), grads = value_and_grad(
+                trainable, batch, jax.random.fold_in(key, index)
+            )
+            return jax.tree.map(lambda t, g: t + g / micro, total, grads), {
+                **metrics,
+                "loss": value,
+            }
+
+        zeros = jax.tree.map(jnp.zeros_like, trainable)
+        grads, metrics = jax.lax.scan(body, zeros, (parts, jnp.arange(micro)))
+        return grads, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        batch = {**batch, "image": normalize(batch["image"], norm)}
+        grads, metrics = gradients(state.params, batch, key)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+
+        trainable, frozen = optim.partition(state.params, phase.trains, module.group_sizes)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        params = optim.merge(optax.apply_updates(trainable, updates), frozen)
+
+        def applied(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        params = applied(params, state.params)
+        ema = state.ema
+        if config.ema_decay:
+            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=applied(opt_state, state.opt_state),
+            ema=ema,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        )
+        return new, {**metrics, "bad_steps": new.bad_steps.astype(jnp.float32)}
+
+    replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    return jax.jit(
+        step,
+        in_shardings=(replicated, rows),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """All devices in one axis, "data". Auto axes: linen does not run under Explicit ones."""
+    devices = devices or jax.devices()
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    )

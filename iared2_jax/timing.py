@@ -1,0 +1,33 @@
+"""Throughput that can be compared: variants in one process, interleaved, medians."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Timing(NamedTuple):
+    """Seconds per call: the median and the quartiles over the rounds."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Times every variant once per round, in alternating order; a warm-up round is dropped.
+
+    Each call is waited for. Compare variants only within one call of this function: the machine's
+    speed drifts, but all variants drift together.
+    """
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds + 1):
+        for name in names if index % 2 else reversed(names):
+            start = time.perf_counter()
+            jax.block_until_ready(variants[name]())
+            seconds[name].append(time.perf_counter() - start)
+    quartiles = {name: np.percentile(times[1:], (50, 25, 75)) for name, times in seconds.items()}
+    return {name: Timing(*(float(q) for q in values)) for name, values in quartiles.items()}

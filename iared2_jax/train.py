@@ -1,0 +1,217 @@
+"""Training: one loop for every curriculum. The phases say what trains, and how."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from iared2_jax import config as config_lib
+from iared2_jax.checkpoints import weights
+from iared2_jax.checkpoints.run import RunCheckpoints
+from iared2_jax.data.pipeline import shard_batch, train_batches
+from iared2_jax.data.sources import SOURCES
+from iared2_jax.errors import NonFiniteError, UsageError
+from iared2_jax.logs import HealthAlarms, MetricWriter, Progress, Window
+from iared2_jax.models import registry
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.phases import Phase, phase_at, phases
+from iared2_jax.signals import Stop
+from iared2_jax.steps import TrainState, data_mesh, enter_phase, initial_state, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, Any]]:
+    """The config's model with the parameters it starts from: `config.weights`, else scratch."""
+    interpreter = dict(scale=config.model.scale, init_bias=config.model.init_bias)
+    if config.model.interpreter_heads:
+        interpreter["interpreter_heads"] = config.model.interpreter_heads
+    module, variables = registry.create_model(
+        config.model.name,
+        config.model.num_classes,
+        groups=config_lib.model_groups(config),
+        policy_token=config.model.policy_token,
+        seed=config.seed,
+        dtype=jnp.dtype(config.model.dtype),
+        **interpreter,
+    )
+    if config.weights:
+        variables = weights.load_weights(variables, config.weights)
+    return module, variables
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes config.json into a new workdir; refuses one that holds another run's.
+
+    Raises:
+      UsageError: naming the first keys that differ.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(config_lib.flatten(config)))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differ = [
+            f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key) and key not in config_lib.RESUMABLE
+        ]
+        if differ:
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise UsageError(
+                f"workdir {workdir} holds another run's config: {', '.join(differ[:3])}{more}; "
+                "give another --workdir"
+            )
+    with contextlib.ExitStack() as held:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((workdir / "lock").open("w"))
+            # The kernel lets go of it however the process ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _adopt_config(config, workdir)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another run is at work in {workdir}: wait for it, or give another --workdir"
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir"
+            ) from error
+        yield
+
+
+def _adopt_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes config.json into a workdir; refuses one that holds another run's."""
+    path, draft = workdir / "config.json", workdir / "config.draft"
+    mine = json.loads(json.dumps(config_lib.flatten(config)))
+    try:
+        theirs = json.loads(path.read_text()) if path.exists() else mine
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: delete it, or give another --workdir") from error
+    differ = [
+        f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key) and key not in config_lib.RESUMABLE
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UsageError(
+            f"workdir {workdir} holds another run's config: {', '.join(differ[:3])}{more}; "
+            "give another --workdir"
+        )
+    draft.write_text(json.dumps(mine, indent=1, sort_keys=True))
+    draft.replace(path)
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | None = None
+) -> TrainState:
+    """Trains what the config says, from the workdir's newest checkpoint on, and returns the state.
+
+    On SIGTERM (or `stop.request()`) the state is saved at the current step, and returned; the same
+    call goes on from there, to bitwise the same parameters on the same devices.
+
+    Raises:
+      UsageError: the config or the workdir cannot be used; nothing was compiled or changed.
+      NonFiniteError: too many non-finite steps in a row. The last good checkpoint is kept.
+      CheckpointError: no checkpoint could be written, or none of those there is whole.
+    """
+    with claimed(config, Path(workdir)):
+        return _train(config, Path(workdir), stop or Stop())
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path, stop: Stop) -> TrainState:
+    # -- Model, phases, state ------------------------------------------------------------------
+    mesh = data_mesh()
+    module, variables = build_model(config)
+    plan = phases(config, module.group_sizes)
+    image_size = module.backbone.image_size
+    sharding = NamedSharding(mesh, P())
+
+    def state_at(step: int, params) -> TrainState:
+        state = initial_state(params, plan[0], module.group_sizes, config.ema_decay)
+        return enter_phase(state, phase_at(plan, step), module.group_sizes)
+
+    def abstract_state_at(step: int) -> TrainState:
+        shapes = jax.eval_shape(lambda: state_at(step, variables["params"]))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
+
+    # -- Resume: the workdir's own checkpoint, else the weights the config names -----------------
+    checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)
+    restored = checkpoints.restore_newest(abstract_state_at)
+    if restored:
+        state, step = restored
+        log.info("resuming at step %d of %d", step, plan[-1].end)
+    else:
+        state, step = jax.device_put(state_at(0, variables["params"]), sharding), 0
+
+    def save(state: TrainState, step: int) -> None:
+        phase = phase_at(plan, step)
+        meta = {"step": step, "phase": phase.name if phase else "done", "config": config.name}
+        checkpoints.save(step, state, meta)
+
+    # -- Train ---------------------------------------------------------------------------------
+    rows = NamedSharding(mesh, P("data"))
+    with MetricWriter(workdir, step) as writer, Profile(workdir, config.profile, step) as profile:
+        while (phase := phase_at(plan, step)) is not None and not stop.requested:
+            train_step = make_train_step(module, phase, config, mesh)
+            batches = iter(
+                train_batches(
+                    SOURCES[config.data.name],
+                    phase.options.batch_size,
+                    phase.first_example + (step - phase.first_step) * phase.options.batch_size,
+                    config.seed,
+                    image_size,
+                    config.data.threads,
+                )
+            )
+            window, alarms = Window(), HealthAlarms(phase)
+            with Progress(phase, plan[-1].end) as progress:
+                while step < phase.end and not stop.requested:
+                    profile.before(step)
+                    state, metrics = train_step(state, shard_batch(next(batches), rows))
+                    step += 1
+                    window.add(metrics)
+                    if step % config.log_every == 0 or step == phase.end:
+                        figures = window.means()
+                        writer.write(step, phase.name, figures)
+                        progress.show(step, figures)
+                        alarms.check(step, figures)
+                        _refuse_divergence(figures, config.max_bad_steps, phase, step)
+                    if step % config.checkpoint_every == 0 and step < phase.end:
+                        save(state, step)
+            if step == phase.end:
+                state = enter_phase(state, phase_at(plan, step), module.group_sizes)
+                state = jax.device_put(state, sharding)
+            save(state, step)
+    return state
+
+
+def _refuse_divergence(figures: dict[str, float], limit: int, phase: Phase, step: int) -> None:
+    if figures["bad_steps_max"] >= limit:
+        raise NonFiniteError(
+            f"{limit} steps in a row up to step {step} ({phase.name}) had a loss or gradient that "
+            f"is not finite; none was applied. Lower config.{phase.kind}.learning_rate or set "
+            f"config.{phase.kind}.clip_norm=1.0"
+        )
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
+    """`train`, then the evaluation and report of the finished model; returns the final state."""
+    from iared2_jax.report.results import evaluate_run  # evaluation is the room above this one
+
+    workdir = Path(workdir)
+    with Stop() as stop, claimed(config, workdir):
+        state = _train(config, workdir, stop)
+        if not stop.requested:
+            evaluate_run(config, workdir, state.eval_params, stop)
+        if stop.requested:
+            log.warning("stopped by a signal, state saved: the same command goes on from here")
+    return state

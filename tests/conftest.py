@@ -1,0 +1,59 @@
+"""What every test shares: 8 simulated devices, shape checks, a config that takes seconds."""
+
+import os
+
+# Before jax is imported anywhere.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+# Annotated shapes are checked at run time, here and only here.
+install_import_hook("iared2_jax", "beartype.beartype")
+
+import importlib.util
+from pathlib import Path
+
+import hypothesis
+import jax
+import ml_collections
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Compiling takes longer than hypothesis allows an example by default.
+hypothesis.settings.register_profile(
+    "jax",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jax")
+
+
+def load_config(name: str, arg: str = "") -> ml_collections.ConfigDict:
+    """The config of configs/<name>.py:<arg>."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.fixture
+def tiny_config() -> ml_collections.ConfigDict:
+    """The demo's config, a few steps of every phase, from random weights."""
+    config = load_config("cluttered_mnist", "runlocal")
+    config.weights = ""
+    config.data.eval_size = 16
+    return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    """Compiled programs of one test file are not kept for the next."""
+    yield
+    jax.clear_caches()

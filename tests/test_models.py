@@ -1,0 +1,256 @@
+"""The models: exact sizes, and the invariant that every execution gives the same logits."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iared2_jax import create_model
+from iared2_jax.errors import UsageError
+from iared2_jax.models.iared2 import KEEP_ALL, IARed2
+from iared2_jax.models.interpreter import Interpreter, informative_scores
+from iared2_jax.models.registry import (
+    VARIANTS,
+    create_module,
+    init_variables,
+    split_into_groups,
+)
+from iared2_jax.models.vit import ViT, gelu
+
+
+@functools.cache
+def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False):
+    backbone = ViT(
+        image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5,
+        distilled=distilled,
+    )  # fmt: skip
+    return IARed2(backbone, groups, policy_token, interpreter_heads=3)
+
+
+@functools.cache
+def jitted(module, execution="masked", capacities=None):
+    """module.apply, compiled once per execution and capacities."""
+    apply = functools.partial(module.apply, execution=execution, capacities=capacities)
+    return jax.jit(lambda variables, images, thresholds: apply(variables, images, thresholds))
+
+
+@functools.cache
+def shapes_of(module):
+    return jax.eval_shape(lambda: init_variables(module))
+
+
+def random_variables(module, seed):
+    """Random parameters, the interpreters' so large that scores fall on both sides of 0.5."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        scale = 0.5 if "interpreter" in str(path[1]) else 0.2
+        return jnp.asarray(rng.normal(scale=scale, size=shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(module))
+
+
+def tiny_model(seed=0, **options):
+    module = tiny_module(**options)
+    return module, random_variables(module, seed)
+
+
+def images_for(module, seed, batch=3):
+    size = module.backbone.image_size
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, size, size, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_counts_are_exact(name):
+    variant = VARIANTS[name]
+    module = create_module(name)
+    params = jax.eval_shape(lambda: init_variables(module))["params"]
+
+    def count(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    assert count(params["backbone"]) == variant.parameters
+    width = variant.backbone.embed_dim
+    assert count(params["interpreter_1"]) == 2 * (width * width + width)
+    assert sorted(params) == ["backbone", "interpreter_1", "interpreter_2", "interpreter_3"]
+
+
+@hypothesis.given(
+    seed=st.integers(0, 10_000),
+    thresholds=st.tuples(*[st.floats(0.05, 0.95)] * 3),
+    kind=st.sampled_from(
+        [((1, 1, 2), "cls", False), ((1, 1, 2), "learned", True), ((2, 1, 1), "cls", True)]
+    ),
+)
+def test_masked_equals_gathered(seed, thresholds, kind):
+    module = tiny_module(*kind)
+    variables, images = random_variables(module, seed), images_for(module, seed + 1)
+    thresholds = np.float32(thresholds)
+    masked, out = jitted(module)(variables, images, thresholds)
+    # Capacities that suffice, rounded up so that few programs are compiled.
+    most = [int(keep.sum(1).max()) for keep in out["keep"]]
+    capacities = tuple(4 if count <= 4 else 16 for count in most)
+    gathered, packed = jitted(module, "gathered", capacities)(variables, images, thresholds)
+    np.testing.assert_allclose(gathered, masked, rtol=1e-4, atol=1e-5)
+    assert all(int(overflow.sum()) == 0 for overflow in packed["overflow"])
+    for group in range(3):
+        np.testing.assert_array_equal(out["keep"][group], packed["keep"][group])
+        # Scores of dropped tokens are 0 in both, the others agree, all on the original grid.
+        np.testing.assert_allclose(out["scores"][group], packed["scores"][group], atol=1e-5)
+    for block, packed_block in zip(out["attention"], packed["attention"], strict=True):
+        np.testing.assert_allclose(block, packed_block, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", ["masked", "gathered"])
+def test_images_that_keep_nothing_run_on_their_prefix_tokens(execution):
+    module, variables = tiny_model()
+    images = images_for(module, 1)
+    none = jnp.zeros((3, 16), bool)
+    options = {"capacities": (16, 5, 1)} if execution == "gathered" else {}
+    logits, out = module.apply(variables, images, keep=[none] * 3, execution=execution, **options)
+    assert bool(jnp.isfinite(logits).all())
+    assert not any(bool(keep.any()) for keep in out["keep"])
+
+    def cls_only(backbone):
+        x = backbone.embed(images)[:, :1]
+        for index in range(backbone.depth):
+            x, _ = backbone.run_block(index, x)
+        return backbone.classify(x)[0]
+
+    alone = module.backbone.apply({"params": variables["params"]["backbone"]}, method=cls_only)
+    np.testing.assert_allclose(logits, alone, rtol=1e-5, atol=1e-6)
+
+
+@hypothesis.given(seed=st.integers(0, 10_000), distilled=st.booleans())
+def test_keeping_all_is_the_plain_backbone(seed, distilled):
+    module = tiny_module(distilled=distilled)
+    variables, images = random_variables(module, seed), images_for(module, seed)
+    plain = plain_backbone(module)({"params": variables["params"]["backbone"]}, images)
+    for execution in ("dense", "masked", "gathered"):
+        capacities = (16, 16, 16) if execution == "gathered" else None
+        logits, _ = jitted(module, execution, capacities)(variables, images, KEEP_ALL)
+        np.testing.assert_allclose(logits, plain, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def plain_backbone(module):
+    return jax.jit(module.backbone.apply)
+
+
+def test_dropped_tokens_cannot_be_seen():
+    module, variables = tiny_model()
+    images = images_for(module, 2, batch=1)
+    keep = jnp.arange(16)[None] % 2 == 0
+    masks = [keep] * 3
+    # Other pixels under the dropped patches: nothing may change.
+    patch_is_dropped = jnp.kron(~keep.reshape(4, 4), jnp.ones((4, 4), bool))[None, :, :, None]
+    other = jnp.where(patch_is_dropped, 100.0, images)
+    before, _ = module.apply(variables, images, keep=masks)
+    after, _ = module.apply(variables, other, keep=masks)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_too_small_a_capacity_is_seen_and_keeps_the_best():
+    module, variables = tiny_model()
+    images = images_for(module, 3)
+    _, full = module.apply(variables, images, KEEP_ALL)
+    _, out = module.apply(variables, images, KEEP_ALL, execution="gathered", capacities=(10, 10, 4))
+    np.testing.assert_array_equal(out["overflow"][0], [6, 6, 6])
+    np.testing.assert_array_equal(out["overflow"][2], [6, 6, 6])
+    best = jax.lax.top_k(full["scores"][0], 10)[1]
+    for row in range(3):
+        np.testing.assert_array_equal(
+            np.flatnonzero(out["keep"][0][row]), np.sort(np.asarray(best[row]))
+        )
+
+
+def test_groups_only_ever_drop():
+    module, variables = tiny_model(5)
+    _, out = module.apply(variables, images_for(module, 5))
+    first, second, third = out["keep"]
+    assert not bool((second & ~first).any() | (third & ~second).any())
+    # A token that was dropped before scores 0.
+    assert bool((jnp.where(first, 0.0, out["scores"][1]) == 0).all())
+    assert 0 < int(third.sum()) < int(first.sum())
+
+
+def test_rollouts_from_the_middle_equal_the_whole():
+    module, variables = tiny_model(7)
+    images = images_for(module, 7)
+    logits, out = module.apply(variables, images, 0.5)
+    for group in (1, 2, 3):
+        x, alive = module.apply(variables, group, images, 0.5, method="up_to")
+        if group > 1:
+            np.testing.assert_array_equal(alive, out["keep"][group - 2])
+        again = module.apply(variables, group, x, out["keep"][group - 1], 0.5, method="onward")
+        np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy_token", ["cls", "learned"])
+def test_interpreter_is_equation_1(policy_token):
+    heads, width = 3, 12
+    interpreter = Interpreter(heads, policy_token, scale=True, init_bias=0.25)
+    patches = jax.random.normal(jax.random.key(0), (2, 5, width))
+    cls = jax.random.normal(jax.random.key(1), (2, width))
+    variables = interpreter.init(jax.random.key(2), patches, cls)
+    params = variables["params"]
+    scores = informative_scores(interpreter.apply(variables, patches, cls))
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    policy = params["policy_token"][0] if policy_token == "learned" else cls[0]
+    q = norm(np.asarray(policy)) @ params["q"]["kernel"] + params["q"]["bias"]
+    k = norm(np.asarray(patches[0])) @ params["k"]["kernel"] + params["k"]["bias"]
+    logits = (k.reshape(5, heads, -1) * q.reshape(heads, -1)).sum(-1) / np.sqrt(width / heads)
+    expected = (1 / (1 + np.exp(-(logits + 0.25)))).mean(-1)
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-4)
+
+
+def test_gelu_is_exact():
+    x = jnp.linspace(-6, 6, 101)
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+    assert float(jnp.abs(gelu(x) - jax.nn.gelu(x)).max()) > 1e-4  # not the tanh form
+
+
+def test_bfloat16_computes_close_to_float32():
+    module, variables = tiny_model(1)
+    images = images_for(module, 1)
+    masks = [jnp.arange(16)[None].repeat(3, 0) < count for count in (12, 8, 4)]
+    half = module.clone(backbone=module.backbone.clone(dtype=jnp.bfloat16))
+    exact, _ = module.apply(variables, images, keep=masks)
+    rough, _ = half.apply(variables, images, keep=masks)
+    assert rough.dtype == jnp.float32
+    np.testing.assert_allclose(rough, exact, atol=0.02)
+    assert float(jnp.abs(rough - exact).max()) > 0
+
+
+def test_groups_must_fit_the_depth():
+    assert split_into_groups(12, 4) == (3, 3, 3, 3)
+    assert split_into_groups(12, [2, 4, 6]) == (2, 4, 6)
+    for groups in (5, 0, (4, 4), (6, 6, 0)):
+        with pytest.raises(UsageError, match="12"):
+            split_into_groups(12, groups)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(UsageError, match="deit_s"):
+        create_model("deit_small")
+    with pytest.raises(UsageError, match="policy_token"):
+        create_model("vit_micro", policy_token="mean")
+    with pytest.raises(UsageError, match="init_bias"):
+        create_model("vit_micro", initbias=1.0)
+    module, variables = tiny_model()
+    images = images_for(module, 0)
+    with pytest.raises(ValueError, match="execution"):
+        module.apply(variables, images, execution="sparse")
+    with pytest.raises(ValueError, match="capacities"):
+        module.apply(variables, images, execution="gathered")
+    with pytest.raises(ValueError, match=r"1\.\.16"):
+        module.apply(variables, images, execution="gathered", capacities=(17, 4, 4))
+    with pytest.raises(ValueError, match="images must be"):
+        module.apply(variables, images[:, :8])
