@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from iared2_jax.attribution.maps import to_heatmap
 from iared2_jax.attribution.segmentation import foreground, score_segmentation
@@ -14,6 +13,7 @@ from iared2_jax.models.flops import Flops, count_flops
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.signals import Stop
 from iared2_jax.timing import interleaved
+from iared2_jax.typing import Array
 
 Named = Iterator[tuple[str, Any]]
 

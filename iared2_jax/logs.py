@@ -63,7 +63,13 @@ class MetricWriter:
         self._path = workdir / "metrics.jsonl"
         self._forget_after(first_step)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        # TensorBoard forgets what was logged from purge_step on. The suffix keeps the file names of
+        # two starts in one second apart.
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=first_step + 1,
+            filename_suffix=f".from_{first_step}",
+        )
 
     def _forget_after(self, step: int) -> None:
         """Drops what a run that was killed had logged beyond its last checkpoint."""

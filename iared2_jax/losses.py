@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
 from iared2_jax.reduction import policy
+from iared2_jax.typing import Array
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]

@@ -12,7 +12,7 @@ import optax
 from einops import rearrange
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from iared2_jax import optim
 from iared2_jax.data.pipeline import normalize
@@ -20,6 +20,7 @@ from iared2_jax.losses import LOSSES, Batch, Metrics
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
+from iared2_jax.typing import Array
 
 
 @flax.struct.dataclass

@@ -1,7 +1,10 @@
 """Training: one loop for every curriculum. The phases say what trains, and how."""
 
+import contextlib
+import fcntl
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from iared2_jax.checkpoints.run import RunCheckpoints
 from iared2_jax.data.pipeline import shard_batch, train_batches
 from iared2_jax.data.sources import SOURCES
 from iared2_jax.errors import NonFiniteError, UsageError
-from iared2_jax.logs import HealthAlarms, MetricWriter, Progress, Window
+from iared2_jax.logs import HealthAlarms, MetricWriter, Profile, Progress, Window
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase, phase_at, phases
@@ -46,27 +49,17 @@ def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, An
     return module, variables
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes config.json into a new workdir; refuses one that holds another run's.
+@contextlib.contextmanager
+def claimed(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
+    """The workdir as this run's own while the block lasts; all is checked before it is written.
 
     Raises:
-      UsageError: naming the first keys that differ.
+      UsageError: the config or its weights cannot be used, or the workdir cannot be written, is in
+        use, or holds another run's config.
     """
-    path = workdir / "config.json"
-    mine = json.loads(json.dumps(config_lib.flatten(config)))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differ = [
-            f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key) and key not in config_lib.RESUMABLE
-        ]
-        if differ:
-            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise UsageError(
-                f"workdir {workdir} holds another run's config: {', '.join(differ[:3])}{more}; "
-                "give another --workdir"
-            )
+    config_lib.validate(config, jax.device_count())
+    # Traced, not run: weights that do not fit are refused before anything compiles.
+    jax.eval_shape(lambda: build_model(config)[1])
     with contextlib.ExitStack() as held:
         try:
             workdir.mkdir(parents=True, exist_ok=True)

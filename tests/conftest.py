@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from jaxtyping import install_import_hook
 
 # Annotated shapes are checked at run time, here and only here.
-install_import_hook("iared2_jax", "beartype.beartype")
+install_import_hook("iared2_jax", "typecheck.checked")
 
 import importlib.util
 from pathlib import Path

@@ -32,10 +32,15 @@ def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False):
 
 
 @functools.cache
-def jitted(module, execution="masked", capacities=None):
-    """module.apply, compiled once per execution and capacities."""
+def _compiled(module, execution, capacities):
     apply = functools.partial(module.apply, execution=execution, capacities=capacities)
-    return jax.jit(lambda variables, images, thresholds: apply(variables, images, thresholds))
+    return jax.jit(lambda v, images, thresholds, keep: apply(v, images, thresholds, keep=keep))
+
+
+def run(module, variables, images, thresholds=0.5, execution="masked", capacities=None, keep=None):
+    """module.apply, compiled once per module, execution and capacities."""
+    thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (3,))
+    return _compiled(module, execution, capacities)(variables, images, thresholds, keep)
 
 
 @functools.cache
@@ -89,12 +94,13 @@ def test_parameter_counts_are_exact(name):
 def test_masked_equals_gathered(seed, thresholds, kind):
     module = tiny_module(*kind)
     variables, images = random_variables(module, seed), images_for(module, seed + 1)
-    thresholds = np.float32(thresholds)
-    masked, out = jitted(module)(variables, images, thresholds)
-    # Capacities that suffice, rounded up so that few programs are compiled.
+    masked, out = run(module, variables, images, thresholds)
+    # Capacities that suffice; only two choices, so that few programs are compiled.
     most = [int(keep.sum(1).max()) for keep in out["keep"]]
-    capacities = tuple(4 if count <= 4 else 16 for count in most)
-    gathered, packed = jitted(module, "gathered", capacities)(variables, images, thresholds)
+    tight = (14, 10, 5)
+    fits = all(count <= capacity for count, capacity in zip(most, tight, strict=True))
+    capacities = tight if fits else (16, 16, 16)
+    gathered, packed = run(module, variables, images, thresholds, "gathered", capacities)
     np.testing.assert_allclose(gathered, masked, rtol=1e-4, atol=1e-5)
     assert all(int(overflow.sum()) == 0 for overflow in packed["overflow"])
     for group in range(3):
@@ -110,8 +116,8 @@ def test_images_that_keep_nothing_run_on_their_prefix_tokens(execution):
     module, variables = tiny_model()
     images = images_for(module, 1)
     none = jnp.zeros((3, 16), bool)
-    options = {"capacities": (16, 5, 1)} if execution == "gathered" else {}
-    logits, out = module.apply(variables, images, keep=[none] * 3, execution=execution, **options)
+    capacities = (16, 16, 16) if execution == "gathered" else None
+    logits, out = run(module, variables, images, 0.5, execution, capacities, keep=[none] * 3)
     assert bool(jnp.isfinite(logits).all())
     assert not any(bool(keep.any()) for keep in out["keep"])
 
@@ -121,7 +127,8 @@ def test_images_that_keep_nothing_run_on_their_prefix_tokens(execution):
             x, _ = backbone.run_block(index, x)
         return backbone.classify(x)[0]
 
-    alone = module.backbone.apply({"params": variables["params"]["backbone"]}, method=cls_only)
+    backbone = {"params": variables["params"]["backbone"]}
+    alone = jax.jit(lambda v: module.backbone.apply(v, method=cls_only))(backbone)
     np.testing.assert_allclose(logits, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -132,7 +139,7 @@ def test_keeping_all_is_the_plain_backbone(seed, distilled):
     plain = plain_backbone(module)({"params": variables["params"]["backbone"]}, images)
     for execution in ("dense", "masked", "gathered"):
         capacities = (16, 16, 16) if execution == "gathered" else None
-        logits, _ = jitted(module, execution, capacities)(variables, images, KEEP_ALL)
+        logits, _ = run(module, variables, images, KEEP_ALL, execution, capacities)
         np.testing.assert_allclose(logits, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -149,16 +156,16 @@ def test_dropped_tokens_cannot_be_seen():
     # Other pixels under the dropped patches: nothing may change.
     patch_is_dropped = jnp.kron(~keep.reshape(4, 4), jnp.ones((4, 4), bool))[None, :, :, None]
     other = jnp.where(patch_is_dropped, 100.0, images)
-    before, _ = module.apply(variables, images, keep=masks)
-    after, _ = module.apply(variables, other, keep=masks)
+    before, _ = run(module, variables, images, keep=masks)
+    after, _ = run(module, variables, other, keep=masks)
     np.testing.assert_array_equal(before, after)
 
 
 def test_too_small_a_capacity_is_seen_and_keeps_the_best():
     module, variables = tiny_model()
     images = images_for(module, 3)
-    _, full = module.apply(variables, images, KEEP_ALL)
-    _, out = module.apply(variables, images, KEEP_ALL, execution="gathered", capacities=(10, 10, 4))
+    _, full = run(module, variables, images, KEEP_ALL)
+    _, out = run(module, variables, images, KEEP_ALL, "gathered", (10, 10, 4))
     np.testing.assert_array_equal(out["overflow"][0], [6, 6, 6])
     np.testing.assert_array_equal(out["overflow"][2], [6, 6, 6])
     best = jax.lax.top_k(full["scores"][0], 10)[1]
@@ -170,7 +177,7 @@ def test_too_small_a_capacity_is_seen_and_keeps_the_best():
 
 def test_groups_only_ever_drop():
     module, variables = tiny_model(5)
-    _, out = module.apply(variables, images_for(module, 5))
+    _, out = run(module, variables, images_for(module, 5))
     first, second, third = out["keep"]
     assert not bool((second & ~first).any() | (third & ~second).any())
     # A token that was dropped before scores 0.
@@ -181,12 +188,15 @@ def test_groups_only_ever_drop():
 def test_rollouts_from_the_middle_equal_the_whole():
     module, variables = tiny_model(7)
     images = images_for(module, 7)
-    logits, out = module.apply(variables, images, 0.5)
+    logits, out = run(module, variables, images)
     for group in (1, 2, 3):
-        x, alive = module.apply(variables, group, images, 0.5, method="up_to")
+        up_to = functools.partial(module.apply, method="up_to")
+        onward = functools.partial(module.apply, method="onward")
+        x, alive = jax.jit(up_to, static_argnums=1)(variables, group, images)
         if group > 1:
             np.testing.assert_array_equal(alive, out["keep"][group - 2])
-        again = module.apply(variables, group, x, out["keep"][group - 1], 0.5, method="onward")
+        keep = out["keep"][group - 1]
+        again = jax.jit(onward, static_argnums=1)(variables, group, x, keep)
         np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
 
 
@@ -211,6 +221,26 @@ def test_interpreter_is_equation_1(policy_token):
     np.testing.assert_allclose(scores[0], expected, rtol=1e-4)
 
 
+def test_host_initialisation_has_the_modules_distributions():
+    module = IARed2(ViT(image_size=32, patch_size=4, depth=1, distilled=True), (1,), "learned", 6)
+    ours = init_variables(module, seed=1)
+    theirs = jax.jit(lambda key: module.init(key, jnp.zeros((1, 32, 32, 3))))(jax.random.key(1))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+    def compare(path, mine, linens):
+        assert (mine.shape, mine.dtype) == (linens.shape, linens.dtype), path
+        error = 6 * float(linens.std()) / mine.size**0.5
+        assert abs(float(mine.mean() - linens.mean())) <= 2 * error, path
+        assert abs(float(mine.std() - linens.std())) <= 2 * error, path
+        assert float(jnp.abs(mine).max()) <= 1.3 * float(jnp.abs(linens).max()), path
+
+    jax.tree_util.tree_map_with_path(compare, ours, theirs)
+    again, other = init_variables(module, seed=1), init_variables(module, seed=2)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), ours, again)))
+    kernel = ours["params"]["interpreter_1"]["k"]["kernel"]
+    assert not bool((kernel == other["params"]["interpreter_1"]["k"]["kernel"]).all())
+
+
 def test_gelu_is_exact():
     x = jnp.linspace(-6, 6, 101)
     np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
@@ -222,8 +252,8 @@ def test_bfloat16_computes_close_to_float32():
     images = images_for(module, 1)
     masks = [jnp.arange(16)[None].repeat(3, 0) < count for count in (12, 8, 4)]
     half = module.clone(backbone=module.backbone.clone(dtype=jnp.bfloat16))
-    exact, _ = module.apply(variables, images, keep=masks)
-    rough, _ = half.apply(variables, images, keep=masks)
+    exact, _ = run(module, variables, images, keep=masks)
+    rough, _ = run(half, variables, images, keep=masks)
     assert rough.dtype == jnp.float32
     np.testing.assert_allclose(rough, exact, atol=0.02)
     assert float(jnp.abs(rough - exact).max()) > 0

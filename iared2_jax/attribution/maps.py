@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.typing import Array
 
 
 def to_heatmap(values: Float[Array, "b n"], size: int) -> Float[Array, "b size size"]:

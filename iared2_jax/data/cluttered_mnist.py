@@ -94,7 +94,9 @@ def _compose(split: str, seed: int, index: int) -> tuple[np.ndarray, np.ndarray,
     chosen = rng.integers(len(pixels))
     side = int(rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1))
     digit = np.zeros((CANVAS, CANVAS), np.uint8)
-    _paste(digit, _scaled(pixels[chosen], side), *rng.integers(0, CANVAS - side + 1, size=2))
+    _paste(
+        digit, _scaled(pixels[chosen], side), *rng.integers(0, CANVAS - side + 1, size=2).tolist()
+    )
 
     # Fragments of other digits of the split, cut from their middle 20x20 px, where there is ink,
     # and scaled like the digit, so that the width of a stroke does not give them away.
@@ -106,7 +108,7 @@ def _compose(split: str, seed: int, index: int) -> tuple[np.ndarray, np.ndarray,
         pixels[other, top : top + FRAGMENT_SIZE, left : left + FRAGMENT_SIZE]
         for other, (top, left) in zip(others, cuts, strict=True)
     ]
-    places = rng.integers(0, CANVAS - fragment_side + 1, size=(count, 2))
+    places = rng.integers(0, CANVAS - fragment_side + 1, size=(count, 2)).tolist()
     canvas = digit.copy()
     for fragment, place in zip(_scaled(np.stack(fragments), fragment_side), places, strict=True):
         _paste(canvas, fragment, *place)

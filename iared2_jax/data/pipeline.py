@@ -7,10 +7,11 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from iared2_jax.data.sources import Source
+from iared2_jax.typing import Array
 
 # More examples than any run sees; batches are addressed by their place in this endless stream.
 _ENDLESS = 1 << 40

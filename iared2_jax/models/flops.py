@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.registry import get_variant, split_into_groups
@@ -23,7 +24,7 @@ class Flops(NamedTuple):
 
 def count_flops(
     model: str | IARed2 | ViT,
-    kept: Sequence[float | np.ndarray] | None = None,
+    kept: Sequence[ArrayLike] | None = None,
     *,
     group_sizes: Sequence[int] | None = None,
     interpreters: bool | None = None,

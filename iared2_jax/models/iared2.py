@@ -5,17 +5,18 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.models.interpreter import Interpreter, informative_scores
 from iared2_jax.reduction.gather import take_tokens, to_grid, top_k_slots
+from iared2_jax.typing import Array
 
 EXECUTIONS = ("dense", "masked", "gathered")
 
 # A threshold below every score: the interpreter keeps all that is still there.
 KEEP_ALL = -1.0
 
-Thresholds = float | Sequence[float] | Float[Array, " D"]
+Thresholds = float | Sequence[float] | Float[Array, "..."]
 
 
 class IARed2(nn.Module):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from iared2_jax.models.vit import layer_norm
+from iared2_jax.typing import Array
 
 POLICY_TOKENS = ("cls", "learned")
 

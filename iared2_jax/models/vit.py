@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
+
+from iared2_jax.typing import Array
 
 # Added to the attention logits of dropped keys. Finite: a row of -inf would make softmax NaN.
 MASKED_LOGIT = -1e9

@@ -6,7 +6,9 @@ token, like the prefix tokens, is in neither the log-probability nor the counts.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, PRNGKeyArray
+
+from iared2_jax.typing import Array
 
 LOG_PROB_REDUCTIONS = ("sum", "mean")
 REWARD_DENOMINATORS = ("initial", "entering")

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Bool, Int, PRNGKeyArray
+
+from iared2_jax.typing import Array
 
 
 def random_like(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
@@ -68,13 +69,13 @@ def draw_hierarchy(
 ) -> Path:
     """Figure 4: what each group still sees, with the share of patches kept on each image."""
     images = normalize(jnp.asarray(pixels), norm)
-    _, out = module.apply(variables, images, thresholds)
+    masks = jax.jit(lambda v, x: module.apply(v, x, thresholds)[1]["keep"])(variables, images)
     titles = ["input", *(f"group {group}" for group in range(1, module.num_groups + 1))]
     figure, axes = _grid(len(pixels), titles)
     size = pixels.shape[1]
     for row, image in enumerate(pixels):
         axes[row, 0].imshow(image)
-        for axis, keep in zip(axes[row, 1:], out["keep"], strict=True):
+        for axis, keep in zip(axes[row, 1:], masks, strict=True):
             kept = np.asarray(keep[row])
             axis.imshow(_shaded(image, kept, size))
             axis.text(

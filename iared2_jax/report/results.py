@@ -1,9 +1,11 @@
 """The evaluation of a finished run: results.json, tables, figures and an HTML report."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from iared2_jax.checkpoints.weights import save_weights
 from iared2_jax.config import flatten
 from iared2_jax.data.pipeline import normalize, resized
 from iared2_jax.data.sources import SOURCES
+from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.registry import get_variant
 from iared2_jax.reduction.selectors import random_like
 from iared2_jax.report import figures, tables
@@ -25,6 +28,41 @@ from iared2_jax.signals import Stop
 log = logging.getLogger(__name__)
 
 RANDOM_MASK_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and on what.
+
+    Attributes:
+      trained: variables of the finished model.
+      original: variables of the dense baseline: the backbone as `config.weights` has it. A backbone
+        that was trained from scratch is its own baseline.
+      reduces: whether it drops tokens at all (a supervised run does not).
+      pixels, labels, truth: the evaluation set; truth, the segmentation masks, may be None.
+    """
+
+    config: ml_collections.ConfigDict
+    module: IARed2
+    trained: dict[str, Any]
+    original: dict[str, Any]
+    reduces: bool
+    norm: tuple[tuple[float, ...], tuple[float, ...]]
+    pixels: np.ndarray
+    labels: np.ndarray
+    truth: np.ndarray | None
+    stop: Stop | None
+
+    def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+        """`fn(variables, images, batch)`, jitted, with the images normalised on the device."""
+        return jax.jit(lambda v, batch: fn(v, normalize(batch["pixels"], self.norm), batch))
+
+    def collect(self, fn, variables, **more: np.ndarray) -> dict[str, np.ndarray]:
+        """A compiled `fn` over the whole evaluation set."""
+        arrays = {"pixels": self.pixels, **more}
+        return evaluate.collect(
+            lambda batch: fn(variables, batch), arrays, self.config.eval.batch_size, self.stop
+        )
 
 
 def evaluate_run(
@@ -36,100 +74,37 @@ def evaluate_run(
     """Evaluates trained parameters against the dense backbone they started from.
 
     Writes into the workdir: results.json, report.html, figures/*.png, weights.safetensors; prints
-    the tables. The dense model is the backbone as `config.weights` has it; where a run starts from
-    scratch, it is the trained backbone itself.
+    the tables.
 
     Returns:
       The results as written; None if `stop` was requested on the way (nothing is written then).
     """
+    subject = _subject(config, params, stop)
     try:
-        return _evaluate_run(config, workdir, params, stop)
+        results = _measure(subject)
     except evaluate.Interrupted:
         return None
+    _write(subject, results, workdir)
+    return results
 
 
-def _evaluate_run(config, workdir, params, stop):
-    # -- Models and data -------------------------------------------------------------------------
+def _subject(config, params, stop) -> Subject:
     module, initial = train.build_model(config)
     trained = {"params": params}
     reduces = config.curriculum != "supervised"
-    original = initial if config.weights and reduces else trained
-    norm = get_variant(config.model.name).norm
-    pixels, labels, masks = _load(config, module.backbone.image_size)
-    arrays = {"pixels": pixels, "label": labels}
-
-    def collect(variables, fn, **more):
-        jitted = jax.jit(lambda v, b: fn(v, normalize(b["pixels"], norm), b))
-        return evaluate.collect(
-            lambda batch: jitted(variables, batch), {**arrays, **more}, config.eval.batch_size, stop
-        )
-
-    # -- Dense, ours, random ---------------------------------------------------------------------
-    def dense_pass(variables, images, batch):
-        logits, out = module.apply(variables, images, execution="dense")
-        return {"logits": logits, "attention": jnp.stack([a.mean(1) for a in out["attention"]], 1)}
-
-    dense = collect(original, dense_pass)
-    results: dict[str, Any] = {"run": config.name, "examples": len(labels)}
-    results["dense"] = {
-        **dict(evaluate.accuracy(dense["logits"], labels)),
-        **dict(evaluate.cost(module, None)),
-    }
-    maps = {
-        f"raw_attention_block_{i}": dense["attention"][:, i] for i in range(module.backbone.depth)
-    }
-    if reduces:
-        ours = collect(trained, lambda v, x, b: _masked_pass(module, config.threshold, v, x))
-        results["iared2"] = {
-            **dict(evaluate.accuracy(ours["logits"], labels)),
-            **dict(evaluate.kept_tokens(ours["keep"])),
-            **dict(evaluate.cost(module, ours["keep"])),
-        }
-        results["random"] = _random(module, collect, trained, original, ours["keep"], labels)
-        scores = {f"group_{g + 1}": ours["scores"][:, g] for g in range(module.num_groups)}
-        maps = {**scores, **maps}
-    if masks is not None:
-        results["foreground_share"] = float(masks.mean())
-        results["segmentation"] = dict(evaluate.segmentation(maps, masks))
-
-    # -- Speed -----------------------------------------------------------------------------------
-    if reduces and config.eval.speed_batch:
-        keep = ours["keep"]
-        capacities = [max(1, int(count)) for count in keep.sum(-1).max(0)]
-        images = normalize(jnp.asarray(pixels[: config.eval.speed_batch]), norm)
-        executions = dict(
-            evaluate.throughput(
-                module,
-                original,
-                trained,
-                images,
-                thresholds=config.threshold,
-                capacities=capacities,
-                rounds=config.eval.speed_rounds,
-            )
-        )
-        results["images_per_second"] = {
-            "batch": len(images),
-            "dtype": config.model.dtype,
-            "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-            "capacities": capacities,
-            "padding_share": float(1 - keep.sum() / (sum(capacities) * len(keep))),
-            "executions": executions,
-        }
-
-    # -- Write and show ---------------------------------------------------------------------------
-    results["config"] = flatten(config)
-    results["versions"] = _versions()
-    metadata = {"model": config.model.name, "config": results["config"]}
-    save_weights(trained, workdir / "weights.safetensors", metadata, interpreters=reduces)
-    drawn = _draw(config, workdir, module, trained, original, pixels, norm) if reduces else {}
-    made = tables.tables(results)
-    footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    tables.write_html(workdir / "report.html", f"IA-RED2: {config.name}", made, drawn, footer)
-    (workdir / "results.json").write_text(json.dumps(results, indent=1))
-    print("\n\n".join(tables.as_text(table) for table in made), flush=True)
-    log.info("results.json, report.html and figures are in %s", workdir)
-    return results
+    pixels, labels, truth = _load(config, module.backbone.image_size)
+    return Subject(
+        config=config,
+        module=module,
+        trained=trained,
+        original=initial if config.weights and reduces else trained,
+        reduces=reduces,
+        norm=get_variant(config.model.name).norm,
+        pixels=pixels,
+        labels=labels,
+        truth=truth,
+        stop=stop,
+    )
 
 
 def _load(config, image_size):
@@ -145,16 +120,61 @@ def _load(config, image_size):
     return pixels, labels, masks
 
 
-def _masked_pass(module, thresholds, variables, images, keep=None):
-    logits, out = module.apply(variables, images, thresholds, keep=keep)
-    return {
-        "logits": logits,
-        "keep": jnp.stack(out["keep"], axis=1),
-        "scores": jnp.stack(out["scores"], axis=1),
+def _measure(subject: Subject) -> dict[str, Any]:
+    results: dict[str, Any] = {"run": subject.config.name, "examples": len(subject.labels)}
+    results["dense"], maps = _dense(subject)
+    if subject.reduces:
+        results["iared2"], keep, scores = _reduced(subject)
+        results["random"] = _random(subject, keep)
+        maps = {**scores, **maps}
+        if subject.config.eval.speed_batch:
+            results["images_per_second"] = _speed(subject, keep)
+    if subject.truth is not None:
+        results["foreground_share"] = float(subject.truth.mean())
+        results["segmentation"] = dict(evaluate.segmentation(maps, subject.truth))
+    results["config"] = flatten(subject.config)
+    results["versions"] = _versions()
+    return results
+
+
+def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The baseline's accuracy and cost, and the raw attention of its blocks."""
+
+    def dense_pass(variables, images, batch):
+        logits, out = subject.module.apply(variables, images, execution="dense")
+        return {"logits": logits, "attention": jnp.stack([a.mean(1) for a in out["attention"]], 1)}
+
+    seen = subject.collect(subject.compiled(dense_pass), subject.original)
+    figures = {
+        **dict(evaluate.accuracy(seen["logits"], subject.labels)),
+        **dict(evaluate.cost(subject.module, None)),
     }
+    blocks = range(subject.module.backbone.depth)
+    return figures, {f"raw_attention_block_{b}": seen["attention"][:, b] for b in blocks}
 
 
-def _random(module, collect, trained, original, keep, labels) -> dict[str, float]:
+def _reduced(subject: Subject) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
+    """Our accuracy and cost; the keep masks [images, groups, N]; each group's scores."""
+
+    def masked_pass(variables, images, batch):
+        logits, out = subject.module.apply(variables, images, subject.config.threshold)
+        return {
+            "logits": logits,
+            "keep": jnp.stack(out["keep"], axis=1),
+            "scores": jnp.stack(out["scores"], axis=1),
+        }
+
+    seen = subject.collect(subject.compiled(masked_pass), subject.trained)
+    figures = {
+        **dict(evaluate.accuracy(seen["logits"], subject.labels)),
+        **dict(evaluate.kept_tokens(seen["keep"])),
+        **dict(evaluate.cost(subject.module, seen["keep"])),
+    }
+    groups = range(subject.module.num_groups)
+    return figures, seen["keep"], {f"group_{g + 1}": seen["scores"][:, g] for g in groups}
+
+
+def _random(subject: Subject, keep: np.ndarray) -> dict[str, float]:
     """Random masks with the same counts per image and group; nothing is retrained for them.
 
     On the trained model, and for comparison on the backbone it started from.
@@ -163,37 +183,93 @@ def _random(module, collect, trained, original, keep, labels) -> dict[str, float
     masks = random_like(jax.random.key(RANDOM_MASK_SEED), counts, keep.shape[-1])
     masks = np.stack([np.asarray(mask) for mask in masks], axis=1)
 
+    def random_pass(variables, images, batch):
+        forced = [batch["keep"][:, group] for group in range(subject.module.num_groups)]
+        return {"logits": subject.module.apply(variables, images, keep=forced)[0]}
+
+    fn = subject.compiled(random_pass)
+
     def accuracy(variables):
-        answers = collect(
-            variables,
-            lambda v, x, b: {
-                "logits": _masked_pass(
-                    module, 0.5, v, x, [b["keep"][:, g] for g in range(module.num_groups)]
-                )["logits"]
-            },
-            keep=masks,
-        )
-        return dict(evaluate.accuracy(answers["logits"], labels))
+        answers = subject.collect(fn, variables, keep=masks)
+        return dict(evaluate.accuracy(answers["logits"], subject.labels))
 
-    before = accuracy(original)
-    return {**accuracy(trained), **{f"original_backbone_{k}": v for k, v in before.items()}}
+    before = {f"original_backbone_{k}": v for k, v in accuracy(subject.original).items()}
+    return {**accuracy(subject.trained), **before}
 
 
-def _draw(config, workdir, module, trained, original, pixels, norm) -> dict[str, Path]:
-    if not config.eval.figures:
-        return {}
-    shown = pixels[: config.eval.figures]
-    folder = workdir / "figures"
-    group, block = min(2, module.num_groups), min(1, module.backbone.depth - 1)
+def _speed(subject: Subject, keep: np.ndarray) -> dict[str, Any]:
+    """Images per second, with gathered capacities that hold every image of the evaluation set."""
+    config = subject.config
+    capacities = [max(1, int(count)) for count in keep.sum(-1).max(0)]
+    pixels = subject.pixels[: config.eval.speed_batch]
+    executions = evaluate.throughput(
+        subject.module,
+        subject.original,
+        subject.trained,
+        normalize(jnp.asarray(pixels), subject.norm),
+        thresholds=config.threshold,
+        capacities=capacities,
+        rounds=config.eval.speed_rounds,
+    )
     return {
-        "What the model looked at (Figure 3)": figures.draw_comparison(
-            module, trained, shown, norm, folder / "heatmaps.png", group=group, block=block,
-            thresholds=config.threshold, attention_variables=original,
-        ),
-        "What each group still sees (Figure 4)": figures.draw_hierarchy(
-            module, trained, shown, norm, folder / "hierarchy.png", thresholds=config.threshold
-        ),
-    }  # fmt: skip
+        "batch": len(pixels),
+        "dtype": config.model.dtype,
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "capacities": capacities,
+        "padding_share": float(1 - keep.sum() / (sum(capacities) * len(keep))),
+        "executions": dict(executions),
+    }
+
+
+def _write(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
+    config = subject.config
+    best = results.get("iared2", results["dense"])
+    metadata = {
+        "model": config.model.name,
+        "top1": best["top1"],
+        "examples": results["examples"],
+        "config": results["config"],
+        "versions": results["versions"],
+    }
+    save_weights(
+        subject.trained, workdir / "weights.safetensors", metadata, interpreters=subject.reduces
+    )
+    drawn = _draw(subject, workdir) if subject.reduces and config.eval.figures else {}
+    made = tables.tables(results)
+    footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    tables.write_html(workdir / "report.html", f"IA-RED²: {config.name}", made, drawn, footer)
+    # Last, so that results.json says that everything else is there.
+    (workdir / "results.json").write_text(json.dumps(results, indent=1))
+    print("\n\n".join(tables.as_text(table) for table in made), flush=True)
+    log.info("results.json, report.html and figures are in %s", workdir)
+
+
+def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
+    config, module = subject.config, subject.module
+    shown = subject.pixels[: config.eval.figures]
+    comparison = figures.draw_comparison(
+        module,
+        subject.trained,
+        shown,
+        subject.norm,
+        workdir / "figures" / "heatmaps.png",
+        group=min(2, module.num_groups),
+        block=min(1, module.backbone.depth - 1),
+        thresholds=config.threshold,
+        attention_variables=subject.original,
+    )
+    hierarchy = figures.draw_hierarchy(
+        module,
+        subject.trained,
+        shown,
+        subject.norm,
+        workdir / "figures" / "hierarchy.png",
+        thresholds=config.threshold,
+    )
+    return {
+        "What the model looked at (Figure 3)": comparison,
+        "What each group still sees (Figure 4)": hierarchy,
+    }
 
 
 def _versions() -> dict[str, str]:

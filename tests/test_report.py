@@ -1,0 +1,195 @@
+"""The evaluation of a run, end to end, and what it writes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, load_config
+from PIL import Image
+
+from iared2_jax import create_model, load_weights
+from iared2_jax.checkpoints.weights import read_weights, save_weights
+from iared2_jax.config import validate
+from iared2_jax.errors import UsageError
+from iared2_jax.evaluate import accuracy, collect, cost, kept_tokens
+from iared2_jax.models.flops import count_flops
+from iared2_jax.models.registry import create_module
+from iared2_jax.reduction.selectors import random_like
+from iared2_jax.report.results import evaluate_run
+from iared2_jax.report.tables import as_text
+from iared2_jax.signals import Stop
+from iared2_jax.train import build_model
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_and_is_valid(name):
+    config = load_config(name, "runlocal")
+    validate(config, device_count=1)
+    assert config.name == name
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"--config=configs/{name}.py" in text
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The tiny config's untrained model, evaluated."""
+    config = load_config("cluttered_mnist", "runlocal")
+    config.weights = ""
+    config.data.eval_size = 20  # not a multiple of the batch: the last one is padded
+    workdir = tmp_path_factory.mktemp("run")
+    _, variables = build_model(config)
+    return config, workdir, evaluate_run(config, workdir, variables["params"])
+
+
+def test_results_have_the_promised_keys(evaluated):
+    _, workdir, results = evaluated
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert results["examples"] == 20
+    for model in ("dense", "iared2"):
+        assert 0 <= results[model]["top1"] <= results[model]["top5"] <= 1
+        assert set(results[model]["flops"]) == {"linear", "full"}
+    assert len(results["iared2"]["kept"]) == 3
+    assert results["dense"]["flops"]["full"] == count_flops("vit_micro").full
+    assert "top1" in results["random"]
+    maps = {f"group_{g}" for g in (1, 2, 3)} | {f"raw_attention_block_{b}" for b in range(6)}
+    assert set(results["segmentation"]) == maps | {"random", "all_background"}
+    for scores in results["segmentation"].values():
+        assert set(scores) == {"pixel_accuracy", "mean_accuracy", "mean_iou"}
+    assert set(results["images_per_second"]["executions"]) == {"dense", "masked", "gathered"}
+
+
+def test_figures_and_page_are_written(evaluated):
+    _, workdir, results = evaluated
+    for name in ("heatmaps", "hierarchy"):
+        picture = np.asarray(Image.open(workdir / "figures" / f"{name}.png").convert("RGB"))
+        assert picture.std() > 10  # something is drawn
+    page = (workdir / "report.html").read_text()
+    assert 'src="figures/heatmaps.png"' in page
+    assert f"{100 * results['iared2']['top1']:.2f}%" in page
+    assert "http" not in page  # needs no network
+
+
+def test_written_weights_are_the_evaluated_ones(evaluated):
+    config, workdir, _ = evaluated
+    _, variables = build_model(config)
+    tensors, metadata = read_weights(workdir / "weights.safetensors")
+    assert metadata["model"] == "vit_micro"
+    kernel = variables["params"]["interpreter_2"]["k"]["kernel"]
+    np.testing.assert_array_equal(tensors["interpreter_2/k/kernel"], kernel)
+
+
+def test_an_evaluation_that_is_stopped_writes_nothing(evaluated, tmp_path):
+    config, _, _ = evaluated
+    _, variables = build_model(config)
+    stop = Stop()
+    stop.request()
+    assert evaluate_run(config, tmp_path, variables["params"], stop) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_collect_cuts_the_padding_off():
+    seen = collect(lambda batch: {"twice": 2 * batch["x"]}, {"x": np.arange(7)}, batch_size=4)
+    np.testing.assert_array_equal(seen["twice"], 2 * np.arange(7))
+
+
+def test_accuracy_by_hand():
+    logits = np.array([[0, 1, 2, 3, 4, 5.0], [9, 1, 2, 3, 4, 5.0]])
+    figures = dict(accuracy(logits, np.array([5, 1])))
+    assert figures == {"top1": 0.5, "top5": 0.5}
+    assert dict(accuracy(logits, np.array([1, 2])))["top5"] == 1.0
+
+
+def test_cost_is_a_mean_over_images_not_of_the_mean_image():
+    module = create_module("vit_micro")
+    keep = np.zeros((2, 3, 64), bool)
+    keep[0] = True
+    figures = dict(cost(module, keep))
+    each = [count_flops(module, (n, n, n)).full for n in (64, 0)]
+    assert figures["flops"]["full"] == pytest.approx(np.mean(each))
+    assert figures["flops"]["full"] != pytest.approx(count_flops(module, (32, 32, 32)).full)
+    assert dict(kept_tokens(keep))["kept"] == [0.5, 0.5, 0.5]
+
+
+def test_random_masks_are_nested_and_keep_the_counts():
+    counts = [np.array([60, 10]), np.array([30, 10]), np.array([30, 0])]
+    masks = random_like(jax.random.key(0), counts, 64)
+    for mask, count in zip(masks, counts, strict=True):
+        np.testing.assert_array_equal(mask.sum(-1), count)
+    assert not bool((masks[1] & ~masks[0]).any() | (masks[2] & ~masks[1]).any())
+
+
+def test_a_table_lines_up():
+    text = as_text(("title", [["name", "x"], ["a", "1.00"], ["longer", "12.00"]]))
+    assert text.splitlines()[0] == "title"
+    assert len({len(line) for line in text.splitlines()[1:]}) == 1
+
+
+# -- Weights -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def micro():
+    return create_model("vit_micro")
+
+
+def test_weights_round_trip_bitwise(micro, tmp_path):
+    _, variables = micro
+    _, other = create_model("vit_micro", seed=1)
+    save_weights(variables, tmp_path / "w.safetensors")
+    loaded = load_weights(other, tmp_path / "w.safetensors")
+    for path, value in read_weights(tmp_path / "w.safetensors")[0].items():
+        node = loaded["params"]
+        for key in path.split("/"):
+            node = node[key]
+        np.testing.assert_array_equal(node, value)
+
+
+def test_a_backbone_file_leaves_the_interpreters_alone(micro, tmp_path):
+    _, variables = micro
+    _, other = create_model("vit_micro", seed=1)
+    save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
+    loaded = load_weights(other, tmp_path / "w.safetensors")
+    mine, kept = loaded["params"], other["params"]["interpreter_1"]["q"]["kernel"]
+    np.testing.assert_array_equal(mine["interpreter_1"]["q"]["kernel"], kept)
+    cls_token = variables["params"]["backbone"]["cls_token"]
+    np.testing.assert_array_equal(mine["backbone"]["cls_token"], cls_token)
+
+
+def test_weights_that_do_not_fit_are_refused(micro, tmp_path):
+    _, variables = micro
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(UsageError, match="no weights file"):
+        load_weights(variables, path)
+    with pytest.raises(UsageError, match="shipped"):
+        load_weights(variables, "vit_macro")
+    save_weights(create_model("vit_micro", num_classes=7)[1], path)
+    with pytest.raises(UsageError, match="head/bias has shape"):
+        load_weights(variables, path)
+    save_weights(create_model("deit_ti", num_classes=10)[1], path)
+    with pytest.raises(UsageError, match="block_6"):
+        load_weights(variables, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="not a readable safetensors"):
+        load_weights(variables, path)
+
+
+def test_weights_that_are_not_finite_are_refused(micro, tmp_path):
+    _, variables = micro
+    variables["params"]["backbone"]["cls_token"] *= np.nan
+    save_weights(variables, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="cls_token has values that are not finite"):
+        load_weights(variables, tmp_path / "w.safetensors")
+
+
+def test_the_shipped_weights_fit_their_model():
+    _, variables = create_model("vit_micro")
+    loaded = load_weights(variables, "vit_micro")
+    _, metadata = read_weights("vit_micro")
+    assert metadata["model"] == "vit_micro"
+    assert metadata["top1"] >= 0.93
+    assert metadata["examples"] == 2000
+    before = variables["params"]["backbone"]["head"]["kernel"]
+    assert not np.array_equal(loaded["params"]["backbone"]["head"]["kernel"], before)

@@ -1,0 +1,175 @@
+"""Training steps: what moves, with how many devices, and that all phases run."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from iared2_jax import optim
+from iared2_jax.data.pipeline import shard_batch
+from iared2_jax.models.iared2 import KEEP_ALL
+from iared2_jax.phases import phase_at, phases
+from iared2_jax.steps import data_mesh, enter_phase, initial_state, make_train_step
+from iared2_jax.train import build_model
+
+SIZES = (2, 2, 2)
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (8, 64, 64, 3), np.uint8),
+        "label": rng.integers(0, 10, 8).astype(np.int32),
+    }
+
+
+def start(config, phase, params, mesh):
+    state = initial_state(jax.tree.map(jnp.copy, params), phase, SIZES, config.ema_decay)
+    return jax.device_put(state, NamedSharding(mesh, P()))
+
+
+def run_step(config, phase, batch, devices=1, steps=1):
+    """The state after some steps of one phase on the first `devices` devices, and before."""
+    mesh = data_mesh(jax.devices()[:devices])
+    module, variables = build_model(config)
+    state = start(config, phase, variables["params"], mesh)
+    step = make_train_step(module, phase, config, mesh)
+    for _ in range(steps):
+        state, metrics = step(state, shard_batch(batch, NamedSharding(mesh, P("data"))))
+    return variables["params"], state, metrics
+
+
+def flat(params):
+    return traverse_util.flatten_dict(jax.device_get(params), sep="/")
+
+
+def plan_of(config, curriculum):
+    config.curriculum = curriculum
+    return phases(config, SIZES)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_exactly_the_declared_parameters_move(tiny_config, batch, index):
+    tiny_config.interpreter.learning_rate = tiny_config.backbone.learning_rate = 1e-2
+    phase = plan_of(tiny_config, "iared2")[index]
+    before, state, _ = run_step(tiny_config, phase, batch)
+    before, after = flat(before), flat(state.params)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    group = index // 2 + 1
+    if index % 2 == 0:
+        declared = {path for path in before if path.startswith(f"interpreter_{group}/")}
+        # In group 1 the policy token is the same for every image; all of q and k still train.
+    else:
+        blocks = [f"backbone/block_{b}/" for b in range(2 * (group - 1), 6)]
+        declared = {path for path in before if path.startswith(tuple(blocks))}
+    assert declared
+    assert moved == declared
+
+
+def test_supervised_training_moves_the_whole_backbone(tiny_config, batch):
+    tiny_config.supervised.learning_rate = 1e-2
+    (phase,) = plan_of(tiny_config, "supervised")
+    before, state, _ = run_step(tiny_config, phase, batch)
+    before, after = flat(before), flat(state.params)
+    for path in before:
+        assert np.array_equal(before[path], after[path]) == path.startswith("interpreter"), path
+
+
+def test_train_head_adds_norm_and_head(tiny_config):
+    tiny_config.train_head = True
+    plan = plan_of(tiny_config, "iared2")
+    assert ("head", 0) in plan[1].trains
+    assert ("head", 0) not in plan[0].trains
+
+
+def test_every_parameter_belongs_to_a_part(tiny_config):
+    _, variables = build_model(tiny_config)
+    parts = {optim.part_of(path, SIZES) for path in flat(variables["params"])}
+    groups = {(kind, group) for kind in ("interpreter", "blocks") for group in (1, 2, 3)}
+    assert parts == groups | {("embedding", 0), ("head", 0)}
+    with pytest.raises(ValueError, match="backbone/adapter"):
+        optim.part_of("backbone/adapter/kernel", SIZES)
+
+
+def test_partition_and_merge_are_inverse(tiny_config):
+    _, variables = build_model(tiny_config)
+    trainable, frozen = optim.partition(variables["params"], {("blocks", 2)}, SIZES)
+    assert set(trainable) | set(frozen) == set(flat(variables["params"]))
+    merged = optim.merge(trainable, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(dict(variables["params"]))
+
+
+@pytest.mark.parametrize("kind", ["interpreter", "backbone", "supervised"])
+def test_8_devices_give_the_update_of_1(tiny_config, batch, kind):
+    tiny_config.rollouts = 2
+    curriculum = "supervised" if kind == "supervised" else "iared2"
+    phase = next(p for p in plan_of(tiny_config, curriculum) if p.kind == kind)
+    _, alone, metrics = run_step(tiny_config, phase, batch, devices=1)
+    _, spread, metrics_8 = run_step(tiny_config, phase, batch, devices=8)
+    for path, value in flat(alone.params).items():
+        np.testing.assert_allclose(flat(spread.params)[path], value, atol=2e-6, err_msg=path)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_8[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_curriculum_is_the_papers(tiny_config):
+    plan = plan_of(tiny_config, "iared2")
+    assert [phase.name for phase in plan] == [
+        "interpreter 1", "backbone 1", "interpreter 2", "backbone 2", "interpreter 3", "backbone 3"
+    ]  # fmt: skip
+    assert plan[2].thresholds == (0.5, 0.5, KEEP_ALL)
+    assert plan[3].trains == {("blocks", 2), ("blocks", 3)}
+    assert [phase.first_step for phase in plan] == [0, 2, 4, 6, 8, 10]
+    # No example is seen twice, and none is left out.
+    for earlier, later in itertools.pairwise(plan):
+        seen = earlier.steps * earlier.options.batch_size
+        assert later.first_example == earlier.first_example + seen
+    assert phase_at(plan, 3) is plan[1]
+    assert phase_at(plan, 4) is plan[2]
+    assert phase_at(plan, 12) is None
+    assert [p.kind for p in plan_of(tiny_config, "interpreters")] == ["interpreter"] * 3
+
+
+def test_epochs_become_steps(tiny_config):
+    tiny_config.interpreter.steps, tiny_config.interpreter.epochs = 0, 0.5
+    phase = plan_of(tiny_config, "iared2")[0]
+    assert phase.steps == round(0.5 * 50_000 / phase.options.batch_size)
+
+
+def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch):
+    """With tau far below the price of a token, fewer tokens pay; the policy must find that."""
+    tiny_config.tau = (0.0,)
+    tiny_config.interpreter.learning_rate = 1e-2
+    tiny_config.interpreter.steps = 40
+    tiny_config.model.init_bias = 1.0
+    # A batch that the frozen backbone always gets right, whatever it sees.
+    phase = plan_of(tiny_config, "interpreters")[0]
+    module, variables = build_model(tiny_config)
+    head = variables["params"]["backbone"]["head"]
+    head["kernel"], head["bias"] = jnp.zeros_like(head["kernel"]), jnp.eye(10)[3]
+    batch["label"] = np.full(8, 3, np.int32)
+    mesh = data_mesh(jax.devices()[:1])
+    state = start(tiny_config, phase, variables["params"], mesh)
+    step = make_train_step(module, phase, tiny_config, mesh)
+    rates = []
+    for _ in range(40):
+        state, metrics = step(state, shard_batch(batch, NamedSharding(mesh, P("data"))))
+        rates.append(float(metrics["keep_rate_sampled"]))
+    assert np.mean(rates[:5]) > 0.6
+    assert np.mean(rates[-5:]) < 0.3
+
+
+def test_enter_phase_starts_a_fresh_optimizer(tiny_config):
+    plan = plan_of(tiny_config, "iared2")
+    _, variables = build_model(tiny_config)
+    state = initial_state(variables["params"], plan[0], SIZES, 0.0)
+    trained = set(jax.tree.leaves(jax.tree.map(id, state.opt_state)))
+    later = enter_phase(state, plan[1], SIZES)
+    assert trained.isdisjoint(jax.tree.leaves(jax.tree.map(id, later.opt_state)))
+    assert enter_phase(state, None, SIZES).opt_state == ()
