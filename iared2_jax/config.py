@@ -168,7 +168,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
             raise UsageError(f"config.{key} is not an option{nearest(key, values)}")
         kind = tuple if isinstance(values[key], list) else type(values[key])
         config.update_from_flattened_dict({key: _typed(f"config.{key}", text, kind)})
-    return config
+    return config.lock()
 
 
 def _typed(name: str, text: str, kind: type) -> Any:

@@ -12,7 +12,6 @@ import optax
 from einops import rearrange
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
 
 from iared2_jax import optim
 from iared2_jax.data.pipeline import normalize
@@ -20,12 +19,13 @@ from iared2_jax.losses import LOSSES, Batch, Metrics
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
-from iared2_jax.typing import Array
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that changes, and so all that a checkpoint holds.
+
+    The fields are `Any`: JAX and Orbax fill the same structure with shapes, shardings and None.
 
     step: of the run, over all phases; which phase it is in follows from it.
     params: all of them; opt_state: only of what the current phase trains.
@@ -33,11 +33,11 @@ class TrainState:
     bad_steps: non-finite steps in a row.
     """
 
-    step: Int[Array, ""]
-    params: dict[str, Any]
+    step: Any
+    params: Any
     opt_state: Any
-    ema: dict[str, Any]
-    bad_steps: Int[Array, ""]
+    ema: Any
+    bad_steps: Any
 
     @property
     def eval_params(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def make_train_step(
         params = applied(params, state.params)
         ema = state.ema
         if config.ema_decay:
-            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+            ema = applied(optax.incremental_update(params, ema, 1 - config.ema_decay), ema)
         new = TrainState(
             step=state.step + 1,
             params=params,

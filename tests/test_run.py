@@ -38,7 +38,12 @@ ARGUMENTS = [
     "--config.checkpoint_every=1", "--config.keep_checkpoints=3",
 ]  # fmt: skip
 STEPS = 8
-POISON = 99  # a label that makes the loss NaN, see `poisoned`
+POISON = 99  # a label that makes the supervised loss NaN
+
+
+def poisonable_loss(module, config, phase, params, batch, key):
+    value, metrics = losses.supervised_loss(module, config, phase, params, batch, key)
+    return jnp.where((batch["label"] == POISON).any(), jnp.nan, value), metrics
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +64,10 @@ def _nano(shared):
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
+    variant = registry.Variant(NANO, norm=registry.HALF_NORM, interpreter_heads=3)
     with pytest.MonkeyPatch.context() as patch:
-        variant = registry.Variant(NANO, norm=registry.HALF_NORM, interpreter_heads=3)
         patch.setitem(registry.VARIANTS, "vit_nano", variant)
+        patch.setitem(losses.LOSSES, "supervised", poisonable_loss)
         yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -75,11 +81,13 @@ def nano_config(**changes):
 
 
 def supervised_config(**changes):
-    """One dense phase of 16 steps with a batch of 16, on plain SGD."""
+    """One dense phase of 16 steps with a batch of 16, on plain SGD, and a moving average."""
     options = {"steps": 16, "epochs": 0.0, "batch_size": 16, "optimizer": "sgd"}
     options |= {"learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0, **changes}
     return nano_config(
-        curriculum="supervised", **{f"supervised.{key}": value for key, value in options.items()}
+        curriculum="supervised",
+        ema_decay=0.9,
+        **{f"supervised.{key}": value for key, value in options.items()},
     )
 
 
@@ -286,18 +294,11 @@ def test_a_disk_that_refuses_is_said(checkpoints, monkeypatch):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Makes the loss NaN where a label is POISON; returns how to poison the training stream."""
-    plain = losses.LOSSES["supervised"]
-
-    def loss(module, config, phase, params, batch, key):
-        value, metrics = plain(module, config, phase, params, batch, key)
-        return jnp.where((batch["label"] == POISON).any(), jnp.nan, value), metrics
-
-    monkeypatch.setitem(losses.LOSSES, "supervised", loss)
+def poison(monkeypatch):
+    """Poisons the training examples that a predicate names by their index."""
     source = sources.SOURCES["cluttered_mnist"]
 
-    def poison(wanted):
+    def apply(wanted):
         def example(seed, index):
             item = source.train_example(seed, index)
             return {**item, "label": np.int32(POISON)} if wanted(index) else item
@@ -305,11 +306,11 @@ def poisoned(monkeypatch):
         changed = dataclasses.replace(source, train_example=example)
         monkeypatch.setitem(sources.SOURCES, "cluttered_mnist", changed)
 
-    return poison
+    return apply
 
 
-def test_single_bad_steps_are_left_out(poisoned, tmp_path, caplog):
-    poisoned(lambda index: index // 16 in (1, 2))  # steps 2 and 3
+def test_single_bad_steps_are_left_out(poison, tmp_path, caplog):
+    poison(lambda index: index // 16 in (1, 2))  # steps 2 and 3
     state = train(supervised_config(), tmp_path, StopAfter(4))
     assert (int(state.step), int(state.bad_steps)) == (4, 0)
     history = rows(tmp_path)
@@ -320,8 +321,8 @@ def test_single_bad_steps_are_left_out(poisoned, tmp_path, caplog):
     assert "lower config.supervised.learning_rate" in said[0]
 
 
-def test_ten_bad_steps_in_a_row_end_the_run(poisoned, tmp_path):
-    poisoned(lambda index: index // 16 >= 3)  # from the fourth step on
+def test_ten_bad_steps_in_a_row_end_the_run(poison, tmp_path):
+    poison(lambda index: index // 16 >= 3)  # from the fourth step on
     good = train(supervised_config(), tmp_path / "good", StopAfter(3))
     with pytest.raises(NonFiniteError, match="10 steps in a row up to step 13") as end:
         train(supervised_config(), tmp_path / "bad")
@@ -343,7 +344,7 @@ def one_phase(config):
     return make_train_step(module, phase, config, mesh), state, batch
 
 
-def test_a_bad_step_changes_only_the_counters(poisoned):
+def test_a_bad_step_changes_only_the_counters():
     step, state, batch = one_phase(supervised_config())
     state, _ = step(state, batch)
     before = jax.device_get(state)
@@ -382,9 +383,7 @@ def test_the_gradient_is_clipped_to_its_norm():
 
 
 def test_the_moving_average_follows_the_parameters():
-    config = supervised_config()
-    config.ema_decay = 0.9
-    step, state, batch = one_phase(config)
+    step, state, batch = one_phase(supervised_config())
     before = flat(state.params)
     state, _ = step(state, batch)
     expected = 0.9 * before + 0.1 * flat(state.params)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from iared2_jax.errors import CheckpointError
@@ -46,7 +46,9 @@ class RunCheckpoints:
         """
         if step == self._current:  # a signal right after a regular save: nothing new to write
             return
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.params)):
+        # On the host, so that Orbax does not slice every copy, and compile each slicing.
+        state = jax.device_get(state)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, state.ema))):
             raise CheckpointError(f"step {step} has parameters that are not finite: not saved")
         target = self._folder / str(step)
         try:
