@@ -7,7 +7,7 @@ heatmaps = iared2_jax.explain(module, variables, images)
 
 from iared2_jax import data, reduction
 from iared2_jax.attribution.maps import explain
-from iared2_jax.checkpoints.weights import load_weights, save_weights
+from iared2_jax.checkpoints.weights import load_model, load_weights, save_weights
 from iared2_jax.models.flops import count_flops
 from iared2_jax.models.registry import create_model
 
@@ -16,6 +16,7 @@ __all__ = [
     "create_model",
     "data",
     "explain",
+    "load_model",
     "load_weights",
     "reduction",
     "save_weights",

@@ -61,7 +61,6 @@ def default_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.name = "cluttered_mnist"  # see data.sources.SOURCES
     config.data.seed = 0  # of the scenes, for data that is made
-    config.data.image_size = 0  # px to resize to; 0: the model's own
     config.data.eval_split = "test"
     config.data.eval_size = 2000
     config.data.threads = 2  # that prepare batches ahead

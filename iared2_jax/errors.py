@@ -30,4 +30,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The hint " (did you mean 'x'?)", or what there is to choose from."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f"; there is {', '.join(known)}"
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f"; there is {', '.join(known)}" if known else ""

@@ -71,7 +71,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step of one phase: batch rows split over the mesh, state replicated and donated.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss, gradient or update is not finite changes nothing but the counters.
     """
     optimizer = optim.make_optimizer(phase.options, phase.steps)
     norm = registry.get_variant(config.model.name).norm
@@ -111,10 +111,10 @@ def make_train_step(
         batch = {**batch, "image": normalize(batch["image"], norm)}
         grads, metrics = gradients(state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-
         trainable, frozen = optim.partition(state.params, phase.trains, module.group_sizes)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        norms = (metrics["loss"], metrics["gradient_norm"], optax.tree.norm(updates))
+        finite = jnp.isfinite(jnp.stack(norms)).all()
         params = optim.merge(optax.apply_updates(trainable, updates), frozen)
 
         def applied(new, old):

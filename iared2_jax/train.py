@@ -30,19 +30,25 @@ from iared2_jax.steps import TrainState, data_mesh, enter_phase, initial_state, 
 log = logging.getLogger(__name__)
 
 
+def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What `create_model` has to be called with to make the config's model."""
+    options = {
+        "name": config.model.name,
+        "num_classes": config.model.num_classes,
+        "groups": config_lib.model_groups(config),
+        "policy_token": config.model.policy_token,
+        "scale": config.model.scale,
+        "init_bias": config.model.init_bias,
+    }
+    if config.model.interpreter_heads:
+        options["interpreter_heads"] = config.model.interpreter_heads
+    return options
+
+
 def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, Any]]:
     """The config's model with the parameters it starts from: `config.weights`, else scratch."""
-    interpreter = dict(scale=config.model.scale, init_bias=config.model.init_bias)
-    if config.model.interpreter_heads:
-        interpreter["interpreter_heads"] = config.model.interpreter_heads
     module, variables = registry.create_model(
-        config.model.name,
-        config.model.num_classes,
-        groups=config_lib.model_groups(config),
-        policy_token=config.model.policy_token,
-        seed=config.seed,
-        dtype=jnp.dtype(config.model.dtype),
-        **interpreter,
+        **model_options(config), seed=config.seed, dtype=jnp.dtype(config.model.dtype)
     )
     if config.weights:
         variables = weights.load_weights(variables, config.weights)

@@ -49,6 +49,7 @@ def tiny_config() -> ml_collections.ConfigDict:
     config = load_config("cluttered_mnist", "runlocal")
     config.weights = ""
     config.data.eval_size = 16
+    config.model.group_sizes = ()  # equal groups
     return config
 
 

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.models.registry import create_model
 
 _SHIPPED = importlib.resources.files("iared2_jax") / "pretrained"
 
@@ -88,6 +90,29 @@ def load_weights(variables: Mapping[str, Any], source: str | Path) -> dict[str, 
             raise UsageError(f"{source}: {name} has values that are not finite")
     merged = {k: jax.numpy.asarray(tensors.get(k, v), v.dtype) for k, v in params.items()}
     return {**variables, "params": traverse_util.unflatten_dict(merged, sep="/")}
+
+
+def load_model(source: str | Path) -> tuple[IARed2, dict[str, Any]]:
+    """The trained model in a file that a run wrote: module and variables, as they were.
+
+    Args:
+      source: `<workdir>/weights.safetensors`, or a shipped name such as "vit_micro".
+
+    Raises:
+      UsageError: as `load_weights`, or if the file does not say which model it holds.
+
+    Example:
+      >>> module, variables = load_model("vit_micro")
+      >>> module.backbone.embed_dim
+      96
+    """
+    _, metadata = read_weights(source)
+    if "create_model" not in metadata:
+        raise UsageError(
+            f"{source} does not say which model it holds: use create_model, then load_weights"
+        )
+    module, variables = create_model(**metadata["create_model"])
+    return module, load_weights(variables, source)
 
 
 def save_weights(

@@ -225,7 +225,7 @@ def _write(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
     config = subject.config
     best = results.get("iared2", results["dense"])
     metadata = {
-        "model": config.model.name,
+        "create_model": train.model_options(config),
         "top1": best["top1"],
         "examples": results["examples"],
         "config": results["config"],
