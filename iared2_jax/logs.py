@@ -180,13 +180,15 @@ class HealthAlarms:
                 f"a step up to {step} had a loss or gradient that is not finite, and was not "
                 f"applied; if it goes on, lower config.{self._phase.kind}.learning_rate",
             )
-        if self._phase.kind != "interpreter" or "keep_rate" not in figures:
+        # Keeping everything is how a policy starts, so a collapse is one only later on.
+        late = step - self._phase.first_step > self._phase.steps / 2
+        if self._phase.kind != "interpreter" or "keep_rate" not in figures or not late:
             return
         group = self._phase.group
         if figures["keep_rate"] > 0.999:
             self._raise(
                 "all-kept",
-                f"interpreter {group} keeps every token at step {step}: if that lasts, lower "
+                f"interpreter {group} keeps every token at step {step}: lower "
                 "config.tau or config.model.init_bias, or raise config.interpreter.learning_rate",
             )
         if figures["keep_rate"] < 0.001:
