@@ -48,7 +48,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.name = "deit_s"  # see models.registry.VARIANTS
     config.model.num_classes = 1000
     config.model.groups = 3  # D equal groups
-    config.model.group_sizes = ()  # or the blocks of each group, e.g. (2, 4, 6)
+    config.model.group_sizes = ()  # or the blocks of each of the D, e.g. (2, 4, 6)
     config.model.policy_token = "cls"  # "cls" | "learned"
     config.model.interpreter_heads = 0  # 0: the variant's own
     config.model.scale = True  # divide the interpreter's logits by sqrt(head width)
@@ -221,6 +221,12 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("log_prob_reduction", LOG_PROB_REDUCTIONS)
 
     groups = model_groups(config)
+    if not isinstance(groups, int) and len(groups) != config.model.groups:
+        raise UsageError(
+            f"config.model.groups={config.model.groups}, but config.model.group_sizes="
+            f"{list(groups)} lists {len(groups)}: change group_sizes, or empty it with "
+            "--config.model.group_sizes=()"
+        )
     sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
     if len(config.tau) not in (1, len(sizes)):
         raise UsageError(

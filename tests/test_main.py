@@ -84,8 +84,12 @@ def test_a_command_that_means_nothing_is_refused(refusal, arguments, says):
         ("backbone.accumulate=2", "a multiple of 16 (8 devices x 2 micro-batches)"),
         ("interpreter.epochs=2", "exactly one of the two must be above 0"),
         ("interpreter.optimizer=adamm", "(did you mean 'adam'?)"),
-        ("model.groups=5", "groups=5 does not divide the depth of 6 blocks: use one of [1, 2"),
-        ("model.group_sizes=(2,5)", "add up to the depth of 6 blocks"),
+        ("model.groups=5", "config.model.groups=5, but config.model.group_sizes=[4, 1, 1] lists 3"),
+        (
+            "model.group_sizes=() model.groups=5",
+            "groups=5 does not divide the depth of 6 blocks: use one of [1, 2",
+        ),
+        ("model.group_sizes=(2,2,1)", "add up to the depth of 6 blocks"),
         ("model.name=vit_mirco", "config.model.name='vit_mirco' is unknown (did you mean 'vit_mi"),
         ("model.num_classes=1000", "set --config.model.num_classes=10"),
         ("model.interpreter_heads=5", "interpreter_heads=5 does not divide the width 96"),
@@ -100,7 +104,8 @@ def test_a_command_that_means_nothing_is_refused(refusal, arguments, says):
     ],
 )
 def test_a_config_that_cannot_run_is_refused(refusal, override, says):
-    assert says in refusal(DEMO, "--config.weights=", f"--config.{override}")
+    overrides = [f"--config.{item}" for item in override.split()]
+    assert says in refusal(DEMO, "--config.weights=", *overrides)
 
 
 def test_weights_that_are_damaged_or_do_not_fit_are_refused(refusal, tmp_path):
@@ -127,8 +132,8 @@ def workdir(tmp_path, tiny_config):
 def test_a_workdir_with_another_config_is_refused_by_its_first_keys(refusal, workdir, tiny_config):
     before = (workdir / "config.json").read_text()
     line = refusal(
-        DEMO, "--config.weights=", "--config.data.eval_size=16", "--config.seed=1",
-        f"--workdir={workdir}",
+        DEMO, "--config.weights=", "--config.data.eval_size=16", "--config.model.group_sizes=()",
+        "--config.seed=1", f"--workdir={workdir}",
     )  # fmt: skip
     assert "holds another run's config: seed (0 there, 1 here); give another --workdir" in line
     assert (workdir / "config.json").read_text() == before

@@ -34,7 +34,9 @@ NANO = ViT(
 # Both kinds of phase twice, 2 steps each.
 ARGUMENTS = [
     "--config=configs/cluttered_mnist.py:runlocal", "--config.weights=",
-    "--config.model.name=vit_nano", "--config.model.groups=2", "--config.model.init_bias=0",
+    "--config.model.name=vit_nano", "--config.model.groups=2", "--config.model.group_sizes=()",
+    "--config.model.interpreter_heads=0", "--config.tau=(2.0,)",
+    "--config.model.init_bias=0",
     "--config.checkpoint_every=1", "--config.keep_checkpoints=3",
 ]  # fmt: skip
 STEPS = 8

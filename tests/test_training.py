@@ -107,7 +107,9 @@ def test_partition_and_merge_are_inverse(tiny_config):
 
 @pytest.mark.parametrize("kind", ["interpreter", "backbone", "supervised"])
 def test_8_devices_give_the_update_of_1(tiny_config, batch, kind):
-    tiny_config.rollouts = 2
+    # Plain SGD: Adam's first step would make a rounding error of a zero gradient a whole step.
+    for options in (tiny_config.interpreter, tiny_config.backbone, tiny_config.supervised):
+        options.optimizer, options.learning_rate, options.clip_norm = "sgd", 0.1, 0.0
     curriculum = "supervised" if kind == "supervised" else "iared2"
     phase = next(p for p in plan_of(tiny_config, curriculum) if p.kind == kind)
     _, alone, metrics = run_step(tiny_config, phase, batch, devices=1)
@@ -143,10 +145,10 @@ def test_epochs_become_steps(tiny_config):
 
 
 def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch):
-    """With tau far below the price of a token, fewer tokens pay; the policy must find that."""
+    """Where no answer can be wrong, fewer tokens always pay: the policy must find that."""
     tiny_config.tau = (0.0,)
-    tiny_config.interpreter.learning_rate = 1e-2
-    tiny_config.interpreter.steps = 40
+    tiny_config.interpreter.learning_rate = 3e-2
+    tiny_config.interpreter.steps = 60
     tiny_config.model.init_bias = 1.0
     # A batch that the frozen backbone always gets right, whatever it sees.
     phase = plan_of(tiny_config, "interpreters")[0]
@@ -158,11 +160,11 @@ def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch)
     state = start(tiny_config, phase, variables["params"], mesh)
     step = make_train_step(module, phase, tiny_config, mesh)
     rates = []
-    for _ in range(40):
+    for _ in range(60):
         state, metrics = step(state, shard_batch(batch, NamedSharding(mesh, P("data"))))
         rates.append(float(metrics["keep_rate_sampled"]))
-    assert np.mean(rates[:5]) > 0.6
-    assert np.mean(rates[-5:]) < 0.3
+    assert rates[0] > 0.6
+    assert np.mean(rates[-5:]) < rates[0] / 2
 
 
 def test_enter_phase_starts_a_fresh_optimizer(tiny_config):
