@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.iared2 import IARed2
@@ -186,6 +187,11 @@ def init_variables(module: IARed2, seed: int = 0) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """DeiT's standard deviation of 0.02; one uniform number each, by the inverse distribution."""
+    return 0.02 * special.ndtri(rng.uniform(special.ndtr(-8), special.ndtr(8), shape))
+
+
 def _fan_in_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.uniform(-1, 1, shape) / shape[0] ** 0.5
 
@@ -196,5 +202,5 @@ _INITIAL = (
     (r"/scale$", lambda rng, shape: np.ones(shape)),
     (r"interpreter_\d+/policy_token$", lambda rng, shape: rng.normal(size=shape)),
     (r"interpreter_\d+/[qk]/kernel$", _fan_in_uniform),
-    (r"(kernel|cls_token|dist_token|pos_embed)$", lambda rng, shape: rng.normal(0, 0.02, shape)),
+    (r"(kernel|cls_token|dist_token|pos_embed)$", _normal),
 )
