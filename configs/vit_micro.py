@@ -3,8 +3,8 @@
 Not in the paper, which starts from published DeiT weights; this makes the well-trained backbone
 that the demo starts from, and that ships with the package as weights "vit_micro".
 
-Expected: at least 93% top-1 on the 2,000 test scenes (what it measured: docs/decisions.md).
-Hardware: 2 CPU cores.
+Expected: at least 93% top-1 on the 2,000 test scenes (measured: 94.25%, iared2_jax/pretrained).
+Hardware: 2 CPU cores, 44 minutes beside other work.
 
     python -m iared2_jax.main --config=configs/vit_micro.py --workdir=runs/vit_micro
 

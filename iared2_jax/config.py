@@ -65,7 +65,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.eval_size = 2000
     config.data.threads = 2  # that prepare batches ahead
 
-    # What is trained, in which order (train.phases makes the list):
+    # What is trained, in which order (phases.phases makes the list):
     #   iared2        for each group: its interpreter, then the blocks from there on (the paper)
     #   interpreters  only the interpreters; the backbone's weights are untouched (Table 4)
     #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first

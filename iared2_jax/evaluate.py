@@ -1,5 +1,6 @@
 """Evaluators: accuracy, cost, speed, segmentation. Each yields (name, value) pairs."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,16 +76,12 @@ def cost(module: IARed2, keep: np.ndarray | None) -> Named:
         yield "flops", count_flops(module)._asdict()
         return
     flops = count_flops(module, tuple(keep.sum(axis=-1).T))
-    for name, reduce in (("flops", np.mean), ("flops_p5", _p5), ("flops_p95", _p95)):
+    for name, reduce in (
+        ("flops", np.mean),
+        ("flops_p5", functools.partial(np.percentile, q=5)),
+        ("flops_p95", functools.partial(np.percentile, q=95)),
+    ):
         yield name, Flops(*(float(reduce(values)) for values in flops))._asdict()
-
-
-def _p5(values):
-    return np.percentile(values, 5)
-
-
-def _p95(values):
-    return np.percentile(values, 95)
 
 
 def segmentation(maps: Mapping[str, np.ndarray], masks: np.ndarray, seed: int = 0) -> Named:

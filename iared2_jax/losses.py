@@ -92,7 +92,7 @@ def interpreter_loss(module: IARed2, config, phase: Phase, params, batch: Batch,
 
 def _health(head_logits, alive, masks, correct, rewards, advantage) -> Metrics:
     """The figures by which one sees whether a policy is learning (SPEC 3)."""
-    scores = jax.nn.sigmoid(head_logits).mean(-1)
+    scores = policy.informative_scores(head_logits)
     count = jnp.maximum(alive.sum(), 1)
     mean = jnp.where(alive, scores, 0).sum() / count
     spread = jnp.sqrt(jnp.where(alive, (scores - mean) ** 2, 0).sum() / count)

@@ -79,6 +79,7 @@ def make_train_step(
     loss_fn = functools.partial(LOSSES[phase.kind], module, config, phase)
 
     def gradients(params, batch, key):
+        """Of what the phase trains, over the micro-batches; and the metrics."""
         trainable, frozen = optim.partition(params, phase.trains, module.group_sizes)
 
         def loss(trainable, batch, key):
@@ -107,6 +108,7 @@ def make_train_step(
         return grads, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = {**batch, "image": normalize(batch["image"], norm)}
         grads, metrics = gradients(state.params, batch, key)

@@ -12,7 +12,7 @@ import pytest
 from iared2_jax import create_model
 from iared2_jax.errors import UsageError
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
-from iared2_jax.models.interpreter import Interpreter, informative_scores
+from iared2_jax.models.interpreter import Interpreter
 from iared2_jax.models.registry import (
     VARIANTS,
     create_module,
@@ -20,6 +20,7 @@ from iared2_jax.models.registry import (
     split_into_groups,
 )
 from iared2_jax.models.vit import ViT, gelu
+from iared2_jax.reduction.policy import informative_scores
 
 
 @functools.cache

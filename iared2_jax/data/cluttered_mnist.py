@@ -5,7 +5,8 @@ The task of Mnih et al., "Recurrent Models of Visual Attention" (2014), section 
 The class is the digit. Its ink, dilated by 3 px, is an exact segmentation mask that training
 never sees.
 
-Scene k of a split is a pure function of (seed, split, k): the same on every machine, in any order.
+Scene k of a split is a pure function of (seed, split, k), whatever was made before it. (Another
+machine's matrix product may round a pixel to the next grey level.)
 """
 
 import functools

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from iared2_jax.data.sources import Source
-from iared2_jax.typing import Array
+from iared2_jax.typing import Array, Norm
 
 # More examples than any run sees; batches are addressed by their place in this endless stream.
 _ENDLESS = 1 << 40
@@ -60,9 +60,7 @@ def eval_batches(arrays: dict[str, np.ndarray], batch_size: int) -> Iterator[dic
         yield {**batch, "counted": rows < size}
 
 
-def normalize(
-    images: UInt8[Array, "b h w 3"], norm: tuple[tuple[float, ...], tuple[float, ...]]
-) -> Float[Array, "b h w 3"]:
+def normalize(images: UInt8[Array, "b h w 3"], norm: Norm) -> Float[Array, "b h w 3"]:
     """Pixels 0..255 to (x / 255 - mean) / std, on the device."""
     mean, std = (jnp.asarray(values, jnp.float32) for values in norm)
     return (images.astype(jnp.float32) / 255 - mean) / std

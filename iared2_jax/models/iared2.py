@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Float
 
-from iared2_jax.models.interpreter import Interpreter, informative_scores
+from iared2_jax.models.interpreter import Interpreter
+from iared2_jax.reduction import policy
 from iared2_jax.reduction.gather import take_tokens, to_grid, top_k_slots
 from iared2_jax.typing import Array
 
@@ -74,6 +75,9 @@ class IARed2(nn.Module):
             attention.append(row)
         return x, attention
 
+    def _per_group(self, thresholds: Thresholds) -> Float[Array, " D"]:
+        return jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+
     # -- The whole model.
 
     def __call__(
@@ -110,7 +114,7 @@ class IARed2(nn.Module):
           ValueError: an unknown execution, capacities that are missing, too many, or out of 1..N.
         """
         capacities = self._check(execution, capacities)
-        thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+        thresholds = self._per_group(thresholds)
         n, prefix = self.backbone.num_patches, self.backbone.num_prefix
         x = self.backbone.embed(images)
         alive = jnp.ones((x.shape[0], n), bool)
@@ -122,7 +126,7 @@ class IARed2(nn.Module):
 
         for group in range(1, self.num_groups + 1):
             head_logits = self.interpret(group, x)
-            scores = jnp.where(alive, informative_scores(head_logits), 0.0)
+            scores = jnp.where(alive, policy.informative_scores(head_logits), 0.0)
             out["scores"].append(on_grid(scores))
             out["head_logits"].append(
                 jnp.moveaxis(on_grid(jnp.moveaxis(head_logits, -1, 1)), 1, -1)
@@ -171,13 +175,11 @@ class IARed2(nn.Module):
         self, group: int, images: Float[Array, "b height width 3"], thresholds: Thresholds = 0.5
     ) -> tuple[Float[Array, "b t d"], Bool[Array, "b n"]]:
         """Masked execution up to the entry of `group`: the tokens, and which are still alive."""
-        thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+        thresholds = self._per_group(thresholds)
         x = self.backbone.embed(images)
         alive = jnp.ones((x.shape[0], self.backbone.num_patches), bool)
         for earlier in range(1, group):
-            alive = alive & (
-                informative_scores(self.interpret(earlier, x)) > thresholds[earlier - 1]
-            )
+            alive = policy.greedy(self.interpret(earlier, x), alive, thresholds[earlier - 1])
             x, _ = self.run_blocks(earlier, x, alive)
         return x, alive
 
@@ -189,9 +191,9 @@ class IARed2(nn.Module):
         thresholds: Thresholds = 0.5,
     ) -> Float[Array, "b classes"]:
         """Masked execution from the entry of `group`, whose keep mask is given, to the logits."""
-        thresholds = jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+        thresholds = self._per_group(thresholds)
         x, _ = self.run_blocks(group, x, keep)
         for later in range(group + 1, self.num_groups + 1):
-            keep = keep & (informative_scores(self.interpret(later, x)) > thresholds[later - 1])
+            keep = policy.greedy(self.interpret(later, x), keep, thresholds[later - 1])
             x, _ = self.run_blocks(later, x, keep)
         return self.backbone.classify(x)[0]

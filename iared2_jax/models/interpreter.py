@@ -1,6 +1,5 @@
 """The multi-head interpreter: how informative is each patch token? (paper, Eq. 1)"""
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -58,8 +57,3 @@ class Interpreter(nn.Module):
         if self.scale:
             logits = logits * q.shape[-1] ** -0.5
         return logits + self.init_bias
-
-
-def informative_scores(head_logits: Float[Array, "b n h"]) -> Float[Array, "b n"]:
-    """Eq. 1's mean over heads: I in [0, 1]."""
-    return jax.nn.sigmoid(head_logits).mean(axis=-1)

@@ -15,10 +15,10 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.interpreter import POLICY_TOKENS
 from iared2_jax.models.vit import ViT
-from iared2_jax.typing import Array
+from iared2_jax.typing import Array, Norm
 
-IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Variant:
     """What a name stands for: backbone, pixel normalisation, heads of its interpreters."""
 
     backbone: ViT
-    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_NORM
+    norm: Norm = IMAGENET_NORM
     interpreter_heads: int = 6
     parameters: int = 0  # of the backbone; a test counts them
 

@@ -14,6 +14,11 @@ LOG_PROB_REDUCTIONS = ("sum", "mean")
 REWARD_DENOMINATORS = ("initial", "entering")
 
 
+def informative_scores(head_logits: Float[Array, "b n h"]) -> Float[Array, "b n"]:
+    """Eq. 1's mean over heads: I in [0, 1]."""
+    return jax.nn.sigmoid(head_logits).mean(axis=-1)
+
+
 def log_scores(
     head_logits: Float[Array, "b n h"],
 ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
@@ -65,15 +70,16 @@ def sample(
     key: PRNGKeyArray, head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]
 ) -> Bool[Array, "b n"]:
     """u ~ Bernoulli(I), independently per token; dead tokens stay dropped."""
-    scores = jax.nn.sigmoid(head_logits).mean(axis=-1)
-    return jax.random.bernoulli(key, scores) & alive
+    return jax.random.bernoulli(key, informative_scores(head_logits)) & alive
 
 
 def greedy(
-    head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"], threshold: float = 0.5
+    head_logits: Float[Array, "b n h"],
+    alive: Bool[Array, "b n"],
+    threshold: float | Float[Array, ""] = 0.5,
 ) -> Bool[Array, "b n"]:
     """The most probable action: keep iff I > threshold."""
-    return (jax.nn.sigmoid(head_logits).mean(axis=-1) > threshold) & alive
+    return (informative_scores(head_logits) > threshold) & alive
 
 
 def reward(

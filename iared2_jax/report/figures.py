@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from iared2_jax.attribution.maps import explain, raw_attention, to_heatmap
 from iared2_jax.data.pipeline import normalize
 from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.typing import Norm
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch
-
-Norm = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def draw_comparison(

@@ -24,6 +24,7 @@ from iared2_jax.models.registry import get_variant
 from iared2_jax.reduction.selectors import random_like
 from iared2_jax.report import figures, tables
 from iared2_jax.signals import Stop
+from iared2_jax.typing import Norm
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Subject:
     trained: dict[str, Any]
     original: dict[str, Any]
     reduces: bool
-    norm: tuple[tuple[float, ...], tuple[float, ...]]
+    norm: Norm
     pixels: np.ndarray
     labels: np.ndarray
     truth: np.ndarray | None
