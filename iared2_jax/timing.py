@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,14 +16,17 @@ class Timing(NamedTuple):
     upper: float
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+Name = TypeVar("Name")
+
+
+def interleaved(variants: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, Timing]:
     """Times every variant once per round, in alternating order; a warm-up round is dropped.
 
     Each call is waited for. Compare variants only within one call of this function: the machine's
     speed drifts, but all variants drift together.
     """
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for index in range(rounds + 1):
         for name in names if index % 2 else reversed(names):
             start = time.perf_counter()

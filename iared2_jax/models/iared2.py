@@ -1,5 +1,7 @@
 """IA-RED²: a backbone in D groups, each an interpreter and L MSA-FFN blocks (paper, Fig. 2)."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +12,12 @@ from jaxtyping import Bool, Float
 from iared2_jax.models.interpreter import Interpreter
 from iared2_jax.reduction import policy
 from iared2_jax.reduction.gather import take_tokens, to_grid, top_k_slots
+from iared2_jax.reduction.layout import EVERY_TOKEN, Layout, Padded
+from iared2_jax.reduction.selectors import top_k
 from iared2_jax.typing import Array
 
 EXECUTIONS = ("dense", "masked", "gathered")
+SCORES = ("interpreter", "attention")
 
 # A threshold below every score: the interpreter keeps all that is still there.
 KEEP_ALL = -1.0
@@ -64,19 +69,26 @@ class IARed2(nn.Module):
         self, group: int, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b h t"]]]:
         """The group's blocks over prefix and alive patches; and each block's CLS attention."""
-        valid = None
+        layout = EVERY_TOKEN
         if alive is not None:
             prefix = jnp.ones((x.shape[0], self.backbone.num_prefix), bool)
-            valid = jnp.concatenate([prefix, alive], axis=1)
+            layout = Padded(jnp.concatenate([prefix, alive], axis=1))
+        return self.run_layout(group, x, layout)
+
+    def run_layout(
+        self, group: int, x: Float[Array, "b t d"], layout: Layout
+    ) -> tuple[Float[Array, "b t d"], list[Float[Array, "s h c"]]]:
+        """The group's blocks over tokens that lie as `layout` says."""
         first = sum(self.group_sizes[: group - 1])
         attention = []
         for index in range(first, first + self.group_sizes[group - 1]):
-            x, row = self.backbone.run_block(index, x, valid)
+            x, row = self.backbone.run_block(index, x, layout)
             attention.append(row)
         return x, attention
 
-    def _per_group(self, thresholds: Thresholds) -> Float[Array, " D"]:
-        return jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (self.num_groups,))
+    def _per_group(self, thresholds: Thresholds) -> Float[Array, "... D"]:
+        thresholds = jnp.asarray(thresholds, jnp.float32)
+        return jnp.broadcast_to(thresholds, (*thresholds.shape[:-1], self.num_groups))
 
     # -- The whole model.
 
@@ -87,19 +99,25 @@ class IARed2(nn.Module):
         execution: str = "masked",
         capacities: Sequence[int] | None = None,
         keep: Sequence[Bool[Array, "b n"] | None] | None = None,
+        keep_ratios: Sequence[float] | None = None,
+        score: str = "interpreter",
     ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
         """Logits, and everything that led to them.
 
         Args:
           images: normalised.
-          thresholds: keep iff score > threshold, in (0, 1); one for all groups or one each.
-            `KEEP_ALL` switches a group's dropping off.
+          thresholds: keep iff score > threshold, in (0, 1); one for all groups, one each [D], or
+            one each per image [B, D]. `KEEP_ALL` switches a group's dropping off.
           execution: "masked", the reference: all tokens stay in the array, dropped ones are masked
             keys. "gathered": kept tokens move into arrays of `capacities` patch slots; the same
             logits as long as `out["overflow"]` is 0. "dense": nothing is dropped.
           capacities: patch slots of each group; with execution="gathered" only.
           keep: per group, a mask that replaces the interpreter's decision (None: its own). A token
             dropped in an earlier group stays dropped.
+          keep_ratios: fixed budget: each group keeps its ceil(ratio * N) best-scoring tokens, the
+            same number for every image; the thresholds do not count.
+          score: what scores the tokens: "interpreter", or "attention", the CLS query's mean weights
+            in the block before the group, which needs no training (and a first ratio of 1).
 
         Returns:
           logits [B, classes], and a dict of one array per group, on the original patch grid:
@@ -114,6 +132,7 @@ class IARed2(nn.Module):
           ValueError: an unknown execution, capacities that are missing, too many, or out of 1..N.
         """
         capacities = self._check(execution, capacities)
+        self.check_budget(keep_ratios, score)
         thresholds = self._per_group(thresholds)
         n, prefix = self.backbone.num_patches, self.backbone.num_prefix
         x = self.backbone.embed(images)
@@ -124,22 +143,26 @@ class IARed2(nn.Module):
         def on_grid(values):
             return to_grid(values, slots, n) if execution == "gathered" else values
 
+        cls_attention = jnp.ones(alive.shape)  # no block has attended to anything yet
         for group in range(1, self.num_groups + 1):
-            head_logits = self.interpret(group, x)
-            scores = jnp.where(alive, policy.informative_scores(head_logits), 0.0)
+            if score == "attention":
+                evidence = cls_attention
+            else:
+                head_logits = self.interpret(group, x)
+                evidence = policy.informative_scores(head_logits)
+                out["head_logits"].append(
+                    jnp.moveaxis(on_grid(jnp.moveaxis(head_logits, -1, 1)), 1, -1)
+                )
+            scores = jnp.where(alive, evidence, 0.0)
             out["scores"].append(on_grid(scores))
-            out["head_logits"].append(
-                jnp.moveaxis(on_grid(jnp.moveaxis(head_logits, -1, 1)), 1, -1)
-            )
 
             overflow = jnp.zeros(x.shape[0], jnp.int32)
             if execution != "dense":
                 forced = keep[group - 1] if keep is not None else None
                 if forced is None:
-                    chosen = scores > thresholds[group - 1]
+                    alive = self.decide(group, scores, alive, thresholds, keep_ratios)
                 else:
-                    chosen = jnp.take_along_axis(forced, slots, axis=1)
-                alive = alive & chosen
+                    alive = alive & jnp.take_along_axis(forced, slots, axis=1)
             if execution == "gathered":
                 capacity = min(capacities[group - 1], alive.shape[1])
                 chosen, alive, overflow = top_k_slots(scores, alive, capacity)
@@ -150,9 +173,45 @@ class IARed2(nn.Module):
 
             x, attention = self.run_blocks(group, x, None if execution == "dense" else alive)
             out["attention"] += [on_grid(row[..., prefix:]) for row in attention]
+            cls_attention = attention[-1].mean(axis=1)[:, prefix:]
 
         logits, out["features"] = self.backbone.classify(x)
         return logits, out
+
+    def decide(
+        self,
+        group: int,
+        scores: Float[Array, "b n"],
+        alive: Bool[Array, "b n"],
+        thresholds: Float[Array, "... D"],
+        keep_ratios: Sequence[float] | None = None,
+    ) -> Bool[Array, "b n"]:
+        """The alive tokens the group keeps: those above its threshold, or its share of the best."""
+        if keep_ratios is None:
+            return alive & (scores > thresholds[..., group - 1, None])
+        return top_k(scores, alive, self.budget(keep_ratios)[group - 1])
+
+    def budget(self, keep_ratios: Sequence[float]) -> tuple[int, ...]:
+        """Tokens that each group keeps: ceil(ratio * N), and no more than the group before."""
+        n = self.backbone.num_patches
+        counts = [math.ceil(round(ratio * n, 6)) for ratio in keep_ratios]
+        return tuple(itertools.accumulate(counts, min))
+
+    def check_budget(self, keep_ratios: Sequence[float] | None, score: str) -> None:
+        """Raises a ValueError if `keep_ratios` and `score` make no sense for this model."""
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if keep_ratios is not None:
+            ratios = tuple(keep_ratios)
+            if len(ratios) != self.num_groups or not all(0 < ratio <= 1 for ratio in ratios):
+                raise ValueError(
+                    f"keep_ratios must be {self.num_groups} shares in (0, 1], got {ratios}"
+                )
+        if score == "attention" and (keep_ratios is None or keep_ratios[0] != 1):
+            raise ValueError(
+                'score="attention" needs keep_ratios that start with 1: before the first block '
+                f"nothing has been attended to; got {keep_ratios}"
+            )
 
     def _check(self, execution, capacities):
         if execution not in EXECUTIONS:
@@ -179,7 +238,9 @@ class IARed2(nn.Module):
         x = self.backbone.embed(images)
         alive = jnp.ones((x.shape[0], self.backbone.num_patches), bool)
         for earlier in range(1, group):
-            alive = policy.greedy(self.interpret(earlier, x), alive, thresholds[earlier - 1])
+            alive = policy.greedy(
+                self.interpret(earlier, x), alive, thresholds[..., earlier - 1, None]
+            )
             x, _ = self.run_blocks(earlier, x, alive)
         return x, alive
 
@@ -194,6 +255,6 @@ class IARed2(nn.Module):
         thresholds = self._per_group(thresholds)
         x, _ = self.run_blocks(group, x, keep)
         for later in range(group + 1, self.num_groups + 1):
-            keep = policy.greedy(self.interpret(later, x), keep, thresholds[later - 1])
+            keep = policy.greedy(self.interpret(later, x), keep, thresholds[..., later - 1, None])
             x, _ = self.run_blocks(later, x, keep)
         return self.backbone.classify(x)[0]

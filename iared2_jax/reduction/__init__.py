@@ -1,5 +1,5 @@
 """Which tokens live (policy, selectors), and how the survivors move (gather)."""
 
-from iared2_jax.reduction import gather, policy, selectors
+from iared2_jax.reduction import gather, layout, policy, selectors
 
-__all__ = ["gather", "policy", "selectors"]
+__all__ = ["gather", "layout", "policy", "selectors"]

@@ -76,7 +76,7 @@ def sample(
 def greedy(
     head_logits: Float[Array, "b n h"],
     alive: Bool[Array, "b n"],
-    threshold: float | Float[Array, ""] = 0.5,
+    threshold: float | Float[Array, "..."] = 0.5,
 ) -> Bool[Array, "b n"]:
     """The most probable action: keep iff I > threshold."""
     return (informative_scores(head_logits) > threshold) & alive

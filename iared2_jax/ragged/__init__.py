@@ -1,0 +1,6 @@
+"""Ragged execution: dropped tokens buy time. `accelerate` is the way in."""
+
+from iared2_jax.ragged.accelerate import Accelerated, accelerate
+from iared2_jax.ragged.plan import GroupPlan, Plan
+
+__all__ = ["Accelerated", "GroupPlan", "Plan", "accelerate"]

@@ -1,0 +1,278 @@
+"""`accelerate`: a model that drops tokens, as fast as this device can run it."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from iared2_jax.errors import UsageError
+from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.ragged import planner
+from iared2_jax.ragged.engine import run_masked, run_ragged
+from iared2_jax.ragged.plan import Plan
+from iared2_jax.ragged.planner import Question
+from iared2_jax.timing import interleaved
+from iared2_jax.typing import Array
+
+_ROUNDS = 5  # of timing the finished program
+_KEPT_PENDING = 32  # usage counts that may still be on the device
+
+
+class Accelerated:
+    """A compiled model; made by `accelerate`. Call it with images: logits, out.
+
+    Attributes:
+      plan: how it runs; print it.
+      batch_size: images per call, over all devices.
+    """
+
+    def __init__(self, question: Question, plan: Plan, devices: Sequence[jax.Device]):
+        module = question.module
+        self.plan = plan
+        self.batch_size = question.batch_size * len(devices)
+        self._num_groups = module.num_groups
+        self._image_shape = (module.backbone.image_size, module.backbone.image_size, 3)
+        mesh = jax.make_mesh(
+            (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+        )
+        self._rows, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self._variables = jax.device_put(question.variables, self._everywhere)
+        self._thresholds = self._per_image(question.thresholds)
+        self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
+        self._pending: list[list[jax.Array]] = []
+        self._used: list[np.ndarray] = []
+        execute = run_ragged if plan.groups else run_masked
+
+        def forward(variables, images, thresholds, size):
+            # Each device counts its own rows, and takes its own turns through its own loops.
+            first = jax.lax.axis_index("data") * images.shape[0]
+            real = jnp.clip(size - first, 0, images.shape[0])
+            logits, out = execute(
+                module,
+                plan,
+                question.attention,
+                variables,
+                images,
+                thresholds,
+                real,
+                question.keep_ratios,
+                question.score,
+            )
+            used = [counts[None] for counts in out.pop("shapes_used", [])]
+            return logits, out, used
+
+        sharded = jax.shard_map(
+            forward,
+            mesh=mesh,
+            in_specs=(P(), P("data"), P("data"), P()),
+            out_specs=P("data"),
+            check_vma=False,  # the loops start from constants, which vary over no axis
+        )
+        shape = (self.batch_size, *self._image_shape)
+        images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._rows)
+        lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
+        self._compiled = lowered.compile()
+
+    def _per_image(self, thresholds: Thresholds) -> jax.Array:
+        values = per_group(thresholds, self._num_groups)
+        if values.ndim == 2 and len(values) < self.batch_size:
+            values = np.pad(values, ((0, self.batch_size - len(values)), (0, 0)))
+        values = np.broadcast_to(values, (self.batch_size, self._num_groups))
+        return jax.device_put(values, self._rows)
+
+    def __call__(
+        self, images: Float[Array, "b height width 3"], thresholds: Thresholds | None = None
+    ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+        """Logits, and `out` on the original patch grid, as of masked execution.
+
+        Args:
+          images: normalised; at most `batch_size`. Fewer are padded, and the results, then NumPy
+            arrays, cut; no size compiles anything.
+          thresholds: others than those of `accelerate`; the plan stays the same.
+
+        Raises:
+          UsageError: more images than `batch_size`, none, or of another size.
+        """
+        size = images.shape[0]
+        if images.shape[1:] != self._image_shape or not 1 <= size <= self.batch_size:
+            raise UsageError(
+                f"images are {list(images.shape)}; this was accelerated for "
+                f"1..{self.batch_size} images of {list(self._image_shape)}"
+            )
+        given, real = self._thresholds, self._size
+        if thresholds is not None:
+            given = self._per_image(thresholds)
+        if size < self.batch_size:
+            # On the host: the device would compile a program for every size.
+            full = np.zeros((self.batch_size, *self._image_shape), np.float32)
+            full[:size] = np.asarray(images)
+            images, real = full, jax.device_put(np.int32(size), self._everywhere)
+        images = jax.device_put(images, self._rows)
+        if images.dtype != jnp.float32:
+            images = images.astype(jnp.float32)
+        logits, out, used = self._compiled(self._variables, images, given, real)
+        self._count(used)
+        if size < self.batch_size:
+            logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
+        return logits, out
+
+    def _count(self, used: list[jax.Array]) -> None:
+        self._pending.append(used)
+        if len(self._pending) > _KEPT_PENDING:  # the oldest are long finished: nothing waits
+            self._fold(self._pending[: _KEPT_PENDING // 2])
+            del self._pending[: _KEPT_PENDING // 2]
+
+    def _fold(self, pending: list[list[jax.Array]]) -> None:
+        for used in pending:
+            counts = [np.asarray(group).sum(axis=0, dtype=np.int64) for group in used]
+            known = self._used or [np.zeros_like(group) for group in counts]
+            self._used = [a + b for a, b in zip(known, counts, strict=True)]
+
+    def forget_usage(self) -> None:
+        """Starts `usage` anew."""
+        self._pending, self._used = [], []
+
+    @property
+    def usage(self) -> list[dict[str, Any]]:
+        """Per group: how often each shape ran so far, and how often only the last one fitted.
+
+        A plan whose `larger` is not rare was made from images that keep fewer tokens than these:
+        plan anew, with these images.
+        """
+        self._fold(self._pending)
+        self._pending = []
+        rows = zip(self.plan.groups, self._used, strict=False)
+        return [
+            {
+                "shapes": {shape: int(n) for shape, n in zip(group.shapes, used, strict=True)},
+                "larger": int(used[-1]) if len(used) > 1 else 0,
+            }
+            for group, used in rows
+        ]
+
+
+def per_group(thresholds: Thresholds, num_groups: int) -> np.ndarray:
+    """Thresholds as float32, one per group [D] or one each per image [b, D].
+
+    Raises:
+      UsageError: of another shape, or NaN.
+    """
+    values = np.asarray(thresholds, np.float32)
+    if np.isnan(values).any() or values.ndim > 2 or values.shape[-1:] not in ((), (num_groups,)):
+        raise UsageError(
+            f"thresholds must be one number, {num_groups}, or {num_groups} per image, "
+            f"got {np.array2string(values, threshold=8)}"
+        )
+    return np.broadcast_to(values, (*values.shape[:-1], num_groups))
+
+
+def accelerate(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    batch_size: int,
+    thresholds: Thresholds = 0.5,
+    *,
+    images: Float[Array, "m height width 3"] | None = None,
+    keep_ratios: Sequence[float] | None = None,
+    score: str = "interpreter",
+    attention: bool = False,
+    plan: Plan | None = None,
+    cache_dir: str | Path | None = "auto",
+    devices: Sequence[jax.Device] | None = None,
+) -> Accelerated:
+    """Compiles a model so that the tokens it drops buy time; the logits stay masked execution's.
+
+    How each group runs its survivors is planned by measuring, on this device: one padded array,
+    images sorted by count in sub-batches of a few lengths, or one packed list of tokens. Where
+    dropping does not pay, the plan is masked execution, and says so.
+
+    Args:
+      module, variables: e.g. from `create_model` or `load_model`.
+      batch_size: images per call, over all devices. Smaller batches run padded.
+      thresholds: keep iff score > threshold; one for all groups, one each [D], or one each per
+        image [b, D].
+      images: normalised; what will be asked, some dozens of it. The shapes are planned for the
+        counts that these keep. Needed unless there is a plan or a fixed budget.
+      keep_ratios, score: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
+      attention: whether `out` has the CLS attention of every block.
+      plan: a plan to pin, e.g. `Plan.load(path)`; nothing is measured then.
+      cache_dir: of plans: None keeps none, "auto" is ~/.cache/iared2_jax (or under
+        $XDG_CACHE_HOME). A cached plan is used where module, interpreters, thresholds, batch,
+        device and versions agree.
+      devices: the batch is split over them; None: the default device.
+
+    Raises:
+      UsageError: arguments that do not fit each other, the model or the plan.
+
+    Example:
+      >>> import jax, iared2_jax
+      >>> module, variables = iared2_jax.create_model("vit_micro")
+      >>> images = jax.random.normal(jax.random.key(0), [4, 64, 64, 3])
+      >>> run = iared2_jax.accelerate(module, variables, 4, images=images, cache_dir=None)
+      >>> logits, out = run(images[:3])
+      >>> logits.shape, out["keep"][0].shape
+      ((3, 10), (3, 64))
+    """
+    devices = list(devices) if devices is not None else jax.devices()[:1]
+    if batch_size < 1 or batch_size % len(devices):
+        raise UsageError(
+            f"batch_size={batch_size} must be a positive multiple of the {len(devices)} devices"
+        )
+    budget = {"keep_ratios": tuple(keep_ratios) if keep_ratios else None, "score": score}
+    try:
+        module.check_budget(**budget)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    question = Question(
+        module=module,
+        variables=variables,
+        batch_size=batch_size // len(devices),
+        thresholds=per_group(thresholds, module.num_groups),
+        attention=attention,
+        device=devices[0],
+        num_devices=len(devices),
+        images=images,
+        **budget,
+    )
+    if plan is not None:
+        plan.check(question.batch_size, question.most_tokens)
+        return Accelerated(question, plan, devices)
+    path = planner.cache_path(question, cache_dir)
+    cached = planner.cached_plan(question, path)
+    if cached is not None:
+        return Accelerated(question, cached, devices)
+    run = _fastest(question, planner.plan_groups(question), devices)
+    planner.keep_plan(run.plan, path)
+    return run
+
+
+def _fastest(question: Question, ragged: Plan, devices: Sequence[jax.Device]) -> Accelerated:
+    """The ragged plan as a whole, or masked execution where that is faster."""
+    images = planner.example_batch(question, len(devices))
+
+    def masked(rows):
+        return dataclasses.replace(ragged, groups=(), masked_rows=rows)
+
+    def measured(plans):
+        runs = {name: Accelerated(question, plan, devices) for name, plan in plans.items()}
+        timings = interleaved({n: functools.partial(r, images) for n, r in runs.items()}, _ROUNDS)
+        return runs, {name: timing.median for name, timing in timings.items()}
+
+    b = question.batch_size
+    plans = {"ragged": ragged, "masked": masked(b)}
+    runs, seconds = measured(plans)
+    if seconds["ragged"] > 0.8 * seconds["masked"]:  # close: masks may gain from sub-batches, too
+        plans |= {f"masked, {rows} at a time": masked(rows) for rows in {b // 2, b // 4} - {0}}
+        runs, seconds = measured(plans)
+    best = runs[min(seconds, key=seconds.get)]
+    best.plan = dataclasses.replace(best.plan, measured=seconds)
+    best.forget_usage()
+    return best

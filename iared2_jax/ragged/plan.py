@@ -1,0 +1,209 @@
+"""A plan: how each group runs its survivors. Printed, saved, loaded, pinned."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iared2_jax.errors import UsageError
+
+KINDS = ("padded", "packed")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """One group's sub-batches: images sorted by count, `rows` at a time, each in a static shape.
+
+    Attributes:
+      kind: "padded": one row per image. "packed": one list of the sub-batch's tokens; rows only for
+        attention.
+      rows: images per sub-batch. The whole batch: nothing is sorted, and there is one capacity.
+      shapes: ascending pairs (places, row_length), in tokens with the prefix: the places that the
+        linear layers see (rows * row_length when padded) and the length of an image's row in
+        attention. A sub-batch runs in the first that holds it. The last holds anything.
+    """
+
+    kind: str
+    rows: int
+    shapes: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a model runs a batch.
+
+    Attributes:
+      batch_size: images per call and device.
+      groups: one `GroupPlan` each; empty: masked execution, because dropping does not pay here.
+      masked_rows: images at a time of masked execution (it is also what an empty plan runs).
+      attention_kernel: see `models.vit.ATTENTION_KERNELS`.
+      key: what the plan was made for; a saved plan is only used where all of it agrees.
+      measured: seconds per batch of what was tried, on `key["device"]`.
+    """
+
+    batch_size: int
+    groups: tuple[GroupPlan, ...] = ()
+    masked_rows: int = 0
+    attention_kernel: str = "einsum"
+    key: dict[str, Any] = dataclasses.field(default_factory=dict)
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.draft")
+        draft.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        draft.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Reads a plan that `save` wrote.
+
+        Raises:
+          UsageError: the file is missing or is no plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            groups = tuple(
+                GroupPlan(g["kind"], g["rows"], tuple(tuple(shape) for shape in g["shapes"]))
+                for g in values.pop("groups")
+            )
+            return cls(groups=groups, **values)
+        except OSError as error:
+            raise UsageError(f"plan {path} cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path} is not a plan: delete it, and accelerate() makes a new one"
+            ) from error
+
+    def check(self, batch_size: int, most_tokens: Sequence[int]) -> None:
+        """Refuses a plan that was made for another model or batch size.
+
+        Args:
+          batch_size: images per call and device.
+          most_tokens: that an image can have in each group, prefix included.
+
+        Raises:
+          UsageError: one sentence on what does not fit.
+        """
+        if self.batch_size != batch_size:
+            raise UsageError(
+                f"the plan is for batches of {self.batch_size} images per device, "
+                f"this is {batch_size}: plan anew"
+            )
+        if not self.groups:
+            return
+        if len(self.groups) != len(most_tokens):
+            raise UsageError(
+                f"the plan is for {len(self.groups)} groups, the model has {len(most_tokens)}: "
+                "plan anew"
+            )
+        for number, (group, num_tokens) in enumerate(
+            zip(self.groups, most_tokens, strict=True), start=1
+        ):
+            if group.kind not in KINDS or not 1 <= group.rows <= batch_size:
+                raise UsageError(f"the plan's group {number} is malformed: {group}")
+            if group.shapes[-1] != (group.rows * num_tokens, num_tokens):
+                raise UsageError(
+                    f"the plan's group {number} ends with the shape {group.shapes[-1]}, which "
+                    f"does not hold {group.rows} images of {num_tokens} tokens: plan anew"
+                )
+            if any(low >= high for low, high in itertools.pairwise(group.shapes)):
+                raise UsageError(f"the plan's group {number} has shapes out of order")
+
+    def __str__(self) -> str:
+        head = f"batches of {self.batch_size}, attention by {self.attention_kernel}"
+        if not self.groups:
+            lines = [
+                f"{head}: dropping does not pay here; masked, {self.masked_rows} images at a time"
+            ]
+        else:
+            lines = [head]
+            for number, group in enumerate(self.groups, start=1):
+                shapes = ", ".join(
+                    f"{places} x {length}" if group.kind == "packed" else str(length)
+                    for places, length in group.shapes
+                )
+                lines.append(
+                    f"  group {number}: {group.kind}, {group.rows} images at a time, "
+                    f"tokens: {shapes}"
+                )
+        lines += [
+            f"  measured: {name} {1e3 * seconds:.2f} ms"
+            for name, seconds in sorted(self.measured.items(), key=lambda item: item[1])
+        ]
+        return "\n".join(lines)
+
+
+def needs(lengths: np.ndarray, rows: int) -> np.ndarray:
+    """What the sub-batches of some batches need: pairs (places, row_length), [batches, chunks, 2].
+
+    Args:
+      lengths: tokens per image, prefix included [batches, batch].
+      rows: images per sub-batch; they are sorted by length first, the last one may be smaller.
+    """
+    ordered = np.sort(lengths, axis=1)
+    missing = -ordered.shape[1] % rows
+    # As in the engine: images that do not exist come first, and have no tokens.
+    ordered = np.pad(ordered, ((0, 0), (missing, 0)))
+    chunks = ordered.reshape(len(ordered), -1, rows)
+    return np.stack([chunks.sum(-1), chunks.max(-1)], axis=-1)
+
+
+def choose_shapes(
+    kind: str, needed: np.ndarray, rows: int, num_tokens: int, limit: int, step: int
+) -> tuple[tuple[int, int], ...]:
+    """At most `limit` shapes and the one that holds anything: the least padding on `needed`.
+
+    Args:
+      kind: see `GroupPlan`.
+      needed: pairs (places, row_length) of sub-batches that were seen [n, 2].
+      rows: images per sub-batch.
+      num_tokens: of an image of which nothing is dropped.
+      limit: shapes besides the last; each is a compiled loop body.
+      step: row lengths are multiples of it (places of rows * step / 4, at least step).
+
+    Returns:
+      Ascending pairs (places, row_length).
+    """
+    full = (rows * num_tokens, num_tokens)
+
+    def up(values, step):
+        return -(-values // step) * step
+
+    lengths = np.minimum(up(needed[:, 1], step), num_tokens)
+    if kind == "padded":
+        cuts = _cuts(lengths, limit, num_tokens)
+        return (*((rows * c, c) for c in cuts if c < num_tokens), full)
+    places = np.minimum(up(needed[:, 0], max(step, rows * step // 4)), full[0])
+    shapes: list[tuple[int, int]] = []
+    below = 0
+    for cut in _cuts(places, limit, full[0]):
+        inside = (places > below) & (places <= cut)
+        row_length = int(lengths[inside].max(initial=1))
+        row_length = max([row_length, *(length for _, length in shapes)])
+        shapes.append((int(cut), row_length))
+        below = cut
+    return (*(shape for shape in shapes if shape < full and shape[0] < full[0]), full)
+
+
+def _cuts(values: np.ndarray, limit: int, most: int) -> Sequence[int]:
+    """At most `limit` of the values, the largest among them, that waste least when rounding up."""
+    distinct = np.unique(values)
+    if len(distinct) > 24:  # thin out: 24 candidates are dense enough
+        distinct = distinct[np.linspace(0, len(distinct) - 1, 24).round().astype(int)]
+    largest, rest = int(distinct[-1]), distinct[:-1]
+    best, best_cost = (largest,), None
+    for count in range(min(limit, len(distinct))):
+        for chosen in itertools.combinations(rest, count):
+            cuts = np.array([*chosen, largest])
+            cost = cuts[np.searchsorted(cuts, values)].sum()
+            if best_cost is None or cost < best_cost:
+                best, best_cost = tuple(int(c) for c in cuts), cost
+    return best

@@ -1,0 +1,286 @@
+"""Which layout is fastest here? Nobody can tell but the device: candidates are timed on it."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iared2_jax.errors import UsageError
+from iared2_jax.models.iared2 import IARed2
+from iared2_jax.ragged.engine import run_group, with_kernel
+from iared2_jax.ragged.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
+from iared2_jax.timing import interleaved
+from iared2_jax.typing import Array
+
+log = logging.getLogger(__name__)
+
+MAX_SHAPES = 16  # compiled loop bodies per model and batch size, over all groups
+_BATCHES = 64  # drawn from the sample, to see what sub-batches need
+_FINALISTS = 2
+_ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a plan is wanted for; the fields are `accelerate`'s, `batch_size` per device."""
+
+    module: IARed2
+    variables: Mapping[str, Any]
+    batch_size: int
+    thresholds: np.ndarray
+    attention: bool
+    device: jax.Device
+    num_devices: int
+    keep_ratios: tuple[float, ...] | None
+    score: str
+    images: Array | None
+
+    @property
+    def most_tokens(self) -> tuple[int, ...]:
+        """Tokens with the prefix that an image can have in each group."""
+        vit = self.module.backbone
+        if self.keep_ratios is None:
+            return (vit.num_prefix + vit.num_patches,) * self.module.num_groups
+        return tuple(vit.num_prefix + k for k in self.module.budget(self.keep_ratios))
+
+    def key(self) -> dict[str, Any]:
+        """All that a plan depends on, but for the images; JSON."""
+        interpreters = hashlib.sha256()
+        for leaf in jax.tree.leaves(
+            {k: v for k, v in self.variables["params"].items() if k != "backbone"}
+        ):
+            interpreters.update(np.asarray(leaf).tobytes())
+        return {
+            "module": hashlib.sha256(repr(self.module).encode()).hexdigest()[:16],
+            "interpreters": interpreters.hexdigest()[:16],
+            "thresholds": np.round(self.thresholds.astype(float), 6).tolist(),
+            "keep_ratios": list(self.keep_ratios) if self.keep_ratios else None,
+            "score": self.score,
+            "attention": self.attention,
+            "batch_size": self.batch_size,
+            "dtype": jnp.dtype(self.module.backbone.dtype).name,
+            "device": self.device.device_kind,
+            "cores": os.cpu_count() if self.device.platform == "cpu" else None,
+            "devices": self.num_devices,
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("iared2_jax", "jax", "jaxlib")
+            },
+        }
+
+
+def cache_path(question: Question, cache_dir: str | Path | None) -> Path | None:
+    """Where the plan for `question` is kept, if it is to be kept."""
+    if cache_dir is None:
+        return None
+    if cache_dir == "auto":
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache_dir = Path(root) / "iared2_jax"
+    key = json.dumps(question.key(), sort_keys=True)
+    return Path(cache_dir) / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def cached_plan(question: Question, path: Path | None) -> Plan | None:
+    """The plan that was kept for the same question."""
+    if path is None or not path.is_file():
+        return None
+    plan = Plan.load(path)
+    return plan if plan.key == json.loads(json.dumps(question.key())) else None
+
+
+def keep_plan(plan: Plan, path: Path | None) -> None:
+    """Writes it; a cache that cannot be written is only worth a warning."""
+    if path is None:
+        return
+    try:
+        plan.save(path)
+    except OSError as error:
+        log.warning("the plan cannot be kept in %s (%s)", path.parent, error.strerror)
+
+
+def plan_groups(question: Question) -> Plan:
+    """The fastest layout for every group, timed on `question.device`, each group alone.
+
+    All candidates run in one group, the finalists of it in all.
+
+    Raises:
+      UsageError: no images to plan with, and no fixed budget.
+    """
+    with jax.default_device(question.device):
+        keep = _keep_of_sample(question)
+        plans = {kernel: _plan_groups(question, keep, kernel) for kernel in _kernels(question)}
+    fastest = min(plans.values(), key=lambda timed: timed[1])
+    return fastest[0]
+
+
+def _keep_of_sample(question: Question) -> np.ndarray:
+    """Keep masks [images, groups, N] of the sample, by masked execution."""
+    n, groups = question.module.backbone.num_patches, question.module.num_groups
+    if question.keep_ratios is not None:
+        counts = question.module.budget(question.keep_ratios)
+        return np.stack([np.arange(n) < count for count in counts])[None]
+    if question.images is None or not len(question.images):
+        raise UsageError(
+            "accelerate needs images=, some dozens of what will be asked: the shapes are planned "
+            "for the tokens that these keep. Or give a plan=, or a fixed budget, keep_ratios="
+        )
+
+    @jax.jit
+    def masks(variables, images, thresholds):
+        out = question.module.apply(variables, images, thresholds)[1]
+        return jnp.stack(out["keep"], axis=1)
+
+    images = np.asarray(question.images, np.float32)
+    thresholds = question.thresholds
+    if thresholds.ndim == 2 and len(thresholds) != len(images):
+        raise UsageError(
+            f"thresholds are for {len(thresholds)} images, but images= has {len(images)}"
+        )
+    thresholds = np.broadcast_to(thresholds, (len(images), groups))
+    size = min(len(images), question.batch_size, 32)
+    parts = []
+    for first in range(0, len(images), size):
+        rows = np.arange(first, first + size) % len(images)  # the last may start over
+        parts.append(np.asarray(masks(question.variables, images[rows], thresholds[rows])))
+    return np.concatenate(parts)[: len(images)].reshape(-1, groups, n)
+
+
+def _draw(question: Question, keep: np.ndarray, batches: int, seed: int = 0) -> np.ndarray:
+    """Batches of images of the sample: indices [batches, batch]."""
+    size = question.batch_size
+    rng = np.random.default_rng(seed)
+    if len(keep) >= size:  # as they would come: without repetition
+        return np.stack([rng.permutation(len(keep))[:size] for _ in range(batches)])
+    return rng.integers(0, len(keep), (batches, size))
+
+
+def _kernels(question: Question) -> list[str]:
+    """Attention kernels that work here: cuDNN's is tried against the einsum first."""
+    half = jnp.dtype(question.module.backbone.dtype).itemsize == 2
+    if question.device.platform != "gpu" or not half:
+        return ["einsum"]
+    module, vit = question.module, question.module.backbone
+    images = jax.random.normal(jax.random.key(0), (2, vit.image_size, vit.image_size, 3))
+
+    def logits(kernel):
+        run = jax.jit(lambda v, x: with_kernel(module, kernel).apply(v, x, execution="dense")[0])
+        return np.asarray(run(question.variables, images))
+
+    expected = logits("einsum")
+    try:
+        error = np.abs(logits("cudnn") - expected).max() / np.abs(expected).max()
+    except Exception as failure:  # any: the kernel is an option, not a need
+        log.warning("cuDNN attention does not run here, einsum does: %s", str(failure)[:200])
+        return ["einsum"]
+    if not error < 0.05:
+        log.warning("cuDNN attention is off by %.3f here and is not used", error)
+        return ["einsum"]
+    return ["einsum", "cudnn"]
+
+
+def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) -> list[GroupPlan]:
+    """Every kind of layout and sub-batch size for one group, in at most `limit` best shapes."""
+    b, most = question.batch_size, question.most_tokens[group - 1]
+    sizes = {max(1, b // divisor) for divisor in (1, 2, 4, 8)}
+    if question.device.platform == "cpu":
+        sizes |= {size for size in (4, 8) if size < b}
+    if question.keep_ratios is not None:  # all rows alike: one shape, nothing to pack
+        return [GroupPlan("padded", rows, ((rows * most, most),)) for rows in sorted(sizes)]
+    lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
+    batches = lengths[_draw(question, keep, _BATCHES)]
+    step = 8 if question.device.platform == "cpu" else 16
+    plans = []
+    for kind in KINDS:
+        for rows in sorted(sizes):
+            if kind == "packed" and rows == 1:
+                continue  # one image's list is its row
+            needed = needs(batches, rows).reshape(-1, 2)
+            shapes = choose_shapes(kind, needed, rows, most, limit - 1, step)
+            plans.append(GroupPlan(kind, rows, shapes))
+    return plans
+
+
+def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Plan, float]:
+    """The fastest candidate of every group, timed alone; and the sum of their seconds."""
+    groups = range(1, question.module.num_groups + 1)
+    time = functools.partial(_time_group, question, keep, kernel)
+    first = min(2, len(groups))
+    timed = time(first, _candidates(question, keep, first, limit=3), rounds=1)
+    alike = {(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:_FINALISTS]}
+    chosen: list[GroupPlan] = []
+    total = 0.0
+    for group in groups:
+        plans = _candidates(question, keep, group, limit=MAX_SHAPES // len(groups))
+        finalists = [plan for plan in plans if (plan.kind, plan.rows) in alike]
+        seconds = time(group, finalists, rounds=_ROUNDS)
+        chosen.append(min(seconds, key=seconds.get))
+        total += seconds[chosen[-1]]
+    return Plan(question.batch_size, tuple(chosen), 0, kernel, question.key()), total
+
+
+def _time_group(
+    question: Question,
+    keep: np.ndarray,
+    kernel: str,
+    group: int,
+    plans: Sequence[GroupPlan],
+    rounds: int,
+) -> dict[GroupPlan, float]:
+    """Median seconds of each candidate for one group, on a batch drawn from the sample."""
+    module = with_kernel(question.module, kernel)
+    vit, b = module.backbone, question.batch_size
+    drawn = keep[_draw(question, keep, 1, seed=1)[0]]
+    alive = drawn[:, group - 2] if group > 1 else np.ones_like(drawn[:, 0])
+    keep_slot = jnp.asarray(drawn[:, group - 1]), jnp.asarray(alive.cumsum(1) - 1)
+    # The values do not change the time, so they need not be any image's.
+    shape = (b, vit.num_prefix + vit.num_patches, vit.embed_dim)
+    state = {"tokens": jax.random.normal(jax.random.key(0), shape).astype(vit.dtype)}
+
+    def timed(plan):
+        run = jax.jit(
+            lambda variables, state, keep, slot: run_group(
+                module,
+                variables,
+                group,
+                plan,
+                state,
+                keep,
+                slot,
+                question.keep_ratios is not None,
+                question.score,
+            )[0]["tokens"]
+        )
+        return lambda: run(question.variables, state, *keep_slot)
+
+    lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
+    timings = interleaved({plan: timed(_only_used(plan, lengths)) for plan in plans}, rounds)
+    return {plan: timing.median for plan, timing in timings.items()}
+
+
+def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
+    """The plan without the shapes that these images do not use: what is not run is not compiled."""
+    places, row_lengths = np.array(plan.shapes).T
+    needed = needs(lengths[None], plan.rows).reshape(-1, 2)
+    if plan.kind == "padded":
+        needed[:, 0] = 0
+    used = {int(((places < p) | (row_lengths < r)).sum()) for p, r in needed}
+    return dataclasses.replace(plan, shapes=tuple(plan.shapes[i] for i in sorted(used)))
+
+
+def example_batch(question: Question, num_devices: int) -> np.ndarray:
+    """A batch for all devices, drawn from the question's images; noise for a fixed budget."""
+    side, size = question.module.backbone.image_size, question.batch_size * num_devices
+    rng = np.random.default_rng(1)
+    if question.images is None:
+        return rng.standard_normal((size, side, side, 3), np.float32)
+    images = np.asarray(question.images, np.float32)
+    return images[np.arange(size) % len(images)]

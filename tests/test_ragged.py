@@ -1,0 +1,465 @@
+"""Ragged execution gives masked execution's numbers, whatever the counts, shapes and plans."""
+
+import functools
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import iared2_jax
+from iared2_jax.errors import UsageError
+from iared2_jax.models.iared2 import KEEP_ALL, IARed2
+from iared2_jax.models.vit import ViT
+from iared2_jax.ragged import GroupPlan, Plan, planner
+from iared2_jax.ragged.accelerate import Accelerated, per_group
+from iared2_jax.ragged.engine import run_ragged
+from iared2_jax.ragged.plan import choose_shapes, needs
+from iared2_jax.ragged.planner import MAX_SHAPES, Question
+from iared2_jax.reduction.layout import nth_kept, packed
+
+N = 16  # patches of the test model
+T = N + 1
+
+
+def full(rows: int) -> tuple[int, int]:
+    return rows * T, T
+
+
+@functools.cache
+def model(groups: int = 2, distilled: bool = False, policy_token: str = "cls"):
+    backbone = ViT(
+        image_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2 * groups,
+        num_heads=3,
+        mlp_ratio=2,
+        num_classes=5,
+        distilled=distilled,
+    )
+    module = IARed2(backbone, (2,) * groups, policy_token, interpreter_heads=3)
+    images = jnp.zeros([1, 32, 32, 3])
+    variables = module.init(jax.random.key(3), images)
+    # Larger weights than the initial ones: scores that differ, attention that attends.
+    return module, jax.tree.map(lambda x: 4 * x, variables)
+
+
+def some_images(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (count, 32, 32, 3))
+
+
+def question(module, variables, batch_size, thresholds=0.5, images=None, **changes) -> Question:
+    values = dict(
+        module=module,
+        variables=variables,
+        batch_size=batch_size,
+        thresholds=per_group(thresholds, module.num_groups),
+        attention=False,
+        device=jax.devices()[0],
+        num_devices=1,
+        keep_ratios=None,
+        score="interpreter",
+        images=images,
+    )
+    return Question(**{**values, **changes})
+
+
+def assert_close(actual, expected) -> None:
+    """Within 1e-4 of the largest number there is."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def assert_same(ragged, masked, attention: bool = False) -> None:
+    (logits, out), (expected, reference) = ragged, masked
+    assert_close(logits, expected)
+    np.testing.assert_array_equal(np.argmax(logits, -1), np.argmax(expected, -1))
+    assert_close(out["features"], reference["features"])
+    for group, keep in enumerate(reference["keep"]):
+        np.testing.assert_array_equal(out["keep"][group], keep)
+        assert_close(out["scores"][group], reference["scores"][group])
+        entering = np.asarray(reference["keep"][group - 1] if group else np.ones_like(keep))
+        alive = np.where(entering[..., None], reference["head_logits"][group], 0)
+        assert_close(out["head_logits"][group], alive)
+    if attention:
+        for row, expected_row in zip(out["attention"], reference["attention"], strict=True):
+            assert_close(row, expected_row)
+
+
+@st.composite
+def group_plans(draw, batch: int, num_tokens: int):
+    """Fields of a GroupPlan (built in the test: the type checker draws from `random`)."""
+    kind = draw(st.sampled_from(["padded", "packed"]))
+    rows = draw(st.integers(1, batch))
+    lengths = sorted(draw(st.sets(st.integers(1, num_tokens - 1), max_size=2)))
+    if kind == "padded":
+        shapes = [(rows * length, length) for length in lengths]
+    else:
+        most = rows * num_tokens - 1
+        places = sorted(draw(st.sets(st.integers(1, most), max_size=len(lengths))))
+        shapes = list(zip(places, lengths, strict=False))
+    return kind, rows, (*shapes, (rows * num_tokens, num_tokens))
+
+
+@st.composite
+def scenarios(draw):
+    groups = draw(st.integers(1, 3))
+    distilled = draw(st.booleans())
+    batch = draw(st.integers(1, 6))
+    num_tokens = N + (2 if distilled else 1)
+    plans = [draw(group_plans(batch, num_tokens)) for _ in range(groups)]
+    # From "keep all" to "keep none"; a score that equals its threshold is dropped in both.
+    thresholds = draw(
+        st.lists(st.sampled_from([KEEP_ALL, 0.2, 0.4, 0.5, 0.6, 1.0]), min_size=groups,
+                 max_size=groups)
+    )  # fmt: skip
+    which = groups, distilled, draw(st.sampled_from(["cls", "learned"]))
+    return which, batch, plans, thresholds, draw(st.integers(0, 99))
+
+
+@hypothesis.given(scenarios())
+@hypothesis.settings(max_examples=15)
+def test_ragged_equals_masked(scenario):
+    which, batch, plans, thresholds, seed = scenario
+    plan = Plan(batch, tuple(GroupPlan(*fields) for fields in plans))
+    module, variables = model(*which)
+    plan.check(batch, [module.backbone.num_prefix + N] * module.num_groups)
+    images = some_images(batch, seed)
+    ragged = jax.jit(functools.partial(run_ragged, module, plan, True))(
+        variables,
+        images,
+        jnp.broadcast_to(np.float32(thresholds), (batch, len(thresholds))),
+        jnp.int32(batch),
+    )
+    masked = module.apply(variables, images, tuple(thresholds))
+    assert_same(ragged, masked, attention=True)
+
+
+PLANS = {
+    "one capacity": GroupPlan("padded", 6, ((6 * 10, 10), full(6))),
+    "buckets": GroupPlan("padded", 2, ((2 * 6, 6), (2 * 10, 10), full(2))),
+    "packed": GroupPlan("packed", 6, ((50, 12), full(6))),
+    "packed sub-batches": GroupPlan("packed", 4, ((20, 8), (40, 14), full(4))),
+    "uneven sub-batches": GroupPlan("packed", 5, ((30, 10), full(5))),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_count_from_none_to_all(name):
+    module, variables = model(2)
+    images = some_images(6)
+    scores = -np.sort(-np.asarray(module.apply(variables, images)[1]["scores"][0]))
+    counts = [0, 1, 5, 9, 15, 16]  # of the six images
+    thresholds = np.full((6, 2), 0.0, np.float32)
+    for image, count in enumerate(counts):
+        edges = np.concatenate([[1.0], scores[image], [0.0]])
+        thresholds[image, 0] = (edges[count] + edges[count + 1]) / 2
+    thresholds[:, 1] = [0.4, KEEP_ALL, 0.5, 0.6, KEEP_ALL, 0.5]
+    run = Accelerated(
+        question(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2), jax.devices()[:1]
+    )
+    logits, out = run(images)
+    masked = module.apply(variables, images, thresholds)
+    assert np.asarray(out["keep"][0]).sum(-1).tolist() == counts
+    assert_same((logits, out), masked)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_ties_are_dropped_alike(name):
+    """All scores equal the threshold, or exceed it, exactly."""
+    module, variables = model(2)
+    zeros = jax.tree.map(jnp.zeros_like, variables)  # every score is 0.5
+    plan = Plan(6, (PLANS[name],) * 2)
+    for threshold, kept in ((0.5, 0), (float(np.nextafter(np.float32(0.5), np.float32(0))), N)):
+        run = Accelerated(question(module, zeros, 6, threshold), plan, jax.devices()[:1])
+        _, out = run(some_images(6))
+        assert np.asarray(out["keep"][1]).sum(-1).tolist() == [kept] * 6
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_nan_in_one_image_reaches_no_other(name):
+    """Padding is 0, whatever lies beside it or lay there before."""
+    module, variables = model(2)
+    images = some_images(6).at[2].set(jnp.nan)
+    run = Accelerated(
+        question(module, variables, 6, 0.5), Plan(6, (PLANS[name],) * 2), jax.devices()[:1]
+    )
+    logits, _ = run(images)
+    clean, _ = module.apply(variables, images[np.array([0, 1, 3, 4, 5])], 0.5)
+    assert_close(np.delete(np.asarray(logits), 2, 0), clean)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_poisoned_slots_leak_nowhere(name):
+    """NaN in every slot of the buffer that no survivor owns changes nothing."""
+    from iared2_jax.ragged.engine import run_group
+
+    module, variables = model(2)
+    images = some_images(6)
+    keep = jnp.asarray(np.random.default_rng(0).random((6, N)) < 0.5)
+    x = module.apply(variables, images, method=lambda m, x: m.backbone.embed(x))
+    poisoned = jnp.where(
+        jnp.pad(keep, ((0, 0), (1, 0)), constant_values=True)[..., None], x, jnp.nan
+    )
+    slot = jnp.broadcast_to(jnp.arange(N), keep.shape)
+
+    def cls(tokens):
+        state, _ = run_group(module, variables, 1, PLANS[name], {"tokens": tokens}, keep, slot)
+        return state["tokens"]
+
+    expected, _ = module.apply(variables, 1, x, keep, method="run_blocks")
+    result = cls(poisoned)
+    assert_close(result[:, 0], expected[:, 0])
+    for image in range(6):
+        survivors = np.flatnonzero(keep[image])
+        assert_close(result[image, 1 : 1 + len(survivors)], expected[image, 1 + survivors])
+
+
+def test_tail_batches_and_other_thresholds():
+    module, variables = model(2)
+    images = some_images(5)
+    run = Accelerated(
+        question(module, variables, 6, 0.5), Plan(6, (PLANS["buckets"],) * 2), jax.devices()[:1]
+    )
+    for count in (1, 4, 5):
+        assert_same(run(images[:count]), module.apply(variables, images[:count], 0.5))
+    assert_same(run(images, thresholds=0.3), module.apply(variables, images, 0.3))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_sharded_over_devices(devices):
+    module, variables = model(2)
+    images = some_images(16)
+    each = 16 // devices
+    plans = (GroupPlan("packed", each, (full(each),)), GroupPlan("padded", 1, ((9, 9), full(1))))
+    run = Accelerated(
+        question(module, variables, each, 0.5), Plan(each, plans), jax.devices()[:devices]
+    )
+    assert_same(run(images), module.apply(variables, images, 0.5))
+    assert_same(run(images[:11]), module.apply(variables, images[:11], 0.5))
+    assert sum(run.usage[1]["shapes"].values()) == 32  # two calls of 16 sub-batches of one image
+
+
+def test_bfloat16_is_as_near_to_float32_as_masked():
+    module, variables = model(2)
+    variables = jax.tree.map(lambda x: x / 2, variables)
+    half = module.clone(backbone=module.backbone.clone(dtype=jnp.bfloat16))
+    images = some_images(6)
+    plan = Plan(6, (PLANS["packed"],) * 2)
+    exact, _ = module.apply(variables, images, KEEP_ALL)
+    masked, _ = jax.jit(lambda v, x: half.apply(v, x, KEEP_ALL))(variables, images)
+    ragged, _ = Accelerated(question(half, variables, 6, KEEP_ALL), plan, jax.devices()[:1])(images)
+    error, theirs = (float(jnp.linalg.norm(x - exact)) for x in (ragged, masked))
+    assert 0 < error < 2 * theirs < 0.2 * float(jnp.linalg.norm(exact))
+
+
+# -- Fixed budgets.
+
+
+@pytest.mark.parametrize("score", ["interpreter", "attention"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_fixed_budget_equals_masked(score, rows):
+    module, variables = model(3)
+    ratios = (1.0, 0.6, 0.3)
+    counts = [17, 11, 6]  # ceil(ratio * 16) + CLS
+    plans = tuple(GroupPlan("padded", rows, ((rows * c, c),)) for c in counts)
+    images = some_images(4)
+    asked = question(module, variables, 4, 0.5, keep_ratios=ratios, score=score)
+    run = Accelerated(asked, Plan(4, plans), jax.devices()[:1])
+    logits, out = run(images)
+    expected, reference = module.apply(variables, images, keep_ratios=ratios, score=score)
+    assert_close(logits, expected)
+    for keep, expected_keep, count in zip(out["keep"], reference["keep"], counts, strict=True):
+        np.testing.assert_array_equal(keep, expected_keep)
+        assert np.asarray(keep).sum(-1).tolist() == [count - 1] * 4
+    # Fewer images than the batch: the padding costs the same and changes nothing.
+    assert_close(run(images[:3])[0], expected[:3])
+
+
+def test_attention_scores_are_the_last_blocks_cls_attention():
+    module, variables = model(2)
+    images = some_images(3)
+    _, out = module.apply(variables, images, keep_ratios=(1.0, 0.5), score="attention")
+    np.testing.assert_allclose(out["scores"][1], np.asarray(out["attention"][1]).mean(1), rtol=1e-5)
+    assert out["head_logits"] == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "score", "words"),
+    [
+        ((1.0,), "interpreter", "2 shares"),
+        ((1.0, 0.0), "interpreter", "shares in"),
+        ((0.5, 0.5), "attention", "start with 1"),
+        (None, "attention", "start with 1"),
+        ((1.0, 0.5), "magic", "score must be one of"),
+    ],
+)
+def test_budgets_that_make_no_sense(ratios, score, words):
+    module, variables = model(2)
+    with pytest.raises(ValueError, match=words):
+        module.apply(variables, some_images(1), keep_ratios=ratios, score=score)
+    with pytest.raises(UsageError, match=words):
+        iared2_jax.accelerate(module, variables, 2, keep_ratios=ratios, score=score)
+
+
+# -- Plans.
+
+
+def test_accelerate_plans_compiles_once_and_keeps_the_plan(tmp_path):
+    module, variables = model(2)
+    images = some_images(12)
+    run = iared2_jax.accelerate(
+        module, variables, 4, images=images, cache_dir=str(tmp_path), attention=True
+    )
+    assert {"ragged", "masked"} <= run.plan.measured.keys()
+    assert sum(len(group.shapes) for group in run.plan.groups) <= MAX_SHAPES
+    run(images[:4])
+
+    compiled = []
+    listen = functools.partial(lambda event, *_, **__: compiled.append(event))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for first, count in ((0, 4), (4, 4), (8, 3), (0, 1)):
+            batch = images[first : first + count]
+            compiled.clear()
+            ragged = run(np.asarray(batch))
+            assert not [event for event in compiled if "compile" in event]
+            assert_same(ragged, module.apply(variables, batch, 0.5), attention=True)
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+    (path,) = (tmp_path / "plans").iterdir()
+    assert Plan.load(path) == run.plan
+    again = iared2_jax.accelerate(
+        module, variables, 4, images=images, cache_dir=str(tmp_path), attention=True
+    )
+    assert again.plan == run.plan
+    assert "ragged" in str(run.plan)
+
+
+def test_a_plan_is_pinned_and_saved(tmp_path):
+    module, variables = model(2)
+    plan = Plan(3, (PLANS["buckets"],) * 2, 0, "einsum", {"made": "by hand"}, {"x": 0.5})
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    plan = Plan(3, (GroupPlan("padded", 3, (full(3),)),) * 2)
+    run = iared2_jax.accelerate(module, variables, 3, plan=plan)
+    assert run.plan is plan
+    assert_same(run(some_images(3)), module.apply(variables, some_images(3), 0.5))
+
+
+def test_a_masked_plan_says_so():
+    module, variables = model(2)
+    plan = Plan(5, (), masked_rows=2)
+    assert "dropping does not pay" in str(plan)
+    run = iared2_jax.accelerate(module, variables, 5, plan=plan)
+    images = some_images(5)
+    logits, out = run(images)
+    expected, reference = module.apply(variables, images, 0.5)
+    assert_close(logits, expected)
+    np.testing.assert_array_equal(out["keep"][1], reference["keep"][1])
+    assert run.usage == []
+
+
+def test_usage_counts_what_only_the_largest_shape_held():
+    module, variables = model(2)
+    tight = GroupPlan("padded", 2, ((2 * 2, 2), full(2)))
+    run = Accelerated(
+        question(module, variables, 4, KEEP_ALL), Plan(4, (tight,) * 2), jax.devices()[:1]
+    )
+    for _ in range(40):  # more than stay on the device
+        run(some_images(4))
+    assert [group["larger"] for group in run.usage] == [80, 80]
+    assert_same(run(some_images(4)), module.apply(variables, some_images(4), KEEP_ALL))
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan(4, (GroupPlan("padded", 3, (full(3),)),) * 2), "batches of 4 images"),
+        (Plan(3, (GroupPlan("padded", 3, (full(3),)),)), "1 groups, the model has 2"),
+        (Plan(3, (GroupPlan("padded", 3, ((30, 10),)),) * 2), "does not hold 3 images of 17"),
+        (Plan(3, (GroupPlan("heap", 3, (full(3),)),) * 2), "malformed"),
+        (Plan(3, (GroupPlan("padded", 3, (full(3), full(3))),) * 2), "out of order"),
+    ],
+)
+def test_plans_for_something_else_are_refused(plan, words):
+    module, variables = model(2)
+    with pytest.raises(UsageError, match=words):
+        iared2_jax.accelerate(module, variables, 3, plan=plan)
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    module, variables = model(2)
+    with pytest.raises(UsageError, match="needs images="):
+        iared2_jax.accelerate(module, variables, 2, cache_dir=None)
+    with pytest.raises(UsageError, match="multiple of the 2 devices"):
+        iared2_jax.accelerate(module, variables, 3, devices=jax.devices()[:2])
+    with pytest.raises(UsageError, match="thresholds must be"):
+        iared2_jax.accelerate(module, variables, 3, thresholds=(0.5, 0.5, 0.5))
+    with pytest.raises(UsageError, match="cannot be read"):
+        Plan.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text(json.dumps({"groups": 3}))
+    with pytest.raises(UsageError, match="is not a plan"):
+        Plan.load(tmp_path / "bad.json")
+    run = iared2_jax.accelerate(
+        module, variables, 3, plan=Plan(3, (GroupPlan("padded", 3, (full(3),)),) * 2)
+    )
+    for images in (some_images(4), jnp.zeros([0, 32, 32, 3]), jnp.zeros([2, 16, 16, 3])):
+        with pytest.raises(UsageError, match=r"accelerated for 1\.\.3 images"):
+            run(images)
+
+
+@hypothesis.given(st.data())
+def test_chosen_shapes_hold_what_was_seen(data):
+    lengths = np.array(
+        data.draw(st.lists(st.lists(st.integers(1, T), min_size=6, max_size=6), min_size=1,
+                           max_size=5))
+    )  # fmt: skip
+    kind = data.draw(st.sampled_from(["padded", "packed"]))
+    rows = data.draw(st.integers(1, 6))
+    needed = needs(lengths, rows).reshape(-1, 2)
+    limit = data.draw(st.integers(1, 4))
+    shapes = choose_shapes(kind, needed, rows, T, limit, step=4)
+    assert len(shapes) <= limit + 1
+    Plan(6, (GroupPlan(kind, rows, shapes),)).check(6, [T])
+    places = np.array([shape[0] for shape in shapes])
+    largest = shapes[-2] if len(shapes) > 1 else shapes[-1]
+    if kind == "packed" and places[-1] > needed[:, 0].max() + max(4, rows):
+        assert (needed <= np.array(largest)).all()
+    assert needed[:, 1].max() <= shapes[-1][1]
+
+
+def test_kernels_are_einsum_on_a_cpu():
+    module, variables = model(2)
+    assert planner._kernels(question(module, variables, 2)) == ["einsum"]
+
+
+# -- The layouts themselves.
+
+
+@hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_nth_kept(row):
+    keep = np.array([row])
+    kept = np.asarray(nth_kept(keep, len(row)))[0]
+    survivors = np.flatnonzero(keep[0])
+    assert kept[: len(survivors)].tolist() == survivors.tolist()
+    assert (kept[len(survivors) :] == len(row)).all()
+
+
+@hypothesis.given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 7))
+def test_packed_spreads_and_collects(lengths, spare):
+    total = sum(lengths) + spare
+    hypothesis.assume(total)
+    layout = packed(jnp.asarray(lengths), total, row_length=5)
+    x = jax.random.normal(jax.random.key(0), (1, total, 2))
+    rows = np.asarray(layout.spread(x))
+    start = 0
+    for image, length in enumerate(lengths):
+        np.testing.assert_array_equal(rows[image, :length], x[0, start : start + length])
+        assert (rows[image, length:] == 0).all()
+        start += length
+    np.testing.assert_array_equal(layout.collect(rows)[0, :start], x[0, :start])
