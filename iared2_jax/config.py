@@ -18,6 +18,7 @@ from iared2_jax.optim import OPTIMIZERS
 from iared2_jax.reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
 
 CURRICULA = ("iared2", "interpreters", "supervised")
+TRAIN_EXECUTIONS = ("masked", "gathered")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -75,6 +76,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.supervised = ml_collections.ConfigDict(
         _phase_defaults(epochs=300.0, optimizer="adamw", learning_rate=5e-4, weight_decay=0.05)
     )
+    # How tokens that are dropped for good are left out of a step: "masked" | "gathered", into as
+    # many slots as the phase's first images need. The same gradients (docs/performance.md).
+    config.train_execution = "masked"
     config.train_head = False  # train final norm and head with the blocks, too
     config.label_smoothing = 0.0
 
@@ -218,6 +222,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("model.dtype", DTYPES)
     one_of("model.policy_token", POLICY_TOKENS)
     one_of("reward_denominator", REWARD_DENOMINATORS)
+    one_of("train_execution", TRAIN_EXECUTIONS)
     one_of("log_prob_reduction", LOG_PROB_REDUCTIONS)
 
     groups = model_groups(config)

@@ -1,4 +1,9 @@
-"""One loss for each kind of phase: (module, config, phase, params, batch, key) -> loss, metrics."""
+"""One loss for each kind of phase.
+
+(module, config, phase, params, batch, key, capacities) -> loss, metrics. With capacities the tokens
+that are dropped for good are gathered away (`train_execution = "gathered"`): the same loss and
+gradient, for less work, while metrics["overflow"], the tokens that found no slot, is 0.
+"""
 
 import functools
 
@@ -24,27 +29,60 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float) -> tuple[Array
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
-def supervised_loss(module: IARed2, config, phase: Phase, params, batch: Batch, key: PRNGKeyArray):
+Capacities = tuple[int, ...]
+
+
+def supervised_loss(
+    module: IARed2,
+    config,
+    phase: Phase,
+    params,
+    batch: Batch,
+    key: PRNGKeyArray,
+    capacities: Capacities | None = None,
+):
     """Cross-entropy of the plain backbone."""
     logits, _ = module.apply({"params": params}, batch["image"], execution="dense")
-    return cross_entropy(logits, batch["label"], config.label_smoothing)
+    loss, metrics = cross_entropy(logits, batch["label"], config.label_smoothing)
+    return loss, {**metrics, "overflow": jnp.zeros(())}
 
 
-def backbone_loss(module: IARed2, config, phase: Phase, params, batch: Batch, key: PRNGKeyArray):
+def backbone_loss(
+    module: IARed2,
+    config,
+    phase: Phase,
+    params,
+    batch: Batch,
+    key: PRNGKeyArray,
+    capacities: Capacities | None = None,
+):
     """Cross-entropy under the greedy masks of interpreters 1..group.
 
     Everything before the group's first block is frozen, so no gradient is computed there.
     """
     apply = functools.partial(module.apply, {"params": params})
-    x, alive = apply(phase.group, batch["image"], phase.thresholds, method="up_to")
-    head_logits = apply(phase.group, x, method="interpret")
+    group, thresholds = phase.group, phase.thresholds
+    x, alive, _, overflow = apply(group, batch["image"], thresholds, capacities, method="up_to")
+    head_logits = apply(group, x, method="interpret")
     keep = policy.greedy(head_logits, alive, config.threshold)
-    logits = apply(phase.group, x, keep, phase.thresholds, method="onward")
+    if capacities is not None:
+        x, keep, _, more = apply(x, keep, capacities[group - 1], method="compact")
+        overflow = overflow + more
+    logits = apply(group, x, keep, thresholds, method="onward")
     loss, metrics = cross_entropy(logits, batch["label"], config.label_smoothing)
-    return loss, {**metrics, "keep_rate": keep.mean()}
+    kept = (keep.sum(-1) / module.backbone.num_patches).mean()
+    return loss, {**metrics, "keep_rate": kept, "overflow": overflow.sum().astype(jnp.float32)}
 
 
-def interpreter_loss(module: IARed2, config, phase: Phase, params, batch: Batch, key: PRNGKeyArray):
+def interpreter_loss(
+    module: IARed2,
+    config,
+    phase: Phase,
+    params,
+    batch: Batch,
+    key: PRNGKeyArray,
+    capacities: Capacities | None = None,
+):
     """Self-critical REINFORCE for one interpreter (Eq. 3).
 
     The prefix up to the interpreter is the same for all rollouts, so it is computed once. The
@@ -52,14 +90,17 @@ def interpreter_loss(module: IARed2, config, phase: Phase, params, batch: Batch,
     gradient, so nothing is differentiated but the interpreter itself.
     """
     group, labels, rollouts = phase.group, batch["label"], config.rollouts
+    n = module.backbone.num_patches
     apply = functools.partial(module.apply, {"params": params})
-    x, alive = apply(group, batch["image"], phase.thresholds, method="up_to")
-    x = jax.lax.stop_gradient(x)
+    entry = apply(group, batch["image"], phase.thresholds, capacities, method="up_to")
+    x, alive = jax.lax.stop_gradient(entry.x), entry.alive
     head_logits = apply(group, x, method="interpret")
 
     greedy = policy.greedy(head_logits, alive, config.threshold)
     keys = jax.random.split(key, rollouts)
-    sampled = jnp.stack([policy.sample(k, head_logits, alive) for k in keys], axis=1)
+    sampled = jnp.stack(
+        [policy.sample(k, head_logits, alive, entry.slots, n) for k in keys], axis=1
+    )
 
     # Rollouts of one image stay next to each other, so that rows split over devices as images do.
     masks = jnp.concatenate([sampled, greedy[:, None]], axis=1)
@@ -76,7 +117,7 @@ def interpreter_loss(module: IARed2, config, phase: Phase, params, batch: Batch,
     tau = config.tau[group - 1 if len(config.tau) > 1 else 0]
     handed = alive if config.reward_denominator == "entering" else None
     rewards = jnp.stack(
-        [policy.reward(masks[:, r], correct[:, r], tau, handed) for r in range(rollouts + 1)],
+        [policy.reward(masks[:, r], correct[:, r], tau, handed, n) for r in range(rollouts + 1)],
         axis=1,
     )
     advantage = rewards[:, :-1] - rewards[:, -1:]
@@ -86,11 +127,11 @@ def interpreter_loss(module: IARed2, config, phase: Phase, params, batch: Batch,
         )
         for r in range(rollouts)
     )
-    metrics = _health(head_logits, alive, masks, correct, rewards, advantage)
-    return loss / rollouts, metrics
+    metrics = _health(head_logits, alive, masks.sum(-1) / n, correct, rewards, advantage)
+    return loss / rollouts, {**metrics, "overflow": entry.overflow.sum().astype(jnp.float32)}
 
 
-def _health(head_logits, alive, masks, correct, rewards, advantage) -> Metrics:
+def _health(head_logits, alive, shares, correct, rewards, advantage) -> Metrics:
     """The figures by which one sees whether a policy is learning (SPEC 3)."""
     scores = policy.informative_scores(head_logits)
     count = jnp.maximum(alive.sum(), 1)
@@ -99,8 +140,8 @@ def _health(head_logits, alive, masks, correct, rewards, advantage) -> Metrics:
     return {
         "accuracy": correct[:, -1].mean(),
         "accuracy_sampled": correct[:, :-1].mean(),
-        "keep_rate": masks[:, -1].mean(),
-        "keep_rate_sampled": masks[:, :-1].mean(),
+        "keep_rate": shares[:, -1].mean(),
+        "keep_rate_sampled": shares[:, :-1].mean(),
         "score_mean": mean,
         "score_spread": spread,
         "entropy": policy.entropy(head_logits, alive).mean(),

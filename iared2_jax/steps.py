@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from iared2_jax import optim
 from iared2_jax.data.pipeline import normalize
-from iared2_jax.losses import LOSSES, Batch, Metrics
+from iared2_jax.losses import LOSSES, Batch, Capacities, Metrics
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
@@ -67,23 +67,31 @@ def initial_state(
 
 
 def make_train_step(
-    module: IARed2, phase: Phase, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+    module: IARed2,
+    phase: Phase,
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    capacities: Capacities | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step of one phase: batch rows split over the mesh, state replicated and donated.
 
     A step whose loss, gradient or update is not finite changes nothing but the counters.
+
+    Args:
+      capacities: patch slots per group, for gathered training (see `losses`); None: masked. A
+        batch that does not fit is computed again, masked, and shows in metrics["overflow"].
     """
     optimizer = optim.make_optimizer(phase.options, phase.steps)
     norm = registry.get_variant(config.model.name).norm
     micro = phase.options.accumulate
     loss_fn = functools.partial(LOSSES[phase.kind], module, config, phase)
 
-    def gradients(params, batch, key):
+    def gradients(params, batch, key, capacities):
         """Of what the phase trains, over the micro-batches; and the metrics."""
         trainable, frozen = optim.partition(params, phase.trains, module.group_sizes)
 
         def loss(trainable, batch, key):
-            return loss_fn(optim.merge(trainable, frozen), batch, key)
+            return loss_fn(optim.merge(trainable, frozen), batch, key, capacities)
 
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         if micro == 1:
@@ -111,7 +119,17 @@ def make_train_step(
         """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = {**batch, "image": normalize(batch["image"], norm)}
-        grads, metrics = gradients(state.params, batch, key)
+        grads, metrics = gradients(state.params, batch, key, capacities)
+        if capacities:
+            lost = metrics["overflow"]
+
+            def masked(_, __):
+                again, figures = gradients(state.params, batch, key, None)
+                return again, {**figures, "overflow": lost}
+
+            # A loop of one turn or none: XLA:CPU runs a conditional's branch on one core.
+            turns = (lost > 0).astype(jnp.int32)
+            grads, metrics = jax.lax.fori_loop(0, turns, masked, (grads, metrics))
         metrics["gradient_norm"] = optax.tree.norm(grads)
         trainable, frozen = optim.partition(state.params, phase.trains, module.group_sizes)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)

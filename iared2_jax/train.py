@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from iared2_jax import config as config_lib
+from iared2_jax.capacities import measure_capacities, recalled
 from iared2_jax.checkpoints import weights
 from iared2_jax.checkpoints.run import RunCheckpoints
 from iared2_jax.data.pipeline import shard_batch, train_batches
@@ -160,17 +162,36 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop: Stop) -> Trai
     rows = NamedSharding(mesh, P("data"))
     with MetricWriter(workdir, step) as writer, Profile(workdir, config.profile, step) as profile:
         while (phase := phase_at(plan, step)) is not None and not stop.requested:
-            train_step = make_train_step(module, phase, config, mesh)
-            batches = iter(
-                train_batches(
-                    SOURCES[config.data.name],
-                    phase.options.batch_size,
-                    phase.first_example + (step - phase.first_step) * phase.options.batch_size,
-                    config.seed,
-                    image_size,
-                    config.data.threads,
+
+            def batches_from(example: int, phase=phase):
+                return iter(
+                    train_batches(
+                        SOURCES[config.data.name],
+                        phase.options.batch_size,
+                        example,
+                        config.seed,
+                        image_size,
+                        config.data.threads,
+                    )
                 )
-            )
+
+            capacities = None
+            if config.train_execution == "gathered" and phase.kind != "supervised":
+                capacities = recalled(
+                    workdir / "capacities.json",
+                    phase,
+                    functools.partial(
+                        measure_capacities,
+                        module,
+                        state.params,
+                        phase,
+                        batches_from(phase.first_example),
+                        registry.get_variant(config.model.name).norm,
+                    ),
+                )
+            train_step = make_train_step(module, phase, config, mesh, capacities)
+            done = (step - phase.first_step) * phase.options.batch_size
+            batches = batches_from(phase.first_example + done)
             window, alarms = Window(), HealthAlarms(phase)
             with Progress(phase, plan[-1].end) as progress:
                 while step < phase.end and not stop.requested:

@@ -19,7 +19,8 @@ from iared2_jax.ragged.accelerate import Accelerated, per_group
 from iared2_jax.ragged.engine import run_ragged
 from iared2_jax.ragged.plan import choose_shapes, needs
 from iared2_jax.ragged.planner import MAX_SHAPES, Question
-from iared2_jax.reduction.layout import nth_kept, packed
+from iared2_jax.reduction.gather import partition, take_tokens
+from iared2_jax.reduction.layout import packed
 
 N = 16  # patches of the test model
 T = N + 1
@@ -442,12 +443,19 @@ def test_kernels_are_einsum_on_a_cpu():
 
 
 @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=20))
-def test_nth_kept(row):
-    keep = np.array([row])
-    kept = np.asarray(nth_kept(keep, len(row)))[0]
-    survivors = np.flatnonzero(keep[0])
-    assert kept[: len(survivors)].tolist() == survivors.tolist()
-    assert (kept[len(survivors) :] == len(row)).all()
+def test_partition_puts_the_kept_first_in_order(row):
+    slots, places = (np.asarray(x)[0] for x in partition(np.array([row])))
+    assert slots.tolist() == [*np.flatnonzero(row), *np.flatnonzero(~np.array(row))]
+    assert slots[places].tolist() == list(range(len(row)))
+
+
+def test_take_tokens_has_the_gradient_of_indexing():
+    tokens = jax.random.normal(jax.random.key(0), (2, 7, 3))
+    slots = jnp.array([[6, 0, 3], [2, 1, 5]])
+    weights = jax.random.normal(jax.random.key(1), (2, 3, 3))
+    ours = jax.grad(lambda x: (weights * take_tokens(x, slots)).sum())(tokens)
+    plain = jax.grad(lambda x: (weights * jnp.take_along_axis(x, slots[..., None], 1)).sum())
+    np.testing.assert_allclose(ours, plain(tokens))
 
 
 @hypothesis.given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 7))

@@ -43,7 +43,7 @@ STEPS = 8
 POISON = 99  # a label that makes the supervised loss NaN
 
 
-def poisonable_loss(module, config, phase, params, batch, key):
+def poisonable_loss(module, config, phase, params, batch, key, capacities):
     value, metrics = losses.supervised_loss(module, config, phase, params, batch, key)
     return jnp.where((batch["label"] == POISON).any(), jnp.nan, value), metrics
 
@@ -148,6 +148,19 @@ def test_a_run_stopped_after_every_step_ends_bitwise_the_same(finished, tmp_path
     assert rows(tmp_path) == rows(finished[0])
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
     assert_same(train(nano_config(), tmp_path), finished[1])  # there is nothing left to do
+
+
+def test_a_gathered_run_goes_on_with_the_same_shapes(tmp_path):
+    config = nano_config(train_execution="gathered", **{"model.init_bias": 0.05})
+    whole = train(config, tmp_path / "whole")
+    stops = [train(config, tmp_path / "stopped", StopAfter(3)) for _ in range(4)]
+    state = stops[-1]
+    assert 0 < int(stops[0].step) < int(stops[1].step) < STEPS
+    assert_same(state, whole)
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    known = json.loads((tmp_path / "stopped" / "capacities.json").read_text())
+    assert list(known) == ["interpreter 1", "backbone 1", "interpreter 2", "backbone 2"]
+    assert [len(slots) for slots in known.values()] == [0, 1, 1, 2]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, copied):

@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from iared2_jax import optim
-from iared2_jax.data.pipeline import shard_batch
+from iared2_jax.capacities import measure_capacities, recalled
+from iared2_jax.data.pipeline import normalize, shard_batch
+from iared2_jax.models import registry
 from iared2_jax.models.iared2 import KEEP_ALL
 from iared2_jax.phases import phase_at, phases
 from iared2_jax.steps import data_mesh, enter_phase, initial_state, make_train_step
@@ -34,12 +36,12 @@ def start(config, phase, params, mesh):
     return jax.device_put(state, NamedSharding(mesh, P()))
 
 
-def run_step(config, phase, batch, devices=1, steps=1):
+def run_step(config, phase, batch, devices=1, steps=1, capacities=None):
     """The state after some steps of one phase on the first `devices` devices, and before."""
     mesh = data_mesh(jax.devices()[:devices])
     module, variables = build_model(config)
     state = start(config, phase, variables["params"], mesh)
-    step = make_train_step(module, phase, config, mesh)
+    step = make_train_step(module, phase, config, mesh, capacities)
     for _ in range(steps):
         state, metrics = step(state, shard_batch(batch, NamedSharding(mesh, P("data"))))
     return variables["params"], state, metrics
@@ -118,6 +120,74 @@ def test_8_devices_give_the_update_of_1(tiny_config, batch, kind):
         np.testing.assert_allclose(flat(spread.params)[path], value, atol=2e-6, err_msg=path)
     for name, value in metrics.items():
         np.testing.assert_allclose(metrics_8[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def plain_sgd(config):
+    for options in (config.interpreter, config.backbone):
+        options.optimizer, options.learning_rate, options.clip_norm = "sgd", 0.1, 0.0
+
+
+def assert_same_update(one, other):
+    (before, state, metrics), (_, others, others_metrics) = one, other
+    moved = flat(state.params)
+    assert any(not np.array_equal(moved[path], value) for path, value in flat(before).items())
+    for path, value in moved.items():
+        np.testing.assert_allclose(flat(others.params)[path], value, atol=3e-6, err_msg=path)
+    for name in metrics.keys() - {"overflow"}:
+        np.testing.assert_allclose(
+            others_metrics[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("index", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("enough", [True, False])
+def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index, enough):
+    """Where the capacities suffice; and where they do not, and the step is computed again."""
+    plain_sgd(tiny_config)
+    tiny_config.model.init_bias = 0.05  # some go, most stay
+    phase = plan_of(tiny_config, "iared2")[index]
+    module, variables = build_model(tiny_config)
+    images = normalize(batch["image"], registry.HALF_NORM)
+    logits, _ = module.apply(variables, images, phase.thresholds)
+    batch["label"] = np.asarray(logits.argmax(-1), np.int32)  # right answers: rewards that differ
+    fixed = phase.group - (phase.kind == "interpreter")
+    capacities = ((64, 56, 48) if enough else (24, 8, 8))[:fixed]
+    masked = run_step(tiny_config, phase, batch)
+    gathered = run_step(tiny_config, phase, batch, capacities=capacities)
+    assert (gathered[2]["overflow"] == 0) == enough
+    assert masked[2]["overflow"] == 0
+    assert_same_update(masked, gathered)
+
+
+def test_gathered_training_over_8_devices(tiny_config, batch):
+    plain_sgd(tiny_config)
+    phase = plan_of(tiny_config, "iared2")[3]
+    masked = run_step(tiny_config, phase, batch)
+    assert_same_update(masked, run_step(tiny_config, phase, batch, 8, capacities=(64, 64)))
+    assert_same_update(masked, run_step(tiny_config, phase, batch, 8, capacities=(8, 8)))
+
+
+def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, batch):
+    module, variables = build_model(tiny_config)
+    phases_ = plan_of(tiny_config, "iared2")
+
+    def measure(phase):
+        return measure_capacities(
+            module, variables["params"], phase, itertools.repeat(batch), registry.HALF_NORM
+        )
+
+    images = normalize(batch["image"], registry.HALF_NORM)
+    _, out = module.apply(variables, images, phases_[3].thresholds)
+    most = [int(keep.sum(-1).max()) for keep in out["keep"]]
+    found = measure(phases_[3])
+    assert len(found) == 2
+    assert all(m <= c <= min(64, 1.05 * m + 8) for m, c in zip(most, found, strict=False))
+    assert len(measure(phases_[0])) == 0
+
+    path = tmp_path / "capacities.json"
+    assert recalled(path, phases_[3], lambda: found) == found
+    assert recalled(path, phases_[2], lambda: (8,)) == (8,)
+    assert recalled(path, phases_[3], lambda: pytest.fail("measured again")) == found
 
 
 def test_the_curriculum_is_the_papers(tiny_config):

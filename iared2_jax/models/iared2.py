@@ -3,15 +3,15 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models.interpreter import Interpreter
 from iared2_jax.reduction import policy
-from iared2_jax.reduction.gather import take_tokens, to_grid, top_k_slots
+from iared2_jax.reduction.gather import partition, take_tokens, to_grid, top_k_slots
 from iared2_jax.reduction.layout import EVERY_TOKEN, Layout, Padded
 from iared2_jax.reduction.selectors import top_k
 from iared2_jax.typing import Array
@@ -23,6 +23,19 @@ SCORES = ("interpreter", "attention")
 KEEP_ALL = -1.0
 
 Thresholds = float | Sequence[float] | Float[Array, "..."]
+
+
+class Entry(NamedTuple):
+    """What a group is handed.
+
+    x [b, P+k, d]: tokens. alive [b, k]: which patch tokens are still there. slots [b, k]: which
+    patch each of them is. overflow [b]: tokens that an earlier group found no slot for.
+    """
+
+    x: Float[Array, "b t d"]
+    alive: Bool[Array, "b k"]
+    slots: Int[Array, "b k"]
+    overflow: Int[Array, " b"]
 
 
 class IARed2(nn.Module):
@@ -230,19 +243,47 @@ class IARed2(nn.Module):
 
     # -- The parts that training needs: the prefix once, the suffix for several rollouts.
 
+    def compact(
+        self, x: Float[Array, "b t d"], keep: Bool[Array, "b n"], capacity: int
+    ) -> tuple[Float[Array, "b c d"], Bool[Array, "b k"], Int[Array, "b k"], Int[Array, " b"]]:
+        """Moves the kept patch tokens into `capacity` slots, in order.
+
+        Returns the tokens, which slots are valid, where each came from, and how many tokens found
+        no slot (then the result is not masked execution's, and must not be used).
+        """
+        prefix = self.backbone.num_prefix
+        capacity = min(capacity, keep.shape[1])
+        slots = partition(keep)[0][:, :capacity]
+        x = jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], slots)], axis=1)
+        valid = jnp.take_along_axis(keep, slots, axis=1)
+        return x, valid, slots, keep.sum(axis=1) - valid.sum(axis=1)
+
     def up_to(
-        self, group: int, images: Float[Array, "b height width 3"], thresholds: Thresholds = 0.5
-    ) -> tuple[Float[Array, "b t d"], Bool[Array, "b n"]]:
-        """Masked execution up to the entry of `group`: the tokens, and which are still alive."""
+        self,
+        group: int,
+        images: Float[Array, "b height width 3"],
+        thresholds: Thresholds = 0.5,
+        capacities: Sequence[int] | None = None,
+    ) -> Entry:
+        """Up to the entry of `group`: by masked execution, or gathered into `capacities` slots.
+
+        Args:
+          capacities: patch slots of the groups before `group`; None: masked.
+        """
         thresholds = self._per_group(thresholds)
         x = self.backbone.embed(images)
         alive = jnp.ones((x.shape[0], self.backbone.num_patches), bool)
+        slots = jnp.broadcast_to(jnp.arange(alive.shape[1]), alive.shape)
+        overflow = jnp.zeros(x.shape[0], jnp.int32)
         for earlier in range(1, group):
-            alive = policy.greedy(
-                self.interpret(earlier, x), alive, thresholds[..., earlier - 1, None]
-            )
+            head_logits = self.interpret(earlier, x)
+            alive = policy.greedy(head_logits, alive, thresholds[..., earlier - 1, None])
+            if capacities is not None:
+                x, alive, chosen, more = self.compact(x, alive, capacities[earlier - 1])
+                slots = jnp.take_along_axis(slots, chosen, axis=1)
+                overflow = overflow + more
             x, _ = self.run_blocks(earlier, x, alive)
-        return x, alive
+        return Entry(x, alive, slots, overflow)
 
     def onward(
         self,

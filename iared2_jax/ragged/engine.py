@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.ragged.plan import GroupPlan, Plan
-from iared2_jax.reduction.layout import EVERY_TOKEN, nth_kept, packed, padded
+from iared2_jax.reduction.gather import partition
+from iared2_jax.reduction.layout import EVERY_TOKEN, packed, padded
 from iared2_jax.typing import Array
 
 State = dict[str, Array]
@@ -181,11 +182,11 @@ def run_group(
     Returns:
       The state, its first slots overwritten, and how many sub-batches ran in each shape.
     """
-    (b, n), prefix = keep.shape, module.backbone.num_prefix
+    b, prefix = keep.shape[0], module.backbone.num_prefix
     lengths = keep.sum(axis=1) + prefix
     # Where the first, second, .. token that goes on is now; anywhere, where there is none.
-    kept = jnp.minimum(nth_kept(keep, n), n - 1)
-    source = jnp.maximum(jnp.take_along_axis(slot, kept, axis=1), 0) + prefix
+    ordered, _ = partition(keep)
+    source = jnp.maximum(jnp.take_along_axis(slot, ordered, axis=1), 0) + prefix
     source = jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), (b, prefix)), source], axis=1)
     rows = plan.rows
     chunks = -(-b // rows)

@@ -10,7 +10,6 @@ time. Only attention has to know the layout:
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
@@ -81,13 +80,3 @@ def packed(lengths: Int[Array, " s"], total: int, row_length: int) -> Packed:
         home=home,
         valid=column < lengths[:, None],
     )
-
-
-def nth_kept(keep: Bool[Array, "s n"], capacity: int) -> Int[Array, "s capacity"]:
-    """Index of the first, second, .. kept token of each image, in order; n where there is none.
-
-    Thresholds need no sort: a running count and a search, O(n + capacity log n).
-    """
-    running = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
-    wanted = jnp.arange(1, capacity + 1, dtype=jnp.int32)
-    return jax.vmap(lambda row: jnp.searchsorted(row, wanted, side="left"))(running)

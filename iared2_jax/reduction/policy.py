@@ -6,7 +6,7 @@ token, like the prefix tokens, is in neither the log-probability nor the counts.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from iared2_jax.typing import Array
 
@@ -67,10 +67,22 @@ def entropy(head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]) -> Fl
 
 
 def sample(
-    key: PRNGKeyArray, head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]
+    key: PRNGKeyArray,
+    head_logits: Float[Array, "b n h"],
+    alive: Bool[Array, "b n"],
+    slots: Int[Array, "b n"] | None = None,
+    num_patches: int | None = None,
 ) -> Bool[Array, "b n"]:
-    """u ~ Bernoulli(I), independently per token; dead tokens stay dropped."""
-    return jax.random.bernoulli(key, informative_scores(head_logits)) & alive
+    """u ~ Bernoulli(I), independently per token; dead tokens stay dropped.
+
+    Args:
+      slots, num_patches: which of how many patches each token is, where they have been gathered:
+        each patch's draw is then the same as if they had not.
+    """
+    draws = jax.random.uniform(key, (alive.shape[0], num_patches or alive.shape[1]))
+    if slots is not None:
+        draws = jnp.take_along_axis(draws, slots, axis=1)
+    return (draws < informative_scores(head_logits)) & alive
 
 
 def greedy(
@@ -87,6 +99,7 @@ def reward(
     correct: Bool[Array, " b"],
     tau: float,
     alive: Bool[Array, "b n"] | None = None,
+    num_patches: int | None = None,
 ) -> Float[Array, " b"]:
     """R = 1 - (|u| / N)^2 where the answer is right, else -tau (Eq. 2).
 
@@ -96,9 +109,11 @@ def reward(
       tau: the price of an error.
       alive: None divides by N, the patches the image started with (the default). The tokens the
         group was handed divide by their number instead ("entering").
+      num_patches: N, where dead tokens have been gathered away.
     """
     count = keep.sum(axis=-1).astype(jnp.float32)
-    denominator = keep.shape[-1] if alive is None else jnp.maximum(alive.sum(axis=-1), 1)
+    n = num_patches or keep.shape[-1]
+    denominator = n if alive is None else jnp.maximum(alive.sum(axis=-1), 1)
     return jnp.where(correct, 1 - (count / denominator) ** 2, -jnp.float32(tau))
 
 
