@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iared2_jax import count_flops, create_model
+from iared2_jax import count_flops, create_model, load_model
+from iared2_jax.checkpoints.weights import read_weights
+from iared2_jax.data.pipeline import normalize, resized
+from iared2_jax.data.sources import SOURCES
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
+from iared2_jax.models.registry import get_variant
 
 # Mean share kept in groups 1, 2, 3: what the paper's FLOPs come to with a first group that keeps
 # all (DeiT-S: 0.726 of the dense multiply-adds, interpreters included).
@@ -35,9 +40,9 @@ class Workload:
         ours = count_flops(self.module, tuple(self.counts.T)).full
         return count_flops(self.module).full / float(np.mean(ours))
 
-    def batch(self, size: int) -> "Workload":
-        """The first `size` images, repeated if there are fewer."""
-        rows = np.arange(size) % len(self.images)
+    def rows(self, first: int, last: int) -> "Workload":
+        """Images `first` to `last`, starting over if there are fewer."""
+        rows = np.arange(first, last) % len(self.images)
         return dataclasses.replace(
             self,
             images=self.images[rows],
@@ -120,3 +125,25 @@ def synthetic(
     shares = "/".join(f"{share:g}" for share in kept)
     source = f"random weights; counts drawn: means {shares}, sd {SPREADS[spread]}"
     return Workload(module, variables, images, thresholds, counts, source)
+
+
+def from_checkpoint(path: Path, num_images: int, dtype: Any = jnp.float32) -> Workload:
+    """A run's model on its own evaluation images, under its own threshold."""
+    module, variables = load_model(path)
+    module = module.clone(backbone=module.backbone.clone(dtype=dtype))
+    config = read_weights(path)[1]["config"]
+    source = SOURCES[config["data.name"]]
+    pixels, _, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
+    pixels = np.stack([resized(image, module.backbone.image_size) for image in pixels])
+    norm = get_variant(config["model.name"]).norm
+    images = np.asarray(normalize(jnp.asarray(pixels), norm))
+    keep = jax.jit(lambda v, x: module.apply(v, x, config["threshold"])[1]["keep"])
+    counts = np.concatenate(
+        [
+            np.stack([k.sum(-1) for k in map(np.asarray, keep(variables, images[i : i + 32]))], 1)
+            for i in range(0, len(images), 32)
+        ]
+    )
+    thresholds = np.full(counts.shape, config["threshold"], np.float32)
+    about = f"{config['name']}, trained; counts of its {config['data.eval_split']} images"
+    return Workload(module, variables, images, thresholds, counts, about)

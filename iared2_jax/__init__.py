@@ -11,10 +11,11 @@ from iared2_jax.attribution.maps import explain
 from iared2_jax.checkpoints.weights import load_model, load_weights, save_weights
 from iared2_jax.models.flops import count_flops
 from iared2_jax.models.registry import create_model
-from iared2_jax.ragged import accelerate
+from iared2_jax.ragged import accelerate, calibrate
 
 __all__ = [
     "accelerate",
+    "calibrate",
     "count_flops",
     "create_model",
     "data",

@@ -1,7 +1,7 @@
 """Evaluators: accuracy, cost, speed, segmentation. Each yields (name, value) pairs."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from iared2_jax.attribution.segmentation import foreground, score_segmentation
 from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.models.flops import Flops, count_flops
 from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.ragged import accelerate
+from iared2_jax.ragged.engine import in_sub_batches
 from iared2_jax.signals import Stop
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
@@ -106,33 +108,47 @@ def throughput(
     dense: Mapping[str, Any],
     trained: Mapping[str, Any],
     images: Array,
+    sample: Array,
     thresholds: Thresholds,
-    capacities: Sequence[int],
     rounds: int,
 ) -> Named:
     """Images per second from a device-resident batch to logits, every execution in one run.
 
     Args:
       dense, trained: variables of the dense baseline and of the model that drops.
-      images: one normalised batch on the device.
-      capacities: of gathered execution, so large that no image overflows.
+      images: one normalised batch on the device, timed.
+      sample: other images, that the ragged plan is made with.
     """
+    b = len(images)
+    run = accelerate(module, trained, b, thresholds, images=sample, cache_dir=None)
 
-    def logits(**options):
-        return jax.jit(lambda variables, x: module.apply(variables, x, **options)[0])
+    def dense_in(rows):
+        def forward(variables, images):
+            return in_sub_batches(
+                lambda x: module.apply(variables, x, execution="dense")[0], rows, images
+            )
 
-    executions = {
-        "dense": (logits(execution="dense"), dense),
-        "masked": (logits(thresholds=thresholds), trained),
-        "gathered": (
-            logits(thresholds=thresholds, execution="gathered", capacities=tuple(capacities)),
-            trained,
-        ),
-    }
+        return functools.partial(jax.jit(forward), dense, images)
+
+    masked = jax.jit(lambda variables, x: module.apply(variables, x, thresholds)[0])
+    # The baseline is the better of the whole batch and sub-batches that fit the caches.
+    parts = {f"dense, {rows} at a time": rows for rows in sorted({b // 2, b // 4, b // 8} - {0})}
     variants = {
-        name: (lambda fn=fn, variables=variables: fn(variables, images))
-        for name, (fn, variables) in executions.items()
+        "dense": dense_in(b),
+        **{name: dense_in(rows) for name, rows in parts.items()},
+        "masked": lambda: masked(trained, images),
+        "ragged": lambda: run(images)[0],
     }
+    expected = np.asarray(variants["masked"]())
+    error = np.abs(np.asarray(variants["ragged"]()) - expected).max() / np.abs(expected).max()
+    run.forget_usage()
+    executions = {}
     for name, timing in interleaved(variants, rounds).items():
         rates = {"median": timing.median, "p25": timing.upper, "p75": timing.lower}
-        yield name, {key: len(images) / seconds for key, seconds in rates.items()}
+        executions[name] = {key: b / seconds for key, seconds in rates.items()}
+    yield "executions", executions
+    names = [name for name in executions if name.startswith("dense")]
+    yield "baseline", max(names, key=lambda name: executions[name]["median"])
+    yield "plan", str(run.plan).splitlines()
+    yield "ragged_error", float(error)
+    yield "batches_in_larger_shapes", sum(group["larger"] for group in run.usage)

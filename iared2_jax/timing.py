@@ -9,11 +9,12 @@ import numpy as np
 
 
 class Timing(NamedTuple):
-    """Seconds per call: the median and the quartiles over the rounds."""
+    """Seconds per call: the median, the quartiles and the 95th percentile over the rounds."""
 
     median: float
     lower: float
     upper: float
+    p95: float
 
 
 Name = TypeVar("Name")
@@ -32,5 +33,7 @@ def interleaved(variants: Mapping[Name, Callable[[], object]], rounds: int) -> d
             start = time.perf_counter()
             jax.block_until_ready(variants[name]())
             seconds[name].append(time.perf_counter() - start)
-    quartiles = {name: np.percentile(times[1:], (50, 25, 75)) for name, times in seconds.items()}
+    quartiles = {
+        name: np.percentile(times[1:], (50, 25, 75, 95)) for name, times in seconds.items()
+    }
     return {name: Timing(*(float(q) for q in values)) for name, values in quartiles.items()}

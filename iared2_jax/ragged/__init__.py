@@ -1,6 +1,16 @@
 """Ragged execution: dropped tokens buy time. `accelerate` is the way in."""
 
 from iared2_jax.ragged.accelerate import Accelerated, accelerate
+from iared2_jax.ragged.calibrate import BudgetPoint, budget_curve, calibrate, with_speed
 from iared2_jax.ragged.plan import GroupPlan, Plan
 
-__all__ = ["Accelerated", "GroupPlan", "Plan", "accelerate"]
+__all__ = [
+    "Accelerated",
+    "BudgetPoint",
+    "GroupPlan",
+    "Plan",
+    "accelerate",
+    "budget_curve",
+    "calibrate",
+    "with_speed",
+]

@@ -32,6 +32,7 @@ class Accelerated:
     Attributes:
       plan: how it runs; print it.
       batch_size: images per call, over all devices.
+      compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
     """
 
     def __init__(self, question: Question, plan: Plan, devices: Sequence[jax.Device]):
@@ -79,7 +80,7 @@ class Accelerated:
         shape = (self.batch_size, *self._image_shape)
         images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._rows)
         lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
-        self._compiled = lowered.compile()
+        self.compiled = lowered.compile()
 
     def _per_image(self, thresholds: Thresholds) -> jax.Array:
         values = per_group(thresholds, self._num_groups)
@@ -118,7 +119,7 @@ class Accelerated:
         images = jax.device_put(images, self._rows)
         if images.dtype != jnp.float32:
             images = images.astype(jnp.float32)
-        logits, out, used = self._compiled(self._variables, images, given, real)
+        logits, out, used = self.compiled(self._variables, images, given, real)
         self._count(used)
         if size < self.batch_size:
             logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
@@ -142,21 +143,25 @@ class Accelerated:
 
     @property
     def usage(self) -> list[dict[str, Any]]:
-        """Per group: how often each shape ran so far, and how often only the last one fitted.
+        """Per group: how often each shape ran so far, the places for tokens in all of them, and
+        how often only the last, the largest one fitted.
 
         A plan whose `larger` is not rare was made from images that keep fewer tokens than these:
         plan anew, with these images.
         """
         self._fold(self._pending)
         self._pending = []
-        rows = zip(self.plan.groups, self._used, strict=False)
-        return [
-            {
-                "shapes": {shape: int(n) for shape, n in zip(group.shapes, used, strict=True)},
-                "larger": int(used[-1]) if len(used) > 1 else 0,
-            }
-            for group, used in rows
-        ]
+        report = []
+        for group, used in zip(self.plan.groups, self._used, strict=False):
+            shapes = {shape: int(n) for shape, n in zip(group.shapes, used, strict=True)}
+            report.append(
+                {
+                    "shapes": shapes,
+                    "places": sum(places * n for (places, _), n in shapes.items()),
+                    "larger": int(used[-1]) if len(used) > 1 else 0,
+                }
+            )
+        return report
 
 
 def per_group(thresholds: Thresholds, num_groups: int) -> np.ndarray:

@@ -266,6 +266,34 @@ def _time_group(
     return {plan: timing.median for plan, timing in timings.items()}
 
 
+def uniform_plan(question: Question, kind: str, rows: int) -> Plan:
+    """One layout for all groups, in the shapes that the question's images need; nothing is timed.
+
+    Raises:
+      UsageError: it is not among the candidates.
+    """
+    keep = _keep_of_sample(question)
+    limit = MAX_SHAPES // question.module.num_groups
+    groups = []
+    for number in range(1, question.module.num_groups + 1):
+        offered = _candidates(question, keep, number, limit)
+        groups += [plan for plan in offered if (plan.kind, plan.rows) == (kind, rows)]
+    if len(groups) != question.module.num_groups:
+        raise UsageError(f"{kind} with {rows} rows is no candidate for {question.batch_size}")
+    return Plan(question.batch_size, tuple(groups), 0, "einsum", question.key())
+
+
+def reshaped(question: Question, plan: Plan) -> Plan:
+    """The same layouts, in the shapes that the images of `question` need."""
+    keep = _keep_of_sample(question)
+    limit = MAX_SHAPES // len(plan.groups)
+    groups = []
+    for number, group in enumerate(plan.groups, start=1):
+        offered = _candidates(question, keep, number, limit)
+        groups += [p for p in offered if (p.kind, p.rows) == (group.kind, group.rows)]
+    return dataclasses.replace(plan, groups=tuple(groups), key=question.key(), measured={})
+
+
 def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
     """The plan without the shapes that these images do not use: what is not run is not compiled."""
     places, row_lengths = np.array(plan.shapes).T

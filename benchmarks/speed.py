@@ -1,0 +1,336 @@
+"""Do dropped tokens buy time? Every way to run the model, in one process, interleaved.
+
+    python -m benchmarks.speed --model=deit_s
+    python -m benchmarks.speed --checkpoint=runs/cluttered_mnist/weights.safetensors
+
+Images on the device to logits on the device. The dense baseline is the fastest of the whole batch
+and of sub-batches of it. Plans are made with other images than the timed ones. With a checkpoint of
+a run the counts are those of its evaluation images; else they are drawn (benchmarks/workload.py).
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import common, peers
+from benchmarks.workload import SPREADS, Workload, from_checkpoint, synthetic
+from iared2_jax import accelerate, count_flops
+from iared2_jax.ragged import Accelerated, Plan, planner
+from iared2_jax.ragged.engine import in_sub_batches, with_kernel
+from iared2_jax.ragged.planner import Question
+from iared2_jax.report.tables import as_text
+from iared2_jax.timing import interleaved
+
+
+@dataclasses.dataclass
+class Variant:
+    """One way to run the batch, ready to be called."""
+
+    call: Callable[[], Any]
+    kind: str  # dense | masked | fixed | ragged | peer
+    compile_seconds: float | None = None
+    memory_bytes: int | None = None
+    run: Accelerated | None = None
+
+
+def measure(
+    sample: Workload, timed: Workload, rounds: int, peer_model: str | None = None
+) -> dict[str, Any]:
+    """All variants for one batch; `timed` is the batch, `sample` what the plans are made with."""
+    images = jnp.asarray(timed.images)
+    variants = {**_ours(sample, timed, images)}
+    skipped = {}
+    if peer_model:
+        calls, skipped = peers.callables(
+            peer_model,
+            timed.variables,
+            timed.images,
+            [round(float(c)) for c in timed.counts.mean(0)],
+            float(np.mean(count_flops(timed.module, tuple(timed.counts.T)).full)),
+            device="cuda" if jax.default_backend() == "gpu" else "cpu",
+            dtype=jnp.dtype(timed.module.backbone.dtype).name,
+        )
+        _assert_same_logits(timed, images, calls["timm eager"])
+        variants |= {name: Variant(call, "peer") for name, call in calls.items()}
+    errors = _errors(timed, images, variants)
+    timings = interleaved({name: variant.call for name, variant in variants.items()}, rounds)
+    return _report(timed, variants, timings, errors, skipped)
+
+
+def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Variant]:
+    module, variables, b = timed.module, timed.variables, len(timed.images)
+    half = jnp.dtype(module.backbone.dtype).itemsize == 2
+    gpu = jax.default_backend() == "gpu"
+    kernels = ["einsum", "cudnn"] if gpu and half else ["einsum"]
+    variants: dict[str, Variant] = {}
+
+    def add(name, kind, fn, *args):
+        program, seconds = common.compiled(fn, *args)
+        call = functools.partial(program, *args)
+        variants[name] = Variant(call, kind, seconds, common.memory(program))
+
+    sizes = sorted({b, *(s for s in (b // 2, b // 4, 8, 4) if 1 <= s < b)}, reverse=True)
+    for kernel in kernels:
+        with_this = with_kernel(module, kernel)
+        suffix = "" if kernel == "einsum" else f", {kernel}"
+
+        def dense(variables, images, rows, module=with_this):
+            return in_sub_batches(
+                lambda x: module.apply(variables, x, execution="dense")[0], rows, images
+            )
+
+        for rows in sizes:
+            name = f"dense{suffix}" if rows == b else f"dense, {rows} at a time{suffix}"
+            add(name, "dense", functools.partial(dense, rows=rows), variables, images)
+    add(
+        "masked",
+        "masked",
+        lambda v, x, t: module.apply(v, x, t)[0],
+        variables,
+        images,
+        jnp.asarray(timed.thresholds),
+    )
+
+    def accelerated(name, kind, **options):
+        start = time.perf_counter()
+        run = accelerate(module, variables, b, cache_dir=None, **options)
+        seconds = time.perf_counter() - start
+
+        def call():  # with the thresholds of the timed images
+            return run(images, None if kind == "fixed" else timed.thresholds)[0]
+
+        memory = common.memory(run.compiled)
+        variants[name] = Variant(call, kind, seconds, memory, run)
+
+    shares = timed.counts.mean(0) / module.backbone.num_patches
+    accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
+    ask = {"thresholds": sample.thresholds, "images": sample.images}
+    for name, plan in _layouts(sample, b).items():
+        accelerated(name, "ragged", plan=plan, **ask)
+    accelerated("ragged, planned", "ragged", **ask)
+    return variants
+
+
+def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
+    """The same layout in every group, for comparison with the planner's mixture."""
+    module = sample.module
+    question = Question(
+        module=module,
+        variables=sample.variables,
+        batch_size=b,
+        thresholds=sample.thresholds,
+        attention=False,
+        device=jax.devices()[0],
+        num_devices=1,
+        keep_ratios=None,
+        score="interpreter",
+        images=sample.images,
+    )
+    few = max(1, b // 8) if jax.default_backend() == "gpu" else min(4, b)
+    wanted = {"ragged, one capacity": ("padded", b), "ragged, packed": ("packed", b)}
+    if few < b:
+        wanted[f"ragged, buckets of {few}"] = ("padded", few)
+    return {
+        name: planner.uniform_plan(question, kind, rows)
+        for name, (kind, rows) in wanted.items()
+        if not (kind == "packed" and rows == 1)
+    }
+
+
+def _assert_same_logits(timed: Workload, images: jax.Array, theirs: Callable[[], Any]) -> None:
+    ours = timed.module.apply(timed.variables, images[:4], execution="dense")[0]
+    other = theirs()[:4].float().cpu().numpy()
+    error = np.abs(np.asarray(ours) - other).max() / np.abs(other).max()
+    limit = 1e-4 if timed.module.backbone.dtype == jnp.float32 else 5e-2
+    if not error < limit:
+        raise SystemExit(f"timm's logits differ from ours by {error:.2g}: nothing was timed")
+
+
+def _errors(timed: Workload, images: jax.Array, variants: dict[str, Variant]) -> dict[str, float]:
+    """Largest difference from masked execution over the largest logit, of every ragged variant."""
+    expected = np.asarray(variants["masked"].call(), np.float32)
+    scale = np.abs(expected).max()
+    errors = {}
+    for name, variant in variants.items():
+        if variant.kind == "ragged":
+            errors[name] = float(np.abs(np.asarray(variant.call()) - expected).max() / scale)
+            variant.run.forget_usage()
+    return errors
+
+
+def _report(timed, variants, timings, errors, skipped) -> dict[str, Any]:
+    b, prefix = len(timed.images), timed.module.backbone.num_prefix
+    dense = min(
+        (name for name, v in variants.items() if v.kind == "dense"), key=lambda n: timings[n].median
+    )
+    rows = {}
+    for name, variant in variants.items():
+        timing = timings[name]
+        speed_up = timings[dense].median / timing.median
+        row = {
+            "kind": variant.kind,
+            "p50_ms": 1e3 * timing.median,
+            "p25_ms": 1e3 * timing.lower,
+            "p75_ms": 1e3 * timing.upper,
+            "p95_ms": 1e3 * timing.p95,
+            "images_per_second": b / timing.median,
+            "over_dense": speed_up,
+            "compile_seconds": variant.compile_seconds,
+            "memory_bytes": variant.memory_bytes,
+        }
+        if variant.kind in ("ragged", "fixed"):
+            row["of_possible"] = speed_up / timed.possible
+            row["plan"] = str(variant.run.plan)
+        if variant.kind == "ragged":
+            row["error"] = errors[name]
+            row["shapes"] = sum(len(group.shapes) for group in variant.run.plan.groups)
+            usage = variant.run.usage
+            if usage:
+                calls = sum(usage[0]["shapes"].values()) // -(-b // variant.run.plan.groups[0].rows)
+                tokens = calls * (timed.counts + prefix).sum()
+                row["padding_share"] = float(1 - tokens / sum(g["places"] for g in usage))
+                row["larger"] = sum(g["larger"] for g in usage)
+        rows[name] = row
+    return {
+        "batch": b,
+        "dtype": jnp.dtype(timed.module.backbone.dtype).name,
+        "counts": timed.source,
+        "kept": (timed.counts.mean(0) / timed.module.backbone.num_patches).tolist(),
+        "flops_ratio": 1 / timed.possible,
+        "possible": timed.possible,
+        "baseline": dense,
+        "verdict": _verdict(rows, timed.possible, b),
+        "skipped": skipped,
+        "variants": rows,
+    }
+
+
+def _verdict(rows: dict[str, Any], possible: float, b: int) -> str:
+    planned = rows["ragged, planned"]
+    gain = planned["over_dense"]
+    if "dropping does not pay" in planned["plan"] or gain < 1:
+        return f"batch {b}: dropping does not pay here ({gain:.2f}x the fastest dense)"
+    return (
+        f"batch {b}: {gain:.2f}x the fastest dense, of {possible:.2f}x possible "
+        f"({100 * gain / possible:.0f}%)"
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """One batch's rows as text."""
+    header = ["variant", "images/s", "p50 ms", "p95 ms", "over dense", "of possible", "padding"]
+    header += ["compile s", "MiB"]
+    rows = [header]
+    for name, row in result["variants"].items():
+        of = f"{row['of_possible']:.2f}" if "of_possible" in row else ""
+        padding = f"{100 * row['padding_share']:.0f}%" if "padding_share" in row else ""
+        compiling = "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f}"
+        memory = "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.0f}"
+        rows.append(
+            [
+                name,
+                f"{row['images_per_second']:.1f}",
+                f"{row['p50_ms']:.1f}",
+                f"{row['p95_ms']:.1f}",
+                f"{row['over_dense']:.2f}x",
+                of,
+                padding,
+                compiling,
+                memory,
+            ]
+        )
+    title = (
+        f"batch {result['batch']}, {result['dtype']}, {result['counts']}: possible "
+        f"{result['possible']:.2f}x; baseline: {result['baseline']}"
+    )
+    return as_text((title, rows)) + "\n  " + result["verdict"]
+
+
+def break_even(results: Sequence[dict[str, Any]]) -> str:
+    """The smallest measured batch from which on dropping pays."""
+    paying = None
+    for result in sorted(results, key=lambda r: -r["batch"]):
+        if result["variants"]["ragged, planned"]["over_dense"] <= 1:
+            break
+        paying = result["batch"]
+    return f"dropping pays from batch {paying} on" if paying else "dropping pays at no batch here"
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Speed-up over batch size, each kind of execution a line, the possible dashed."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    dtype = results[0]["dtype"]
+    results = [r for r in results if (r["dtype"], r["counts"]) == (dtype, results[0]["counts"])]
+    batches = [r["batch"] for r in results]
+    axes.plot(batches, [r["possible"] for r in results], "k--", label="possible")
+    for name in ("ragged, planned", "fixed budget", "masked"):
+        axes.plot(batches, [r["variants"][name]["over_dense"] for r in results], "o-", label=name)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="batch", ylabel="speed over the fastest dense", title=dtype)
+    axes.set_xticks(batches, batches)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="weights.safetensors of a run")
+    on_gpu = jax.default_backend() == "gpu"
+    sizes = [1, 8, 32, 128, 256, 1024] if on_gpu else [1, 8, 16, 32]
+    parser.add_argument("--batch", type=int, nargs="+", default=sizes)
+    dtypes = ["bfloat16", "float32"] if on_gpu else ["float32"]
+    parser.add_argument("--dtype", nargs="+", default=dtypes)
+    parser.add_argument("--spread", nargs="+", default=["uneven"], choices=list(SPREADS))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    flags = parser.parse_args(argv)
+
+    reason = peers.missing() if flags.peers else "not asked for"
+    name = flags.checkpoint.parent.name if flags.checkpoint else flags.model
+    if flags.checkpoint or flags.model not in peers.TIMM_NAMES:
+        reason = reason or f"timm has no {name}"
+    print(f"peers: {reason or 'timm'}", flush=True)
+    results = []
+    for dtype in flags.dtype:
+        for spread in flags.spread if not flags.checkpoint else [""]:
+            most = max(flags.batch)
+            if flags.checkpoint:
+                everything = from_checkpoint(flags.checkpoint, 64 + most, jnp.dtype(dtype))
+            else:
+                everything = synthetic(flags.model, 64 + most, spread, dtype=jnp.dtype(dtype))
+            sample, rest = everything.rows(0, 64), everything.rows(64, 64 + most)
+            for batch in flags.batch:
+                result = measure(
+                    sample, rest.rows(0, batch), flags.rounds, None if reason else flags.model
+                )
+                print("\n" + table(result), flush=True)
+                results.append(result)
+    print("\n" + break_even(results))
+    out = flags.out or common.RESULTS / f"speed_{name}_{jax.default_backend()}.json"
+    common.write(
+        out,
+        {
+            "command": f"python -m benchmarks.speed --model={flags.model}",
+            **common.environment(),
+            "peers": reason,
+            "break_even": break_even(results),
+            "results": results,
+        },
+    )
+    draw(results, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
