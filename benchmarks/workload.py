@@ -127,16 +127,21 @@ def synthetic(
     return Workload(module, variables, images, thresholds, counts, source)
 
 
-def from_checkpoint(path: Path, num_images: int, dtype: Any = jnp.float32) -> Workload:
-    """A run's model on its own evaluation images, under its own threshold."""
+def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
+    """A run's module and variables, normalised evaluation images, their labels, and its config."""
     module, variables = load_model(path)
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
     config = read_weights(path)[1]["config"]
     source = SOURCES[config["data.name"]]
-    pixels, _, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
+    pixels, labels, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
     pixels = np.stack([resized(image, module.backbone.image_size) for image in pixels])
     norm = get_variant(config["model.name"]).norm
-    images = np.asarray(normalize(jnp.asarray(pixels), norm))
+    return module, variables, np.asarray(normalize(jnp.asarray(pixels), norm)), labels, config
+
+
+def from_checkpoint(path: Path, num_images: int, dtype: Any = jnp.float32) -> Workload:
+    """A run's model on its own evaluation images, under its own threshold."""
+    module, variables, images, _, config = evaluation_images(path, num_images, dtype)
     keep = jax.jit(lambda v, x: module.apply(v, x, config["threshold"])[1]["keep"])
     counts = np.concatenate(
         [

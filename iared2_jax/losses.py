@@ -64,7 +64,7 @@ def backbone_loss(
     group, thresholds = phase.group, phase.thresholds
     x, alive, _, overflow = apply(group, batch["image"], thresholds, capacities, method="up_to")
     head_logits = apply(group, x, method="interpret")
-    keep = policy.greedy(head_logits, alive, config.threshold)
+    keep = policy.greedy(head_logits, alive, _own_threshold(phase))
     if capacities is not None:
         x, keep, _, more = apply(x, keep, capacities[group - 1], method="compact")
         overflow = overflow + more
@@ -96,7 +96,7 @@ def interpreter_loss(
     x, alive = jax.lax.stop_gradient(entry.x), entry.alive
     head_logits = apply(group, x, method="interpret")
 
-    greedy = policy.greedy(head_logits, alive, config.threshold)
+    greedy = policy.greedy(head_logits, alive, _own_threshold(phase))
     keys = jax.random.split(key, rollouts)
     sampled = jnp.stack(
         [policy.sample(k, head_logits, alive, entry.slots, n) for k in keys], axis=1
@@ -129,6 +129,11 @@ def interpreter_loss(
     )
     metrics = _health(head_logits, alive, masks.sum(-1) / n, correct, rewards, advantage)
     return loss / rollouts, {**metrics, "overflow": entry.overflow.sum().astype(jnp.float32)}
+
+
+def _own_threshold(phase: Phase) -> Array:
+    """Of the phase's group; [1], or [b, 1] where each image has its own."""
+    return jnp.asarray(phase.thresholds, jnp.float32)[..., phase.group - 1, None]
 
 
 def _health(head_logits, alive, shares, correct, rewards, advantage) -> Metrics:

@@ -335,10 +335,18 @@ def test_accelerate_plans_compiles_once_and_keeps_the_plan(tmp_path):
 
     (path,) = (tmp_path / "plans").iterdir()
     assert Plan.load(path) == run.plan
-    again = iared2_jax.accelerate(
-        module, variables, 4, images=images, cache_dir=str(tmp_path), attention=True
-    )
+    hits = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+    jax.clear_caches()
+    try:
+        again = iared2_jax.accelerate(
+            module, variables, 4, images=images, cache_dir=str(tmp_path), attention=True
+        )
+    finally:
+        jax.monitoring.clear_event_listeners()
     assert again.plan == run.plan
+    assert "/jax/compilation_cache/cache_hits" in hits
+    assert jax.config.jax_compilation_cache_dir is None
     assert "ragged" in str(run.plan)
 
 

@@ -1,14 +1,16 @@
 """`accelerate`: a model that drops tokens, as fast as this device can run it."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
@@ -26,6 +28,31 @@ _ROUNDS = 5  # of timing the finished program
 _KEPT_PENDING = 32  # usage counts that may still be on the device
 
 
+@contextlib.contextmanager
+def _programs_kept(folder: Path | None) -> Iterator[None]:
+    """JAX's persistent compilation cache in `folder`, unless the user has chosen one."""
+    if folder is None or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it reads its settings once
+
+    use(options)
+    try:
+        yield
+    finally:
+        use(before)
+
+
 class Accelerated:
     """A compiled model; made by `accelerate`. Call it with images: logits, out.
 
@@ -35,7 +62,13 @@ class Accelerated:
       compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
     """
 
-    def __init__(self, question: Question, plan: Plan, devices: Sequence[jax.Device]):
+    def __init__(
+        self,
+        question: Question,
+        plan: Plan,
+        devices: Sequence[jax.Device],
+        programs: Path | None = None,
+    ):
         module = question.module
         self.plan = plan
         self.batch_size = question.batch_size * len(devices)
@@ -46,7 +79,10 @@ class Accelerated:
         )
         self._rows, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         self._variables = jax.device_put(question.variables, self._everywhere)
-        self._thresholds = self._per_image(question.thresholds)
+        of_sample = question.thresholds
+        if of_sample.ndim == 2:
+            of_sample = of_sample[: self.batch_size]
+        self._thresholds = self._per_image(of_sample)
         self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
         self._pending: list[list[jax.Array]] = []
         self._used: list[np.ndarray] = []
@@ -80,11 +116,16 @@ class Accelerated:
         shape = (self.batch_size, *self._image_shape)
         images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._rows)
         lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
-        self.compiled = lowered.compile()
+        with _programs_kept(programs):
+            self.compiled = lowered.compile()
 
     def _per_image(self, thresholds: Thresholds) -> jax.Array:
         values = per_group(thresholds, self._num_groups)
-        if values.ndim == 2 and len(values) < self.batch_size:
+        if values.ndim == 2 and len(values) > self.batch_size:
+            raise UsageError(
+                f"thresholds are for {len(values)} images, the batch has {self.batch_size}"
+            )
+        if values.ndim == 2:
             values = np.pad(values, ((0, self.batch_size - len(values)), (0, 0)))
         values = np.broadcast_to(values, (self.batch_size, self._num_groups))
         return jax.device_put(values, self._rows)
@@ -209,9 +250,9 @@ def accelerate(
       keep_ratios, score: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
       attention: whether `out` has the CLS attention of every block.
       plan: a plan to pin, e.g. `Plan.load(path)`; nothing is measured then.
-      cache_dir: of plans: None keeps none, "auto" is ~/.cache/iared2_jax (or under
-        $XDG_CACHE_HOME). A cached plan is used where module, interpreters, thresholds, batch,
-        device and versions agree.
+      cache_dir: of plans and compiled programs: None keeps none, "auto" is ~/.cache/iared2_jax (or
+        under $XDG_CACHE_HOME). A cached plan is used where module, interpreters, thresholds,
+        batch, device and versions agree. A `jax_compilation_cache_dir` of your own is respected.
       devices: the batch is split over them; None: the default device.
 
     Raises:
@@ -247,15 +288,17 @@ def accelerate(
         images=images,
         **budget,
     )
+    folder = planner.cache_folder(cache_dir)
+    programs = folder / "programs" if folder else None
     if plan is not None:
         plan.check(question.batch_size, question.most_tokens)
-        return Accelerated(question, plan, devices)
-    path = planner.cache_path(question, cache_dir)
-    cached = planner.cached_plan(question, path)
-    if cached is not None:
-        return Accelerated(question, cached, devices)
-    run = _fastest(question, planner.plan_groups(question), devices)
-    planner.keep_plan(run.plan, path)
+    else:
+        plan = planner.cached_plan(question, folder)
+    if plan is not None:
+        return Accelerated(question, plan, devices, programs)
+    with _programs_kept(programs):
+        run = _fastest(question, planner.plan_groups(question), devices)
+    planner.keep_plan(question, run.plan, folder)
     return run
 
 

@@ -78,33 +78,34 @@ class Question:
         }
 
 
-def cache_path(question: Question, cache_dir: str | Path | None) -> Path | None:
-    """Where the plan for `question` is kept, if it is to be kept."""
-    if cache_dir is None:
-        return None
+def cache_folder(cache_dir: str | Path | None) -> Path | None:
+    """Where plans and programs are kept, if they are to be kept."""
     if cache_dir == "auto":
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = Path(root) / "iared2_jax"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iared2_jax"
+    return None if cache_dir is None else Path(cache_dir)
+
+
+def _path(question: Question, folder: Path) -> Path:
     key = json.dumps(question.key(), sort_keys=True)
-    return Path(cache_dir) / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return folder / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def cached_plan(question: Question, path: Path | None) -> Plan | None:
+def cached_plan(question: Question, folder: Path | None) -> Plan | None:
     """The plan that was kept for the same question."""
-    if path is None or not path.is_file():
+    if folder is None or not _path(question, folder).is_file():
         return None
-    plan = Plan.load(path)
+    plan = Plan.load(_path(question, folder))
     return plan if plan.key == json.loads(json.dumps(question.key())) else None
 
 
-def keep_plan(plan: Plan, path: Path | None) -> None:
+def keep_plan(question: Question, plan: Plan, folder: Path | None) -> None:
     """Writes it; a cache that cannot be written is only worth a warning."""
-    if path is None:
+    if folder is None:
         return
     try:
-        plan.save(path)
+        plan.save(_path(question, folder))
     except OSError as error:
-        log.warning("the plan cannot be kept in %s (%s)", path.parent, error.strerror)
+        log.warning("the plan cannot be kept in %s (%s)", folder, error.strerror)
 
 
 def plan_groups(question: Question) -> Plan:

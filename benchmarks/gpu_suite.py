@@ -1,0 +1,158 @@
+"""Every open question that only a GPU can answer, in one command and one JSON file.
+
+    python -m benchmarks.gpu_suite
+
+First smoke tests of what is new or private to the device, then speed at the paper's kept shares,
+then the cost of training. A question that fails is recorded with its error and the next is asked;
+none is begun after `--minutes`. On a machine without a GPU it only shows that it runs:
+`python -m benchmarks.gpu_suite --models deit_ti --batch 2 --rounds 1`.
+"""
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common, peers, speed, train_cost
+from benchmarks.workload import synthetic
+from iared2_jax.models.vit import attend, attend_cudnn
+from iared2_jax.reduction.gather import partition, take_tokens
+from iared2_jax.timing import interleaved
+
+
+def cudnn_attention(tokens: int) -> dict[str, Any]:
+    """cuDNN's attention against the einsum: without and with lengths; largest errors, seconds."""
+    shape = (64, 6, tokens, 64)
+    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(
+        jax.random.key(0), 3))  # fmt: skip
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, tokens + 1, 64), jnp.int32)
+    valid = jnp.arange(tokens) < lengths[:, None]
+    fns = {
+        "einsum": jax.jit(lambda: attend(q, k, v, None)[0]),
+        "cudnn": jax.jit(lambda: attend_cudnn(q, k, v, None)[0]),
+        "einsum, lengths": jax.jit(lambda: attend(q, k, v, valid)[0]),
+        "cudnn, lengths": jax.jit(lambda: attend_cudnn(q, k, v, lengths)[0]),
+    }
+    real = np.asarray(valid)[:, None, :, None]
+
+    def error(one, other, where):
+        difference = np.asarray(fns[one](), np.float32) - np.asarray(fns[other](), np.float32)
+        return float(np.abs(np.where(where, difference, 0)).max())
+
+    return {
+        "error": error("einsum", "cudnn", True),
+        "error_lengths": error("einsum, lengths", "cudnn, lengths", real),
+        "ms": {name: 1e3 * t.median for name, t in interleaved(fns, 21).items()},
+    }
+
+
+def compaction() -> dict[str, float]:
+    """Moving survivors, forward and backward: our gathers against the derived scatter-add (ms)."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.standard_normal((256, 196, 384)), jnp.float32)
+    keep = jnp.asarray(rng.random((256, 196)) < 0.7)
+    scores = jnp.asarray(rng.random((256, 196)), jnp.float32)
+    slots = partition(keep)[0][:, :144]
+
+    def plain(x):
+        return (jnp.take_along_axis(x, slots[..., None], 1) ** 2).sum()
+
+    fns = {
+        "partition": jax.jit(lambda: partition(keep)),
+        "top_k": jax.jit(lambda: jax.lax.top_k(scores, 144)),
+        "argsort": jax.jit(lambda: jnp.argsort(scores, axis=1)),
+        "gradient, ours": jax.jit(jax.grad(lambda x: (take_tokens(x, slots) ** 2).sum())),
+        "gradient, derived": jax.jit(jax.grad(plain)),
+    }
+    calls = {
+        name: (lambda fn=fn: fn(tokens)) if name.startswith("gradient") else fn
+        for name, fn in fns.items()
+    }
+    return {name: 1e3 * t.median for name, t in interleaved(calls, 21).items()}
+
+
+def ceilings() -> dict[str, float]:
+    """What the device can do: bf16 matmul in TFLOP/s, copy in TB/s."""
+    on_gpu = jax.default_backend() == "gpu"
+    n = 8192 if on_gpu else 1024
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
+    x = jnp.zeros((1 << (29 if on_gpu else 22),), jnp.float32)
+    product, copy = jax.jit(lambda: a @ a), jax.jit(lambda: x + 1)
+    t = interleaved({"matmul": product, "copy": copy}, 11)
+    return {
+        "matmul_tflops": 2 * n**3 / t["matmul"].median / 1e12,
+        "copy_tb_per_s": 2 * x.nbytes / t["copy"].median / 1e12,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=["deit_s", "deit_b", "deit_b_384"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 1, 32, 1024])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--minutes", type=float, default=7.0)
+    flags = parser.parse_args(argv)
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.gpu_suite", **common.environment(), "questions": {}
+    }  # fmt: skip
+    folder = Path(os.environ.get("OUT", common.RESULTS))
+    out = flags.out or folder / f"gpu_suite_{jax.default_backend()}.json"
+
+    def ask(name: str, question: Callable[[], Any]) -> None:
+        seconds = time.monotonic() - started
+        if seconds > 60 * flags.minutes:
+            result["questions"][name] = {"not asked": f"{seconds:.0f} s were over"}
+        else:
+            try:
+                result["questions"][name] = question()
+            except Exception as error:  # the others still want an answer
+                traceback.print_exc()
+                text = f"{type(error).__name__}: {str(error)[:500]}"
+                result["questions"][name] = {"failed": text}
+        print(f"[{time.monotonic() - started:5.0f} s] {name}", flush=True)
+        common.write(out, result)
+
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    ask("ceilings", ceilings)
+    for tokens in (197, 144, 577):
+        ask(f"cudnn attention, {tokens} tokens", lambda tokens=tokens: cudnn_attention(tokens))
+    ask("compaction", compaction)
+    for batch in flags.batch:
+        for model in flags.models:
+            if batch == 1024 and model != flags.models[0]:
+                continue
+            ask(f"speed {model} {batch}", lambda m=model, b=batch: _speed(m, b, dtype, flags))
+    rows = "64" if dtype == jnp.bfloat16 else "2"
+    cost = [
+        "--model",
+        flags.models[0],
+        "--batch",
+        rows,
+        "--out",
+        f"{out.with_suffix('')}_cost.json",
+    ]
+    ask("train cost", lambda: train_cost.main(cost))
+    failed = [name for name, answer in result["questions"].items() if "failed" in (answer or {})]
+    print(f"failed: {', '.join(failed) or 'nothing'}")
+
+
+def _speed(model: str, batch: int, dtype: Any, flags: Any) -> dict[str, Any]:
+    sample_size = max(64, min(batch, 256))
+    work = synthetic(model, sample_size + batch, "uneven", dtype=dtype)
+    peer = model if peers.missing() is None and batch in (1, 256) else None
+    sample, timed = work.rows(0, sample_size), work.rows(sample_size, sample_size + batch)
+    answer = speed.measure(sample, timed, flags.rounds, peer)
+    print(speed.table(answer), flush=True)
+    return answer
+
+
+if __name__ == "__main__":
+    main()
