@@ -1,6 +1,7 @@
 """Ragged execution gives masked execution's numbers, whatever the counts, shapes and plans."""
 
 import functools
+import itertools
 import json
 
 import hypothesis
@@ -17,7 +18,7 @@ from iared2_jax.models.vit import ViT
 from iared2_jax.ragged import GroupPlan, Plan, planner
 from iared2_jax.ragged.accelerate import Accelerated, per_group
 from iared2_jax.ragged.engine import run_ragged
-from iared2_jax.ragged.plan import choose_shapes, needs
+from iared2_jax.ragged.plan import _cuts, choose_shapes, needs
 from iared2_jax.ragged.planner import MAX_SHAPES, Question
 from iared2_jax.reduction.gather import partition, take_tokens
 from iared2_jax.reduction.layout import packed
@@ -317,7 +318,7 @@ def test_accelerate_plans_compiles_once_and_keeps_the_plan(tmp_path):
         module, variables, 4, images=images, cache_dir=str(tmp_path), attention=True
     )
     assert {"ragged", "masked"} <= run.plan.measured.keys()
-    assert sum(len(group.shapes) for group in run.plan.groups) <= MAX_SHAPES
+    assert sum(len(group.shapes) for group in run.plan.groups) <= MAX_SHAPES["cpu"]
     run(images[:4])
 
     compiled = []
@@ -440,6 +441,21 @@ def test_chosen_shapes_hold_what_was_seen(data):
     if kind == "packed" and places[-1] > needed[:, 0].max() + max(4, rows):
         assert (needed <= np.array(largest)).all()
     assert needed[:, 1].max() <= shapes[-1][1]
+
+
+@hypothesis.given(st.lists(st.integers(1, 12), min_size=1, max_size=10), st.integers(1, 4))
+def test_cuts_waste_least(values, limit):
+    distinct = sorted(set(values))
+    ways = itertools.chain.from_iterable(
+        itertools.combinations(distinct[:-1], count) for count in range(min(limit, len(distinct)))
+    )
+
+    def waste(cuts):
+        return sum(min(cut for cut in cuts if cut >= value) for value in values)
+
+    cuts = _cuts(np.array(values), limit)
+    assert len(cuts) <= limit
+    assert waste(cuts) == min(waste([*way, distinct[-1]]) for way in ways)
 
 
 def test_kernels_are_einsum_on_a_cpu():

@@ -167,7 +167,9 @@ def choose_shapes(
       rows: images per sub-batch.
       num_tokens: of an image of which nothing is dropped.
       limit: shapes besides the last; each is a compiled loop body.
-      step: row lengths are multiples of it (places of rows * step / 4, at least step).
+      step: row lengths are multiples of it (places of rows * step / 4, at least step). Packed, the
+        rows have two steps to spare: they only matter to attention, but one image that is too long
+        would send all the others to a larger shape.
 
     Returns:
       Ascending pairs (places, row_length).
@@ -179,31 +181,42 @@ def choose_shapes(
 
     lengths = np.minimum(up(needed[:, 1], step), num_tokens)
     if kind == "padded":
-        cuts = _cuts(lengths, limit, num_tokens)
+        cuts = _cuts(lengths, limit)
         return (*((rows * c, c) for c in cuts if c < num_tokens), full)
     places = np.minimum(up(needed[:, 0], max(step, rows * step // 4)), full[0])
     shapes: list[tuple[int, int]] = []
-    below = 0
-    for cut in _cuts(places, limit, full[0]):
+    below = longest = 0
+    for cut in _cuts(places, limit):
         inside = (places > below) & (places <= cut)
-        row_length = int(lengths[inside].max(initial=1))
-        row_length = max([row_length, *(length for _, length in shapes)])
-        shapes.append((int(cut), row_length))
+        longest = max(longest, int(lengths[inside].max(initial=1)))
+        shapes.append((cut, min(longest + 2 * step, num_tokens)))
         below = cut
-    return (*(shape for shape in shapes if shape < full and shape[0] < full[0]), full)
+    return (*(shape for shape in shapes if shape[0] < full[0]), full)
 
 
-def _cuts(values: np.ndarray, limit: int, most: int) -> Sequence[int]:
-    """At most `limit` of the values, the largest among them, that waste least when rounding up."""
-    distinct = np.unique(values)
-    if len(distinct) > 24:  # thin out: 24 candidates are dense enough
-        distinct = distinct[np.linspace(0, len(distinct) - 1, 24).round().astype(int)]
-    largest, rest = int(distinct[-1]), distinct[:-1]
-    best, best_cost = (largest,), None
-    for count in range(min(limit, len(distinct))):
-        for chosen in itertools.combinations(rest, count):
-            cuts = np.array([*chosen, largest])
-            cost = cuts[np.searchsorted(cuts, values)].sum()
-            if best_cost is None or cost < best_cost:
-                best, best_cost = tuple(int(c) for c in cuts), cost
-    return best
+def _cuts(values: np.ndarray, limit: int) -> list[int]:
+    """At most `limit` of the values, the largest among them, that waste least when rounding up.
+
+    Exact, by dynamic programming over the distinct values: the best way to cover the first j with
+    k cuts ends with a cut at j, which covers what the best way with k - 1 cuts left over.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    seen = np.concatenate([[0], counts.cumsum()])
+    cost = np.concatenate([[0], np.full(len(distinct), np.inf)])  # of covering the first j
+    choices: list[np.ndarray] = []
+    for _ in range(min(limit, len(distinct))):
+        # [i, j]: the first i covered before, i..j-1 rounded up to the last of them.
+        ends = np.arange(1, len(distinct) + 1)
+        covered = np.where(
+            np.arange(len(distinct) + 1)[:, None] < ends, seen[ends] - seen[:, None], np.inf
+        )
+        with np.errstate(invalid="ignore"):
+            total = cost[:, None] + covered * distinct
+        choices.append(np.argmin(total, axis=0))
+        cost = np.concatenate([[0], total.min(axis=0)])
+    cuts, left = [], len(distinct)
+    for choice in reversed(choices):
+        if left:
+            cuts.append(int(distinct[left - 1]))
+            left = int(choice[left - 1])
+    return cuts[::-1]

@@ -24,8 +24,9 @@ from iared2_jax.typing import Array
 
 log = logging.getLogger(__name__)
 
-MAX_SHAPES = 16  # compiled loop bodies per model and batch size, over all groups
-_BATCHES = 64  # drawn from the sample, to see what sub-batches need
+# Loop bodies of a program, over all groups: more shapes waste less on padding and compile longer.
+MAX_SHAPES = {"cpu": 28, "gpu": 16}
+_BATCHES = 256  # drawn from the sample, to see what sub-batches need
 _FINALISTS = 2
 _ROUNDS = 5
 
@@ -157,11 +158,8 @@ def _keep_of_sample(question: Question) -> np.ndarray:
 
 def _draw(question: Question, keep: np.ndarray, batches: int, seed: int = 0) -> np.ndarray:
     """Batches of images of the sample: indices [batches, batch]."""
-    size = question.batch_size
-    rng = np.random.default_rng(seed)
-    if len(keep) >= size:  # as they would come: without repetition
-        return np.stack([rng.permutation(len(keep))[:size] for _ in range(batches)])
-    return rng.integers(0, len(keep), (batches, size))
+    # With repetition: without it, batches from a small sample would vary too little.
+    return np.random.default_rng(seed).integers(0, len(keep), (batches, question.batch_size))
 
 
 def _kernels(question: Question) -> list[str]:
@@ -210,6 +208,18 @@ def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) ->
     return plans
 
 
+def _limits(question: Question, keep: np.ndarray) -> list[int]:
+    """Shapes that each group may have: one of few different counts leaves its share to others."""
+    counts = keep.sum(-1) // (8 if question.device.platform == "cpu" else 16)
+    useful = [len(np.unique(column)) + 1 for column in counts.T]
+    limits = [1] * len(useful)
+    left = max(MAX_SHAPES.get(question.device.platform, 16), 2 * len(useful))
+    for place, group in enumerate(sorted(range(len(useful)), key=useful.__getitem__)):
+        limits[group] = min(useful[group], left // (len(useful) - place))
+        left -= limits[group]
+    return limits
+
+
 def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Plan, float]:
     """The fastest candidate of every group, timed alone; and the sum of their seconds."""
     groups = range(1, question.module.num_groups + 1)
@@ -217,10 +227,11 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
     first = min(2, len(groups))
     timed = time(first, _candidates(question, keep, first, limit=3), rounds=1)
     alike = {(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:_FINALISTS]}
+    limits = _limits(question, keep)
     chosen: list[GroupPlan] = []
     total = 0.0
     for group in groups:
-        plans = _candidates(question, keep, group, limit=MAX_SHAPES // len(groups))
+        plans = _candidates(question, keep, group, limits[group - 1])
         finalists = [plan for plan in plans if (plan.kind, plan.rows) in alike]
         seconds = time(group, finalists, rounds=_ROUNDS)
         chosen.append(min(seconds, key=seconds.get))
@@ -262,9 +273,31 @@ def _time_group(
         )
         return lambda: run(question.variables, state, *keep_slot)
 
+    counts = keep[:, group - 1].sum(-1) + vit.num_prefix
     lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
     timings = interleaved({plan: timed(_only_used(plan, lengths)) for plan in plans}, rounds)
-    return {plan: timing.median for plan, timing in timings.items()}
+    # One batch was timed. It may suit a plan's shapes by luck: go by what batches cost in the mean.
+    batches = counts[_draw(question, keep, _BATCHES)]
+    return {
+        plan: timing.median * _cost(plan, batches, vit) / _cost(plan, lengths[None], vit)
+        for plan, timing in timings.items()
+    }
+
+
+def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
+    """Mean multiply-adds of a block over batches of images with these lengths [n, b]."""
+    shapes = np.array(plan.shapes, float)[_used(plan, lengths)]
+    d = vit.embed_dim
+    linear = (4 + 2 * vit.mlp_ratio) * d**2 * shapes[..., 0]
+    return float((linear + 2 * d * plan.rows * shapes[..., 1] ** 2).sum(-1).mean())
+
+
+def _used(plan: GroupPlan, lengths: np.ndarray) -> np.ndarray:
+    """Which shape each sub-batch of some batches runs in [batches, chunks]; as the engine does."""
+    needed = needs(lengths, plan.rows)
+    if plan.kind == "padded":
+        needed[..., 0] = 0
+    return (np.array(plan.shapes) < needed[..., None, :]).any(-1).sum(-1)
 
 
 def uniform_plan(question: Question, kind: str, rows: int) -> Plan:
@@ -274,9 +307,8 @@ def uniform_plan(question: Question, kind: str, rows: int) -> Plan:
       UsageError: it is not among the candidates.
     """
     keep = _keep_of_sample(question)
-    limit = MAX_SHAPES // question.module.num_groups
     groups = []
-    for number in range(1, question.module.num_groups + 1):
+    for number, limit in enumerate(_limits(question, keep), start=1):
         offered = _candidates(question, keep, number, limit)
         groups += [plan for plan in offered if (plan.kind, plan.rows) == (kind, rows)]
     if len(groups) != question.module.num_groups:
@@ -287,21 +319,17 @@ def uniform_plan(question: Question, kind: str, rows: int) -> Plan:
 def reshaped(question: Question, plan: Plan) -> Plan:
     """The same layouts, in the shapes that the images of `question` need."""
     keep = _keep_of_sample(question)
-    limit = MAX_SHAPES // len(plan.groups)
+    limits = _limits(question, keep)
     groups = []
     for number, group in enumerate(plan.groups, start=1):
-        offered = _candidates(question, keep, number, limit)
+        offered = _candidates(question, keep, number, limits[number - 1])
         groups += [p for p in offered if (p.kind, p.rows) == (group.kind, group.rows)]
     return dataclasses.replace(plan, groups=tuple(groups), key=question.key(), measured={})
 
 
 def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
     """The plan without the shapes that these images do not use: what is not run is not compiled."""
-    places, row_lengths = np.array(plan.shapes).T
-    needed = needs(lengths[None], plan.rows).reshape(-1, 2)
-    if plan.kind == "padded":
-        needed[:, 0] = 0
-    used = {int(((places < p) | (row_lengths < r)).sum()) for p, r in needed}
+    used = set(_used(plan, lengths[None]).ravel().tolist())
     return dataclasses.replace(plan, shapes=tuple(plan.shapes[i] for i in sorted(used)))
 
 

@@ -1,0 +1,96 @@
+"""The benchmarks run, and time what they say; no figure is asserted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import budget, common, compile_time, gpu_suite, speed
+from benchmarks.workload import KEPT, drawn_counts, synthetic
+from iared2_jax import create_model, save_weights
+from iared2_jax.ragged import BudgetPoint
+
+
+@pytest.mark.parametrize("spread", [0.08, 0.15])
+def test_drawn_counts_have_the_stated_means(spread):
+    counts = drawn_counts(4000, 196, spread)
+    shares = counts / 196
+    np.testing.assert_allclose(shares.mean(0), KEPT, atol=0.01)
+    np.testing.assert_allclose(shares[:, 1].std(), spread, atol=0.01)
+    assert (np.diff(counts, axis=1) <= 0).all()
+    assert counts.min() >= 1
+
+
+def test_thresholds_keep_the_drawn_counts():
+    work = synthetic("vit_micro", 20, "uneven")
+    drawn = drawn_counts(20, 64, 0.15)
+    assert np.abs(work.counts - drawn).max() <= 2
+    _, out = work.module.apply(work.variables, work.images, work.thresholds)
+    for group, keep in enumerate(out["keep"]):
+        np.testing.assert_array_equal(np.asarray(keep).sum(-1), work.counts[:, group])
+    assert 1.2 < work.possible < 1.6
+    again = work.rows(15, 25)  # starts over
+    np.testing.assert_array_equal(again.counts, np.concatenate([work.counts[15:], work.counts[:5]]))
+
+
+def test_the_gpu_suite_answers_everywhere(tmp_path):
+    """Without a GPU cuDNN's questions fail, each by itself; all others have an answer."""
+    out = tmp_path / "suite.json"
+    gpu_suite.main(
+        ["--models", "vit_micro", "--batch", "2", "--rounds", "1", "--out", str(out),
+         "--minutes", "10"]
+    )  # fmt: skip
+    answers = json.loads(out.read_text())["questions"]
+    failed = {name for name, answer in answers.items() if "failed" in answer}
+    assert failed == {name for name in answers if name.startswith("cudnn")}
+    rows = answers["speed vit_micro 2"]["variants"]
+    assert {"dense", "masked", "fixed budget", "ragged, planned"} <= set(rows)
+    for name, row in rows.items():
+        assert row["p50_ms"] > 0
+        if row["kind"] == "ragged":
+            assert row["error"] < 1e-4, name
+    assert "x" in answers["speed vit_micro 2"]["verdict"]
+    assert {"interpreter 1, masked", "backbone 3, gathered"} <= set(answers["train cost"]["steps"])
+
+
+def test_break_even_is_where_dropping_begins_to_pay():
+    def result(batch, gain):
+        return {"batch": batch, "variants": {"ragged, planned": {"over_dense": gain}}}
+
+    assert speed.break_even([result(1, 0.9), result(8, 1.2), result(32, 1.3)]).endswith("8 on")
+    assert "no batch" in speed.break_even([result(1, 1.1), result(8, 0.9)])
+
+
+def test_budget_and_compile_time_are_drawn_and_written(tmp_path):
+    points = [
+        BudgetPoint((t,) * 3, 1e9 * (1 - t / 2), (1.0, 0.5, 0.4), 0.9 - t / 10, 100 + t)
+        for t in (0.1, 0.5, 0.9)
+    ]
+    budget.draw(points, 1e9, tmp_path / "budget.png")
+    assert (tmp_path / "budget.png").stat().st_size > 5000
+    compile_time.main(["--model", "vit_micro", "--batch", "2", "--out", str(tmp_path / "c.json")])
+    programs = json.loads((tmp_path / "c.json").read_text())["programs"]
+    assert all(row["full_seconds"] > 0 for row in programs.values())
+
+
+def test_a_checkpoint_is_timed_on_its_own_images(tmp_path):
+    from benchmarks.workload import from_checkpoint
+
+    module, variables = create_model("vit_micro", init_bias=0.05)
+    config = {
+        "name": "x", "model.name": "vit_micro", "data.name": "cluttered_mnist", "data.seed": 0,
+        "data.eval_split": "test", "threshold": 0.5,
+    }  # fmt: skip
+    options = {"name": "vit_micro", "groups": 3, "init_bias": 0.05}
+    path = tmp_path / "weights.safetensors"
+    save_weights(variables, path, {"create_model": options, "config": config})
+    work = from_checkpoint(path, 12)
+    _, out = work.module.apply(work.variables, work.images, 0.5)
+    np.testing.assert_array_equal(np.asarray(out["keep"][2]).sum(-1), work.counts[:, 2])
+    assert work.module.init_bias == module.init_bias
+
+
+def test_the_environment_names_device_and_versions():
+    found = common.environment()
+    assert found["device"]
+    assert found["versions"]["jax"]
