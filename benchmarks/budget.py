@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.write(
         out,
         {
-            "command": f"python -m benchmarks.budget --checkpoint=runs/{config['name']}/...",
+            "command": "python -m benchmarks.budget --checkpoint=...",
             **common.environment(),
             "batch": flags.batch,
             "images": len(images),

@@ -322,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.write(
         out,
         {
-            "command": f"python -m benchmarks.speed --model={flags.model}",
+            "command": "python -m benchmarks.speed "
+            + ("--checkpoint=..." if flags.checkpoint else f"--model={flags.model}"),
             **common.environment(),
             "peers": reason,
             "break_even": break_even(results),

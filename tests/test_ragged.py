@@ -120,7 +120,7 @@ def scenarios(draw):
                  max_size=groups)
     )  # fmt: skip
     which = groups, distilled, draw(st.sampled_from(["cls", "learned"]))
-    return which, batch, plans, thresholds, draw(st.integers(0, 99))
+    return which, batch, plans, draw(st.booleans()), thresholds, draw(st.integers(0, 99))
 
 
 @hypothesis.given(scenarios())
@@ -353,7 +353,9 @@ def test_accelerate_plans_compiles_once_and_keeps_the_plan(tmp_path):
 
 def test_a_plan_is_pinned_and_saved(tmp_path):
     module, variables = model(2)
-    plan = Plan(3, (PLANS["buckets"],) * 2, 0, "einsum", {"made": "by hand"}, {"x": 0.5})
+    plan = Plan(
+        3, (PLANS["buckets"],) * 2, switch=True, key={"made": "by hand"}, measured={"x": 0.5}
+    )
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
     plan = Plan(3, (GroupPlan("padded", 3, (full(3),)),) * 2)
     run = iared2_jax.accelerate(module, variables, 3, plan=plan)

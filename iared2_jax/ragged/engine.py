@@ -8,6 +8,7 @@ is compiled after the start, and a sub-batch that fits no planned shape runs in 
 holds anything.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,16 @@ def run_ragged(
             heads = module.backbone.num_heads
             state["attention"] = jnp.zeros((b, n, blocks, heads), jnp.float32)
         state, used = run_group(
-            module, variables, group, group_plan, state, keep, slot, keep_ratios is not None, score
+            module,
+            variables,
+            group,
+            group_plan,
+            state,
+            keep,
+            slot,
+            equal_counts=keep_ratios is not None,
+            score=score,
+            switch=plan.switch,
         )
         out["shapes_used"].append(used)
         alive = keep
@@ -170,6 +180,7 @@ def run_group(
     slot: Int[Array, "b n"],
     equal_counts: bool = False,
     score: str = "interpreter",
+    switch: bool = False,
 ) -> tuple[State, Int[Array, " shapes"]]:
     """One group over all its sub-batches.
 
@@ -178,6 +189,7 @@ def run_group(
       keep: which grid tokens go on.
       slot: where in its row of the buffer each of them is, after the prefix.
       equal_counts: every image keeps as many tokens as the only shape's rows hold.
+      switch: see `Plan`.
 
     Returns:
       The state, its first slots overwritten, and how many sub-batches ran in each shape.
@@ -250,6 +262,9 @@ def run_group(
 
     if len(plan.shapes) == chunks == 1:
         return body(plan.shapes[0])(0, state), stops - starts
+    if switch and chunks == 1:
+        branches = [functools.partial(body(shape), 0) for shape in plan.shapes]
+        return jax.lax.switch(shape_of[0], branches, state), stops - starts
     for index, shape in enumerate(plan.shapes):
         state = jax.lax.fori_loop(starts[index], stops[index], body(shape), state)
     return state, stops - starts

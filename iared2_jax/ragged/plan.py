@@ -40,6 +40,9 @@ class Plan:
       batch_size: images per call and device.
       groups: one `GroupPlan` each; empty: masked execution, because dropping does not pay here.
       masked_rows: images at a time of masked execution (it is also what an empty plan runs).
+      switch: a group that runs the whole batch at once takes its shape by one branch, not by a loop
+        per shape: a GPU waits for the host at each, XLA:CPU runs a branch's elementwise work on one
+        core.
       attention_kernel: see `models.vit.ATTENTION_KERNELS`.
       key: what the plan was made for; a saved plan is only used where all of it agrees.
       measured: seconds per batch of what was tried, on `key["device"]`.
@@ -49,6 +52,7 @@ class Plan:
     groups: tuple[GroupPlan, ...] = ()
     masked_rows: int = 0
     attention_kernel: str = "einsum"
+    switch: bool = False
     key: dict[str, Any] = dataclasses.field(default_factory=dict)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
 

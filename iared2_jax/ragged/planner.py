@@ -236,7 +236,18 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
         seconds = time(group, finalists, rounds=_ROUNDS)
         chosen.append(min(seconds, key=seconds.get))
         total += seconds[chosen[-1]]
-    return Plan(question.batch_size, tuple(chosen), 0, kernel, question.key()), total
+    plan = Plan(
+        question.batch_size,
+        tuple(chosen),
+        attention_kernel=kernel,
+        switch=_switch(question),
+        key=question.key(),
+    )
+    return plan, total
+
+
+def _switch(question: Question) -> bool:
+    return question.device.platform != "cpu"
 
 
 def _time_group(
@@ -267,8 +278,9 @@ def _time_group(
                 state,
                 keep,
                 slot,
-                question.keep_ratios is not None,
-                question.score,
+                equal_counts=question.keep_ratios is not None,
+                score=question.score,
+                switch=_switch(question),
             )[0]["tokens"]
         )
         return lambda: run(question.variables, state, *keep_slot)
@@ -313,7 +325,7 @@ def uniform_plan(question: Question, kind: str, rows: int) -> Plan:
         groups += [plan for plan in offered if (plan.kind, plan.rows) == (kind, rows)]
     if len(groups) != question.module.num_groups:
         raise UsageError(f"{kind} with {rows} rows is no candidate for {question.batch_size}")
-    return Plan(question.batch_size, tuple(groups), 0, "einsum", question.key())
+    return Plan(question.batch_size, tuple(groups), switch=_switch(question), key=question.key())
 
 
 def reshaped(question: Question, plan: Plan) -> Plan:
