@@ -193,7 +193,8 @@ def test_rollouts_from_the_middle_equal_the_whole():
     for group in (1, 2, 3):
         up_to = functools.partial(module.apply, method="up_to")
         onward = functools.partial(module.apply, method="onward")
-        x, alive = jax.jit(up_to, static_argnums=1)(variables, group, images)
+        x, alive, _, overflow = jax.jit(up_to, static_argnums=1)(variables, group, images)
+        assert int(overflow.sum()) == 0
         if group > 1:
             np.testing.assert_array_equal(alive, out["keep"][group - 2])
         keep = out["keep"][group - 1]

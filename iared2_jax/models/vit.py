@@ -119,14 +119,22 @@ class Attention(nn.Module):
         self, x: Float[Array, "b n d"], layout: Layout
     ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
         d = x.shape[-1]
-        qkv = layout.spread(TokenDense(3 * d, self.dtype, name="qkv")(x))
-        q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
-        if self.kernel == "cudnn" and (layout.valid is None or layout.lengths is not None):
-            y, attention = attend_cudnn(q, k, v, layout.lengths)
-        else:  # scattered valid keys would reach cuDNN as a bias that skips nothing
-            y, attention = attend(q, k, v, layout.valid)
-        y = layout.collect(rearrange(y, "s h c e -> s c (h e)"))
+        qkv = TokenDense(3 * d, self.dtype, name="qkv")(x)
+        y, attention = layout.attend(qkv, self._attend_rows)
         return TokenDense(d, self.dtype, name="proj")(y), attention
+
+    def _attend_rows(
+        self,
+        qkv: Float[Array, "s c f"],
+        valid: Bool[Array, "s c"] | None,
+        lengths: Int[Array, " s"] | None,
+    ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
+        q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
+        if self.kernel == "cudnn" and (valid is None or lengths is not None):
+            y, attention = attend_cudnn(q, k, v, lengths)
+        else:  # scattered valid keys would reach cuDNN as a bias that skips nothing
+            y, attention = attend(q, k, v, valid)
+        return rearrange(y, "s h c e -> s c (h e)"), attention
 
 
 class Mlp(nn.Module):

@@ -198,7 +198,7 @@ class Accelerated:
             report.append(
                 {
                     "shapes": shapes,
-                    "places": sum(places * n for (places, _), n in shapes.items()),
+                    "places": sum(shape[0] * n for shape, n in shapes.items()),
                     "larger": int(used[-1]) if len(used) > 1 else 0,
                 }
             )

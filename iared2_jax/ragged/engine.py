@@ -203,7 +203,8 @@ def run_group(
     rows = plan.rows
     chunks = -(-b // rows)
     order = jnp.arange(b)
-    if chunks > 1 and not equal_counts:
+    as_they_come = chunks == 1 and plan.blocks == 1
+    if not (as_they_come or equal_counts):
         order = jnp.argsort(lengths, stable=True)
     # Images that fill up the first sub-batch have the index b: never written.
     order = jnp.concatenate([jnp.full(chunks * rows - b, b), order])
@@ -211,19 +212,20 @@ def run_group(
     chunk_lengths = jnp.where(order < b, lengths[jnp.minimum(order, b - 1)], 0)
 
     shapes = jnp.asarray(plan.shapes)
-    needed = jnp.stack([chunk_lengths.sum(-1), chunk_lengths.max(-1)], axis=-1)
+    in_blocks = rearrange(chunk_lengths, "c (k r) -> c k r", k=plan.blocks)
+    needed = jnp.concatenate([in_blocks.sum((1, 2))[:, None], in_blocks.max(-1)], axis=1)
     if plan.kind == "padded":
         needed = needed.at[:, 0].set(0)
-    # Both needs grow along the sorted sub-batches, so those of one shape are neighbours.
+    # All needs grow along the sorted sub-batches, so those of one shape are neighbours.
     shape_of = (shapes[None] < needed[:, None]).any(-1).sum(-1)
     starts = jnp.searchsorted(shape_of, jnp.arange(len(plan.shapes)), side="left")
     stops = jnp.searchsorted(shape_of, jnp.arange(len(plan.shapes)), side="right")
 
-    def body(shape: tuple[int, int]):
-        places, row_length = shape
+    def body(shape: tuple[int, ...]):
+        row_length = max(shape[1:])
 
         def run(chunk, state: State) -> State:
-            taken = order[chunk] if chunks > 1 else None
+            taken = None if as_they_come else order[chunk]
 
             def rows_of(values):
                 return values if taken is None else values[jnp.minimum(taken, b - 1)]
@@ -238,8 +240,7 @@ def run_group(
                 rows_of(source)[:, :row_length],
                 chunk_lengths[chunk],
                 plan.kind,
-                places,
-                row_length,
+                shape,
             )
             if equal_counts:
                 layout = EVERY_TOKEN  # no padding, so no masks
@@ -270,17 +271,21 @@ def run_group(
     return state, stops - starts
 
 
-def _enter(tokens, source, lengths, kind: str, places: int, row_length: int):
+def _enter(tokens, source, lengths, kind: str, shape: tuple[int, ...]):
     """A sub-batch's survivors, moved from the buffer's rows into a shape; and their layout.
 
     Whatever lies in places that hold no survivor, NaN included, is replaced by 0.
     """
+    places, *row_lengths = shape
     s, t, d = tokens.shape
     if kind == "padded":
-        layout = padded(lengths, row_length)
+        layout = padded(lengths, row_lengths[0])
         x = jnp.take_along_axis(tokens, source[..., None], axis=1)
         return jnp.where(layout.valid[..., None], x, 0), layout
-    layout = packed(lengths, places, row_length)
-    flat = (source + t * jnp.arange(s)[:, None]).reshape(-1)[layout.home]
-    filled = jnp.arange(places) < lengths.sum()
-    return jnp.where(filled[:, None], tokens.reshape(s * t, d)[flat], 0)[None], layout
+    layout = packed(lengths, places, row_lengths)
+    place = jnp.arange(places)
+    ends = jnp.cumsum(lengths)
+    image = jnp.minimum((place[:, None] >= ends).sum(-1), s - 1)
+    column = jnp.clip(place - (ends - lengths)[image], 0, source.shape[1] - 1)
+    x = tokens.reshape(s * t, d)[image * t + source[image, column]]
+    return jnp.where((place < ends[-1])[:, None], x, 0)[None], layout

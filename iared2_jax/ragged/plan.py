@@ -21,15 +21,21 @@ class GroupPlan:
     Attributes:
       kind: "padded": one row per image. "packed": one list of the sub-batch's tokens; rows only for
         attention.
-      rows: images per sub-batch. The whole batch: nothing is sorted, and there is one capacity.
-      shapes: ascending pairs (places, row_length), in tokens with the prefix: the places that the
-        linear layers see (rows * row_length when padded) and the length of an image's row in
-        attention. A sub-batch runs in the first that holds it. The last holds anything.
+      rows: images per sub-batch.
+      shapes: ascending tuples (places, row_length, ..), in tokens with the prefix: the places that
+        the linear layers see (rows * row_length when padded), and the length of an image's row in
+        attention, for each of some equal blocks of the sub-batch's images (one when padded). A
+        sub-batch runs in the first shape that holds it. The last holds anything.
     """
 
     kind: str
     rows: int
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def blocks(self) -> int:
+        """In how many blocks attention takes the images of a sub-batch."""
+        return len(self.shapes[0]) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +119,9 @@ class Plan:
         ):
             if group.kind not in KINDS or not 1 <= group.rows <= batch_size:
                 raise UsageError(f"the plan's group {number} is malformed: {group}")
-            if group.shapes[-1] != (group.rows * num_tokens, num_tokens):
+            if group.rows % group.blocks or len({len(shape) for shape in group.shapes}) > 1:
+                raise UsageError(f"the plan's group {number} is malformed: {group}")
+            if group.shapes[-1] != (group.rows * num_tokens, *(num_tokens,) * group.blocks):
                 raise UsageError(
                     f"the plan's group {number} ends with the shape {group.shapes[-1]}, which "
                     f"does not hold {group.rows} images of {num_tokens} tokens: plan anew"
@@ -131,8 +139,10 @@ class Plan:
             lines = [head]
             for number, group in enumerate(self.groups, start=1):
                 shapes = ", ".join(
-                    f"{places} x {length}" if group.kind == "packed" else str(length)
-                    for places, length in group.shapes
+                    f"{places} ({'/'.join(map(str, lengths))})"
+                    if group.kind == "packed"
+                    else str(lengths[0])
+                    for places, *lengths in group.shapes
                 )
                 lines.append(
                     f"  group {number}: {group.kind}, {group.rows} images at a time, "
@@ -145,8 +155,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def needs(lengths: np.ndarray, rows: int) -> np.ndarray:
-    """What the sub-batches of some batches need: pairs (places, row_length), [batches, chunks, 2].
+def needs(lengths: np.ndarray, rows: int, blocks: int = 1) -> np.ndarray:
+    """What sub-batches need: (places, row_length of each block) [batches, chunks, 1 + blocks].
 
     Args:
       lengths: tokens per image, prefix included [batches, batch].
@@ -156,18 +166,18 @@ def needs(lengths: np.ndarray, rows: int) -> np.ndarray:
     missing = -ordered.shape[1] % rows
     # As in the engine: images that do not exist come first, and have no tokens.
     ordered = np.pad(ordered, ((0, 0), (missing, 0)))
-    chunks = ordered.reshape(len(ordered), -1, rows)
-    return np.stack([chunks.sum(-1), chunks.max(-1)], axis=-1)
+    chunks = ordered.reshape(len(ordered), -1, blocks, rows // blocks)
+    return np.concatenate([chunks.sum((-1, -2))[..., None], chunks.max(-1)], axis=-1)
 
 
 def choose_shapes(
     kind: str, needed: np.ndarray, rows: int, num_tokens: int, limit: int, step: int
-) -> tuple[tuple[int, int], ...]:
+) -> tuple[tuple[int, ...], ...]:
     """At most `limit` shapes and the one that holds anything: the least padding on `needed`.
 
     Args:
       kind: see `GroupPlan`.
-      needed: pairs (places, row_length) of sub-batches that were seen [n, 2].
+      needed: (places, row_length, ..) of sub-batches that were seen [n, 1 + blocks].
       rows: images per sub-batch.
       num_tokens: of an image of which nothing is dropped.
       limit: shapes besides the last; each is a compiled loop body.
@@ -176,25 +186,24 @@ def choose_shapes(
         would send all the others to a larger shape.
 
     Returns:
-      Ascending pairs (places, row_length).
+      Ascending tuples (places, row_length, ..).
     """
-    full = (rows * num_tokens, num_tokens)
+    full = (rows * num_tokens, *(num_tokens,) * (needed.shape[1] - 1))
 
     def up(values, step):
         return -(-values // step) * step
 
-    lengths = np.minimum(up(needed[:, 1], step), num_tokens)
+    lengths = np.minimum(up(needed[:, 1:], step), num_tokens)
     if kind == "padded":
-        cuts = _cuts(lengths, limit)
+        cuts = _cuts(lengths[:, 0], limit)
         return (*((rows * c, c) for c in cuts if c < num_tokens), full)
     places = np.minimum(up(needed[:, 0], max(step, rows * step // 4)), full[0])
-    shapes: list[tuple[int, int]] = []
-    below = longest = 0
+    shapes: list[tuple[int, ...]] = []
+    longest = np.ones(lengths.shape[1], int)
     for cut in _cuts(places, limit):
-        inside = (places > below) & (places <= cut)
-        longest = max(longest, int(lengths[inside].max(initial=1)))
-        shapes.append((cut, min(longest + 2 * step, num_tokens)))
-        below = cut
+        longest = np.maximum(longest, lengths[places <= cut].max(axis=0))
+        spare = np.minimum(longest + 2 * step, num_tokens)
+        shapes.append((cut, *(int(length) for length in spare)))
     return (*(shape for shape in shapes if shape[0] < full[0]), full)
 
 
