@@ -105,8 +105,11 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
         run = accelerate(module, variables, b, cache_dir=None, **options)
         seconds = time.perf_counter() - start
 
-        def call():  # with the thresholds of the timed images
-            return run(images, None if kind == "fixed" else timed.thresholds)[0]
+        # With the thresholds of the timed images.
+        given = None if kind == "fixed" else jnp.asarray(timed.thresholds)
+
+        def call():
+            return run(images, given)[0]
 
         memory = common.memory(run.compiled)
         variants[name] = Variant(call, kind, seconds, memory, run)
@@ -283,6 +286,21 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _write(out: Path, flags: argparse.Namespace, reason: str | None, results: list) -> None:
+    which = "--checkpoint=..." if flags.checkpoint else f"--model={flags.model}"
+    common.write(
+        out,
+        {
+            "command": f"python -m benchmarks.speed {which}",
+            **common.environment(),
+            "peers": reason or "timm",
+            "break_even": break_even(results),
+            "results": sorted(results, key=lambda result: result["batch"]),
+        },
+    )
+    draw(sorted(results, key=lambda result: result["batch"]), out.with_suffix(".png"))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = common.parser(__doc__)
@@ -302,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.checkpoint or flags.model not in peers.TIMM_NAMES:
         reason = reason or f"timm has no {name}"
     print(f"peers: {reason or 'timm'}", flush=True)
+    out = flags.out or common.RESULTS / f"speed_{name}_{jax.default_backend()}.json"
     results = []
     for dtype in flags.dtype:
         for spread in flags.spread if not flags.checkpoint else [""]:
@@ -317,20 +336,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 print("\n" + table(result), flush=True)
                 results.append(result)
+                _write(out, flags, reason, results)
     print("\n" + break_even(results))
-    out = flags.out or common.RESULTS / f"speed_{name}_{jax.default_backend()}.json"
-    common.write(
-        out,
-        {
-            "command": "python -m benchmarks.speed "
-            + ("--checkpoint=..." if flags.checkpoint else f"--model={flags.model}"),
-            **common.environment(),
-            "peers": reason,
-            "break_even": break_even(results),
-            "results": results,
-        },
-    )
-    draw(results, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -104,11 +104,14 @@ def interpreter_loss(
 
     # Rollouts of one image stay next to each other, so that rows split over devices as images do.
     masks = jnp.concatenate([sampled, greedy[:, None]], axis=1)
+    thresholds = jnp.asarray(phase.thresholds, jnp.float32)
+    if thresholds.ndim == 2:  # one each per image
+        thresholds = jnp.repeat(thresholds, rollouts + 1, axis=0)
     logits = apply(
         group,
         jnp.repeat(x, rollouts + 1, axis=0),
         rearrange(masks, "b r n -> (b r) n"),
-        phase.thresholds,
+        thresholds,
         method="onward",
     )
     logits = rearrange(logits, "(b r) c -> b r c", r=rollouts + 1)

@@ -19,7 +19,8 @@ class Phase:
         interpreters 1..group) or "supervised" (cross-entropy, dense).
       group: which group, from 1; 0 for "supervised".
       trains: the parts of the model that move (see `optim.RULES`).
-      thresholds: one per group; interpreters after `group` keep everything.
+      thresholds: one per group; interpreters after `group` keep everything. (Benchmarks give each
+        image its own, [b, D].)
       first_step, steps: its place in the run.
       first_example: its place in the stream of training examples.
       options: the config's section for this kind (batch size, optimizer, ..).
