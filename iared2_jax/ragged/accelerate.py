@@ -24,7 +24,6 @@ from iared2_jax.ragged.planner import Question
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
 
-_ROUNDS = 5  # of timing the finished program
 _KEPT_PENDING = 32  # usage counts that may still be on the device
 
 
@@ -322,7 +321,8 @@ def _fastest(question: Question, ragged: Plan, devices: Sequence[jax.Device]) ->
 
     def measured(plans):
         runs = {name: Accelerated(question, plan, devices) for name, plan in plans.items()}
-        timings = interleaved({n: functools.partial(r, images) for n, r in runs.items()}, _ROUNDS)
+        calls = {name: functools.partial(run, images) for name, run in runs.items()}
+        timings = interleaved(calls, planner.rounds_for(calls))
         return runs, {name: timing.median for name, timing in timings.items()}
 
     b = question.batch_size

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 # Loop bodies of a program, over all groups: more shapes waste less on padding and compile longer.
 MAX_SHAPES = {"cpu": 28, "gpu": 16}
 _BATCHES = 256  # drawn from the sample, to see what sub-batches need
-_FINALISTS = 2
-_ROUNDS = 5
+_FINALISTS = 3
+_ROUNDS = 5, 25  # of timing, at least and at most
+_SECONDS = 2.0  # of timing, if that is between the two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def keep_plan(question: Question, plan: Plan, folder: Path | None) -> None:
 def plan_groups(question: Question) -> Plan:
     """The fastest layout for every group, timed on `question.device`, each group alone.
 
-    All candidates run in one group, the finalists of it in all.
+    All candidates run in the group with most to win, the finalists of it in all.
 
     Raises:
       UsageError: no images to plan with, and no fixed budget.
@@ -196,7 +197,7 @@ def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) ->
         return [GroupPlan("padded", rows, ((rows * most, most),)) for rows in sorted(sizes)]
     lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
     batches = lengths[_draw(question, keep, _BATCHES)]
-    step = 8 if question.device.platform == "cpu" else 16
+    step = max(2, most // 32) if question.device.platform == "cpu" else 16
     plans = []
     for kind in KINDS:
         for rows in sorted(sizes):
@@ -232,7 +233,10 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
     """The fastest candidate of every group, timed alone; and the sum of their seconds."""
     groups = range(1, question.module.num_groups + 1)
     time = functools.partial(_time_group, question, keep, kernel)
-    first = min(2, len(groups))
+    # The group that has most to win: many tokens, of which images keep different numbers.
+    counts = keep.sum(-1)
+    work = counts.mean(0) * question.module.group_sizes * (counts.std(0) + 0.1)
+    first = int(np.argmax(work)) + 1
     timed = time(first, _candidates(question, keep, first, limit=3), rounds=1)
     alike = {(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:_FINALISTS]}
     limits = _limits(question, keep)
@@ -241,7 +245,7 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
     for group in groups:
         plans = _candidates(question, keep, group, limits[group - 1])
         finalists = [plan for plan in plans if (plan.kind, plan.rows) in alike]
-        seconds = time(group, finalists, rounds=_ROUNDS)
+        seconds = time(group, finalists)
         chosen.append(min(seconds, key=seconds.get))
         total += seconds[chosen[-1]]
     plan = Plan(
@@ -264,9 +268,12 @@ def _time_group(
     kernel: str,
     group: int,
     plans: Sequence[GroupPlan],
-    rounds: int,
+    rounds: int | None = None,
 ) -> dict[GroupPlan, float]:
-    """Median seconds of each candidate for one group, on a batch drawn from the sample."""
+    """Median seconds of each candidate for one group, on a batch drawn from the sample.
+
+    Without `rounds`, as many as fit into a little time.
+    """
     module = with_kernel(question.module, kernel)
     vit, b = module.backbone, question.batch_size
     drawn = keep[_draw(question, keep, 1, seed=1)[0]]
@@ -295,13 +302,20 @@ def _time_group(
 
     counts = keep[:, group - 1].sum(-1) + vit.num_prefix
     lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
-    timings = interleaved({plan: timed(_only_used(plan, lengths)) for plan in plans}, rounds)
+    calls = {plan: timed(_only_used(plan, lengths)) for plan in plans}
+    timings = interleaved(calls, rounds or rounds_for(calls))
     # One batch was timed. It may suit a plan's shapes by luck: go by what batches cost in the mean.
     batches = counts[_draw(question, keep, _BATCHES)]
     return {
         plan: timing.median * _cost(plan, batches, vit) / _cost(plan, lengths[None], vit)
         for plan, timing in timings.items()
     }
+
+
+def rounds_for(calls: Mapping[Any, Callable[[], object]]) -> int:
+    """Of timing them all: more where they are quick."""
+    once = sum(timing.median for timing in interleaved(calls, 1).values())
+    return int(np.clip(_SECONDS / once, *_ROUNDS))
 
 
 def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
