@@ -181,9 +181,9 @@ def choose_shapes(
       rows: images per sub-batch.
       num_tokens: of an image of which nothing is dropped.
       limit: shapes besides the last; each is a compiled loop body.
-      step: row lengths are multiples of it (places of rows * step / 4, at least step). Packed, the
-        rows have two steps to spare: they only matter to attention, but one image that is too long
-        would send all the others to a larger shape.
+      step: row lengths are multiples of it (places of rows * step / 4, at least step). The longest,
+        and packed all of them, have two steps to spare: one image longer than any that was seen
+        would send its whole sub-batch to the last shape.
 
     Returns:
       Ascending tuples (places, row_length, ..).
@@ -195,7 +195,8 @@ def choose_shapes(
 
     lengths = np.minimum(up(needed[:, 1:], step), num_tokens)
     if kind == "padded":
-        cuts = _cuts(lengths[:, 0], limit)
+        *below, largest = _cuts(lengths[:, 0], limit)
+        cuts = [*below, largest + 2 * step]
         return (*((rows * c, c) for c in cuts if c < num_tokens), full)
     places = np.minimum(up(needed[:, 0], max(step, rows * step // 4)), full[0])
     shapes: list[tuple[int, ...]] = []

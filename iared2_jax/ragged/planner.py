@@ -281,7 +281,14 @@ def _time_group(
     keep_slot = jnp.asarray(drawn[:, group - 1]), jnp.asarray(alive.cumsum(1) - 1)
     # The values do not change the time, so they need not be any image's.
     shape = (b, vit.num_prefix + vit.num_patches, vit.embed_dim)
-    state = {"tokens": jax.random.normal(jax.random.key(0), shape).astype(vit.dtype)}
+    state = {
+        "tokens": jax.random.normal(jax.random.key(0), shape).astype(vit.dtype),
+        # The next group's evidence is part of this one's work.
+        "scores": jnp.zeros((b, vit.num_patches)),
+    }
+    if question.score == "interpreter":
+        heads = question.module.interpreter_heads
+        state["head_logits"] = jnp.zeros((b, vit.num_patches, heads))
 
     def timed(plan):
         run = jax.jit(
@@ -296,7 +303,7 @@ def _time_group(
                 equal_counts=question.keep_ratios is not None,
                 score=question.score,
                 switch=_switch(question),
-            )[0]["tokens"]
+            )[0]
         )
         return lambda: run(question.variables, state, *keep_slot)
 
