@@ -3,6 +3,7 @@
 import dataclasses
 
 import ml_collections
+import numpy as np
 
 from iared2_jax.data.sources import SOURCES
 from iared2_jax.models.iared2 import KEEP_ALL
@@ -30,7 +31,7 @@ class Phase:
     kind: str
     group: int
     trains: frozenset[Part]
-    thresholds: tuple[float, ...]
+    thresholds: tuple[float, ...] | np.ndarray
     first_step: int
     steps: int
     first_example: int
