@@ -129,7 +129,7 @@ def scenarios(draw):
 
 
 @hypothesis.given(scenarios())
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=10)
 def test_ragged_equals_masked(scenario):
     which, batch, plans, switch, thresholds, seed = scenario
     plan = Plan(batch, tuple(GroupPlan(*fields) for fields in plans), switch=switch)
@@ -177,7 +177,7 @@ def test_every_count_from_none_to_all(name):
     assert_same((logits, out), masked)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["buckets", "packed, in blocks"])
 def test_ties_are_dropped_alike(name):
     """All scores equal the threshold, or exceed it, exactly."""
     module, variables = model(2)

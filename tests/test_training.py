@@ -139,8 +139,10 @@ def assert_same_update(one, other):
         )
 
 
-@pytest.mark.parametrize("index", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("enough", [True, False])
+@pytest.mark.parametrize(
+    ("index", "enough"),
+    [(1, True), (2, True), (3, True), (4, True), (5, True), (3, False), (4, False)],
+)
 def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index, enough):
     """Where the capacities suffice; and where they do not, and the step is computed again."""
     plain_sgd(tiny_config)
