@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from iared2_jax import count_flops
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.flops import block_flops
 from iared2_jax.models.registry import get_variant
 
 try:
@@ -350,13 +351,13 @@ def tome_flops(model: str, r: int) -> float:
     is not counted. r=0 gives `count_flops(model).full`.
     """
     vit = get_variant(model).backbone
-    d, tokens = vit.embed_dim, vit.num_prefix + vit.num_patches
-    dense = 12 * tokens * d**2 + 2 * tokens**2 * d
-    total = count_flops(model).full - vit.depth * dense  # patch embedding and head
+    tokens = vit.num_prefix + vit.num_patches
+    total = count_flops(model).full - vit.depth * block_flops(vit, tokens).full
     for _ in range(vit.depth):
-        total += 4 * tokens * d**2 + 2 * tokens**2 * d
+        block = block_flops(vit, tokens)
+        total += block.projections + block.attention
         tokens -= _mergeable(tokens, r)
-        total += 8 * tokens * d**2
+        total += block_flops(vit, tokens).mlp
     return total
 
 

@@ -25,7 +25,7 @@ from benchmarks import common, peers
 from benchmarks.workload import SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
 from iared2_jax.ragged import Accelerated, Plan, planner
-from iared2_jax.ragged.engine import in_sub_batches, with_kernel
+from iared2_jax.ragged.engine import Job, run_dense, sub_batch_sizes
 from iared2_jax.ragged.planner import Question
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
@@ -78,19 +78,13 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
         call = functools.partial(program, *args)
         variants[name] = Variant(call, kind, seconds, common.memory(program))
 
-    sizes = sorted({b, *(s for s in (b // 2, b // 4, 8, 4) if 1 <= s < b)}, reverse=True)
     for kernel in kernels:
-        with_this = with_kernel(module, kernel)
+        with_this = Job(module).with_kernel(kernel).module
         suffix = "" if kernel == "einsum" else f", {kernel}"
-
-        def dense(variables, images, rows, module=with_this):
-            return in_sub_batches(
-                lambda x: module.apply(variables, x, execution="dense")[0], rows, images
-            )
-
-        for rows in sizes:
+        for rows in sub_batch_sizes(b, jax.default_backend()):
             name = f"dense{suffix}" if rows == b else f"dense, {rows} at a time{suffix}"
-            add(name, "dense", functools.partial(dense, rows=rows), variables, images)
+            dense = functools.partial(run_dense, with_this, rows)
+            add(name, "dense", dense, variables, images)
     add(
         "masked",
         "masked",
@@ -125,17 +119,11 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
 
 def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
     """The same layout in every group, for comparison with the planner's mixture."""
-    module = sample.module
     question = Question(
-        module=module,
+        job=Job(sample.module),
         variables=sample.variables,
         batch_size=b,
         thresholds=sample.thresholds,
-        attention=False,
-        device=jax.devices()[0],
-        num_devices=1,
-        keep_ratios=None,
-        score="interpreter",
         images=sample.images,
     )
     few = max(1, b // 8) if jax.default_backend() == "gpu" else min(4, b)

@@ -8,7 +8,8 @@ benchmarks/workload.py, even spread.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from benchmarks.workload import synthetic
+from benchmarks.workload import Workload, synthetic
 from iared2_jax import count_flops, losses
 from iared2_jax.config import default_config
+from iared2_jax.models.flops import block_flops
 from iared2_jax.models.iared2 import KEEP_ALL
 from iared2_jax.optim import merge, partition
 from iared2_jax.phases import Phase
+from iared2_jax.ragged.engine import run_dense
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 
@@ -49,14 +52,13 @@ def _phases(module) -> dict[str, Phase]:
     return made
 
 
-def _step(module, phase: Phase, config, capacities):
+def _step(task: losses.Task):
     def step(params, batch, key):
-        trainable, frozen = partition(params, phase.trains, module.group_sizes)
+        """Forward, backward, SGD; and the tokens that found no slot."""
+        trainable, frozen = partition(params, task.phase.trains, task.module.group_sizes)
 
         def loss(trainable):
-            return losses.LOSSES[phase.kind](
-                module, config, phase, merge(trainable, frozen), batch, key, capacities
-            )
+            return losses.LOSSES[task.phase.kind](task, merge(trainable, frozen), batch, key)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         moved = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, trainable, grads)
@@ -72,13 +74,10 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
 
     def groups_cost(kept: Sequence[Any], which: Sequence[int]) -> float:
         """Forward cost of some groups' blocks (from 1)."""
-        cost = 0.0
+        vit, cost = module.backbone, 0.0
         for group in which:
-            tokens = np.asarray(kept[group - 1]) + module.backbone.num_prefix
-            d = module.backbone.embed_dim
-            cost += module.group_sizes[group - 1] * float(
-                np.mean(12 * tokens * d**2 + 2 * tokens**2 * d)
-            )
+            tokens = np.asarray(kept[group - 1]) + vit.num_prefix
+            cost += module.group_sizes[group - 1] * float(np.mean(block_flops(vit, tokens).full))
         return cost
 
     groups, j = list(range(1, module.num_groups + 1)), phase.group
@@ -97,70 +96,30 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
     return (before + passes * after) / (3 * dense)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns what it wrote."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    flags = parser.parse_args(argv)
-    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    work = synthetic(flags.model, flags.batch, "even", dtype=dtype)
-    module, params = work.module, work.variables["params"]
-    config = default_config()
-    batch = {
-        "image": jnp.asarray(work.images),
-        "label": jnp.zeros(flags.batch, jnp.int32),
-    }
-    key = jax.random.key(0)
+def _tasks(work: Workload) -> Iterator[tuple[str, losses.Task]]:
+    """Every step to be timed, by what the table calls it."""
+    module, config = work.module, default_config()
     n = module.backbone.num_patches
-    slots = [int(min(n, -(-c // 8) * 8)) for c in work.counts.max(0)]
-
-    steps, rows, capacities = {}, {}, {}
+    slots = [int(min(n, -(-count // 8) * 8)) for count in work.counts.max(0)]
     for name, phase in _phases(module).items():
+        if phase.kind == "supervised":
+            yield name, losses.Task(module, config, phase)
+            continue
         # Each image has its own thresholds, so that it keeps the drawn number of tokens.
         thresholds = work.thresholds.copy()
         thresholds[:, phase.group :] = KEEP_ALL
-        if phase.kind != "supervised":
-            phase = dataclasses.replace(phase, thresholds=thresholds)
+        phase = dataclasses.replace(phase, thresholds=thresholds)
         fixed = phase.group - (phase.kind == "interpreter")
-        for execution in ("masked", "gathered"):
-            if execution == "gathered" and not fixed:
-                continue
-            capacities[name] = tuple(slots[:fixed]) if execution == "gathered" else None
-            label = name if phase.kind == "supervised" else f"{name}, {execution}"
-            fn = _step(module, phase, config, capacities[name])
-            program, seconds = common.compiled(fn, params, batch, key)
-            lost = float(program(params, batch, key)[1])
-            if lost:
-                raise SystemExit(f"{label}: {lost:g} tokens found no slot")
-            steps[label] = lambda program=program: program(params, batch, key)
-            rows[label] = {
-                "ideal": _ideal(module, phase, work.counts, execution == "gathered"),
-                "compile_seconds": seconds,
-                "memory_bytes": common.memory(program),
-                "capacities": capacities[name],
-            }
-            if phase.kind == "supervised":
-                break
+        yield f"{name}, masked", losses.Task(module, config, phase)
+        if fixed:
+            yield f"{name}, gathered", losses.Task(module, config, phase, tuple(slots[:fixed]))
 
-    def forward(variables, images):
-        return module.apply(variables, images, execution="dense")[0]
 
-    program, seconds = common.compiled(forward, work.variables, batch["image"])
-    steps["forward only"] = lambda: program(work.variables, batch["image"])
-    rows["forward only"] = {
-        "ideal": 1 / 3,
-        "compile_seconds": seconds,
-        "memory_bytes": common.memory(program),
-    }
-    timings = interleaved(steps, flags.rounds)
-    plain = timings["plain fine-tuning"].median
-    table = [["step", "ms", "of plain", "ideal", "MiB", "compile s"]]
+def table(title: str, rows: dict[str, Any]) -> str:
+    """The steps as text."""
+    cells = [["step", "ms", "of plain", "ideal", "MiB", "compile s"]]
     for name, row in rows.items():
-        row["ms"] = 1e3 * timings[name].median
-        row["p25_ms"], row["p75_ms"] = 1e3 * timings[name].lower, 1e3 * timings[name].upper
-        row["of_plain"] = timings[name].median / plain
-        table.append(
+        cells.append(
             [
                 name,
                 f"{row['ms']:.0f}",
@@ -170,20 +129,58 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 f"{row['compile_seconds']:.1f}",
             ]
         )
+    return as_text((title, cells))
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns what it wrote."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    flags = parser.parse_args(argv)
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    work = synthetic(flags.model, flags.batch, "even", dtype=dtype)
+    images, params = jnp.asarray(work.images), work.variables["params"]
+    batch = {"image": images, "label": jnp.zeros(flags.batch, jnp.int32)}
+    key = jax.random.key(0)
+
+    calls, rows = {}, {}
+
+    def add(name, fn, *args, **row):
+        """Compiles one row's call."""
+        program, seconds = common.compiled(fn, *args)
+        calls[name] = functools.partial(program, *args)
+        memory = common.memory(program)
+        rows[name] = {**row, "compile_seconds": seconds, "memory_bytes": memory}
+
+    for name, task in _tasks(work):
+        ideal = _ideal(work.module, task.phase, work.counts, task.capacities is not None)
+        add(name, _step(task), params, batch, key, ideal=ideal, capacities=task.capacities)
+        lost = float(calls[name]()[1])
+        if lost:
+            raise SystemExit(f"{name}: {lost:g} tokens found no slot")
+    dense = functools.partial(run_dense, work.module, flags.batch)
+    add("forward only", dense, work.variables, images, ideal=1 / 3)
+
+    timings = interleaved(calls, flags.rounds)
+    for name, row in rows.items():
+        timing = timings[name]
+        row |= {"ms": 1e3 * timing.median, "p25_ms": 1e3 * timing.lower}
+        row |= {"p75_ms": 1e3 * timing.upper}
+        row["of_plain"] = timing.median / timings["plain fine-tuning"].median
     title = f"{flags.model}, batch {flags.batch}, {jnp.dtype(dtype).name}, {work.source}"
-    print(as_text((title, table)), flush=True)
-    out = flags.out or common.RESULTS / f"train_cost_{flags.model}_{jax.default_backend()}.json"
-    kept = (work.counts.mean(0) / n).tolist()
+    print(table(title, rows), flush=True)
     result = {
         "command": f"python -m benchmarks.train_cost --model={flags.model}",
         **common.environment(),
         "batch": flags.batch,
         "dtype": jnp.dtype(dtype).name,
         "counts": work.source,
-        "kept": kept,
+        "kept": (work.counts.mean(0) / work.module.backbone.num_patches).tolist(),
         "steps": rows,
     }
-    common.write(out, result)
+    backend = jax.default_backend()
+    common.write(flags.out or common.RESULTS / f"train_cost_{flags.model}_{backend}.json", result)
     return result
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.data.pipeline import normalize
+from iared2_jax.errors import UsageError
+from iared2_jax.files import write_json
 from iared2_jax.losses import Batch, Capacities
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
@@ -50,12 +52,19 @@ def recalled(path: Path, phase: Phase, measure) -> Capacities:
     """The capacities that this run began the phase with, else `measure()`, written down.
 
     A run that was stopped goes on with the same shapes, and so to the same numbers.
+
+    Raises:
+      UsageError: the file is damaged.
     """
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if phase.name not in known:
-        known[phase.name] = measure()
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(known, indent=1))
-        draft.replace(path)
-        log.info("%s: gathered into %s patch slots", phase.name, known[phase.name])
-    return tuple(known[phase.name])
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if phase.name in known:
+            return tuple(int(slots) for slots in known[phase.name])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is damaged: delete it, and the patch slots are counted anew"
+        ) from error
+    known[phase.name] = measure()
+    write_json(path, known)
+    log.info("%s: gathered into %s patch slots", phase.name, known[phase.name])
+    return known[phase.name]

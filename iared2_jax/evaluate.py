@@ -13,7 +13,7 @@ from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.models.flops import Flops, count_flops
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.ragged import accelerate
-from iared2_jax.ragged.engine import in_sub_batches
+from iared2_jax.ragged.engine import run_dense, sub_batch_sizes
 from iared2_jax.signals import Stop
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
@@ -123,19 +123,14 @@ def throughput(
     run = accelerate(module, trained, b, thresholds, images=sample, cache_dir=None)
 
     def dense_in(rows):
-        def forward(variables, images):
-            return in_sub_batches(
-                lambda x: module.apply(variables, x, execution="dense")[0], rows, images
-            )
-
-        return functools.partial(jax.jit(forward), dense, images)
+        return functools.partial(jax.jit(functools.partial(run_dense, module, rows)), dense, images)
 
     masked = jax.jit(lambda variables, x: module.apply(variables, x, thresholds)[0])
     # The baseline is the better of the whole batch and sub-batches that fit the caches.
-    parts = {f"dense, {rows} at a time": rows for rows in sorted({b // 2, b // 4, b // 8} - {0})}
+    whole, *parts = sub_batch_sizes(b, jax.default_backend())
     variants = {
-        "dense": dense_in(b),
-        **{name: dense_in(rows) for name, rows in parts.items()},
+        "dense": dense_in(whole),
+        **{f"dense, {rows} at a time": dense_in(rows) for rows in parts},
         "masked": lambda: masked(trained, images),
         "ragged": lambda: run(images)[0],
     }

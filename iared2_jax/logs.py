@@ -12,6 +12,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from iared2_jax.files import write_text
+
 if TYPE_CHECKING:
     from iared2_jax.phases import Phase
 
@@ -76,9 +78,7 @@ class MetricWriter:
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
-            draft = self._path.with_suffix(".draft")
-            draft.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
-            draft.replace(self._path)
+            write_text(self._path, "".join(x for x in whole if json.loads(x)["step"] <= step))
 
     def write(self, step: int, phase: str, figures: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "phase": phase, **figures}) + "\n")

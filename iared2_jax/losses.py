@@ -1,14 +1,17 @@
 """One loss for each kind of phase.
 
-(module, config, phase, params, batch, key, capacities) -> loss, metrics. With capacities the tokens
-that are dropped for good are gathered away (`train_execution = "gathered"`): the same loss and
-gradient, for less work, while metrics["overflow"], the tokens that found no slot, is 0.
+(task, params, batch, key) -> loss, metrics. In a task with capacities the tokens that are dropped
+for good are gathered away (`train_execution = "gathered"`): the same loss and gradient, for less
+work, while metrics["overflow"], the tokens that found no slot, is 0.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from einops import rearrange
 from jaxtyping import PRNGKeyArray
@@ -18,8 +21,24 @@ from iared2_jax.phases import Phase
 from iared2_jax.reduction import policy
 from iared2_jax.typing import Array
 
+Params = dict[str, Any]
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+Capacities = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned in a phase.
+
+    Attributes:
+      capacities: patch slots of each group whose masks are fixed; None: masked execution.
+    """
+
+    module: IARed2
+    config: ml_collections.ConfigDict
+    phase: Phase
+    capacities: Capacities | None = None
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float) -> tuple[Array, Metrics]:
@@ -29,37 +48,23 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float) -> tuple[Array
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
 
-Capacities = tuple[int, ...]
-
-
 def supervised_loss(
-    module: IARed2,
-    config,
-    phase: Phase,
-    params,
-    batch: Batch,
-    key: PRNGKeyArray,
-    capacities: Capacities | None = None,
-):
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Array, Metrics]:
     """Cross-entropy of the plain backbone."""
-    logits, _ = module.apply({"params": params}, batch["image"], execution="dense")
-    loss, metrics = cross_entropy(logits, batch["label"], config.label_smoothing)
+    logits, _ = task.module.apply({"params": params}, batch["image"], execution="dense")
+    loss, metrics = cross_entropy(logits, batch["label"], task.config.label_smoothing)
     return loss, {**metrics, "overflow": jnp.zeros(())}
 
 
 def backbone_loss(
-    module: IARed2,
-    config,
-    phase: Phase,
-    params,
-    batch: Batch,
-    key: PRNGKeyArray,
-    capacities: Capacities | None = None,
-):
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Array, Metrics]:
     """Cross-entropy under the greedy masks of interpreters 1..group.
 
     Everything before the group's first block is frozen, so no gradient is computed there.
     """
+    module, phase, capacities = task.module, task.phase, task.capacities
     apply = functools.partial(module.apply, {"params": params})
     group, thresholds = phase.group, phase.thresholds
     x, alive, _, overflow = apply(group, batch["image"], thresholds, capacities, method="up_to")
@@ -69,30 +74,25 @@ def backbone_loss(
         x, keep, _, more = apply(x, keep, capacities[group - 1], method="compact")
         overflow = overflow + more
     logits = apply(group, x, keep, thresholds, method="onward")
-    loss, metrics = cross_entropy(logits, batch["label"], config.label_smoothing)
+    loss, metrics = cross_entropy(logits, batch["label"], task.config.label_smoothing)
     kept = (keep.sum(-1) / module.backbone.num_patches).mean()
     return loss, {**metrics, "keep_rate": kept, "overflow": overflow.sum().astype(jnp.float32)}
 
 
 def interpreter_loss(
-    module: IARed2,
-    config,
-    phase: Phase,
-    params,
-    batch: Batch,
-    key: PRNGKeyArray,
-    capacities: Capacities | None = None,
-):
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Array, Metrics]:
     """Self-critical REINFORCE for one interpreter (Eq. 3).
 
     The prefix up to the interpreter is the same for all rollouts, so it is computed once. The
     sampled rollouts and the greedy one run as one larger batch. Rewards are constants to the
     gradient, so nothing is differentiated but the interpreter itself.
     """
+    module, config, phase = task.module, task.config, task.phase
     group, labels, rollouts = phase.group, batch["label"], config.rollouts
     n = module.backbone.num_patches
     apply = functools.partial(module.apply, {"params": params})
-    entry = apply(group, batch["image"], phase.thresholds, capacities, method="up_to")
+    entry = apply(group, batch["image"], phase.thresholds, task.capacities, method="up_to")
     x, alive = jax.lax.stop_gradient(entry.x), entry.alive
     head_logits = apply(group, x, method="interpret")
 

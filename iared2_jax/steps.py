@@ -1,6 +1,6 @@
 """The training state, and the jitted, sharded step that moves it."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +12,11 @@ import optax
 from einops import rearrange
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray
 
 from iared2_jax import optim
 from iared2_jax.data.pipeline import normalize
-from iared2_jax.losses import LOSSES, Batch, Capacities, Metrics
+from iared2_jax.losses import LOSSES, Batch, Capacities, Metrics, Params, Task
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
@@ -83,53 +84,13 @@ def make_train_step(
     """
     optimizer = optim.make_optimizer(phase.options, phase.steps)
     norm = registry.get_variant(config.model.name).norm
-    micro = phase.options.accumulate
-    loss_fn = functools.partial(LOSSES[phase.kind], module, config, phase)
-
-    def gradients(params, batch, key, capacities):
-        """Of what the phase trains, over the micro-batches; and the metrics."""
-        trainable, frozen = optim.partition(params, phase.trains, module.group_sizes)
-
-        def loss(trainable, batch, key):
-            return loss_fn(optim.merge(trainable, frozen), batch, key, capacities)
-
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        if micro == 1:
-            (value, metrics), grads = value_and_grad(trainable, batch, key)
-            return grads, {**metrics, "loss": value}
-
-        # Every micro-batch takes each device's rows in turn, so no row changes its device.
-        parts = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=micro), batch)
-
-        def body(total, part):
-            batch, index = part
-            (value, metrics), grads = value_and_grad(
-                trainable, batch, jax.random.fold_in(key, index)
-            )
-            return jax.tree.map(lambda t, g: t + g / micro, total, grads), {
-                **metrics,
-                "loss": value,
-            }
-
-        zeros = jax.tree.map(jnp.zeros_like, trainable)
-        grads, metrics = jax.lax.scan(body, zeros, (parts, jnp.arange(micro)))
-        return grads, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+    task = Task(module, config, phase, capacities)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = {**batch, "image": normalize(batch["image"], norm)}
-        grads, metrics = gradients(state.params, batch, key, capacities)
-        if capacities:
-            lost = metrics["overflow"]
-
-            def masked(_, __):
-                again, figures = gradients(state.params, batch, key, None)
-                return again, {**figures, "overflow": lost}
-
-            # A loop of one turn or none: XLA:CPU runs a conditional's branch on one core.
-            turns = (lost > 0).astype(jnp.int32)
-            grads, metrics = jax.lax.fori_loop(0, turns, masked, (grads, metrics))
+        grads, metrics = _fitting_gradients(task, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         trainable, frozen = optim.partition(state.params, phase.trains, module.group_sizes)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
@@ -160,6 +121,56 @@ def make_train_step(
         out_shardings=(replicated, replicated),
         donate_argnums=0,
     )
+
+
+def _fitting_gradients(
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Params, Metrics]:
+    """`_gradients`; where tokens found no slot, computed again without slots."""
+    grads, metrics = _gradients(task, params, batch, key)
+    if not task.capacities:
+        return grads, metrics
+    lost = metrics["overflow"]
+
+    def masked(_, __):
+        """Masked execution needs no slots."""
+        whole = dataclasses.replace(task, capacities=None)
+        again, figures = _gradients(whole, params, batch, key)
+        return again, {**figures, "overflow": lost}
+
+    # A loop of one turn or none: XLA:CPU runs a conditional's branch on one core.
+    return jax.lax.fori_loop(0, (lost > 0).astype(jnp.int32), masked, (grads, metrics))
+
+
+def _gradients(
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Params, Metrics]:
+    """Of what the phase trains, over the micro-batches; and the metrics."""
+    phase, micro = task.phase, task.phase.options.accumulate
+    trainable, frozen = optim.partition(params, phase.trains, task.module.group_sizes)
+
+    def loss(trainable, batch, key):
+        """As a function of what is trained."""
+        return LOSSES[phase.kind](task, optim.merge(trainable, frozen), batch, key)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if micro == 1:
+        (value, metrics), grads = value_and_grad(trainable, batch, key)
+        return grads, {**metrics, "loss": value}
+
+    # Every micro-batch takes each device's rows in turn, so no row changes its device.
+    parts = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=micro), batch)
+
+    def body(total, part):
+        """Adds one micro-batch's share."""
+        batch, index = part
+        (value, metrics), grads = value_and_grad(trainable, batch, jax.random.fold_in(key, index))
+        total = jax.tree.map(lambda t, g: t + g / micro, total, grads)
+        return total, {**metrics, "loss": value}
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    grads, metrics = jax.lax.scan(body, zeros, (parts, jnp.arange(micro)))
+    return grads, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -22,7 +21,9 @@ from iared2_jax.checkpoints.run import RunCheckpoints
 from iared2_jax.data.pipeline import shard_batch, train_batches
 from iared2_jax.data.sources import SOURCES
 from iared2_jax.errors import NonFiniteError, UsageError
+from iared2_jax.files import write_json
 from iared2_jax.logs import HealthAlarms, MetricWriter, Profile, Progress, Window
+from iared2_jax.losses import Batch, Capacities, Params
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase, phase_at, phases
@@ -88,7 +89,7 @@ def claimed(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
 
 def _adopt_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes config.json into a workdir; refuses one that holds another run's."""
-    path, draft = workdir / "config.json", workdir / "config.draft"
+    path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.flatten(config)))
     try:
         theirs = json.loads(path.read_text()) if path.exists() else mine
@@ -105,8 +106,7 @@ def _adopt_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
             f"workdir {workdir} holds another run's config: {', '.join(differ[:3])}{more}; "
             "give another --workdir"
         )
-    draft.write_text(json.dumps(mine, indent=1, sort_keys=True))
-    draft.replace(path)
+    write_json(path, dict(sorted(mine.items())))
 
 
 def train(
@@ -131,7 +131,6 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop: Stop) -> Trai
     mesh = data_mesh()
     module, variables = build_model(config)
     plan = phases(config, module.group_sizes)
-    image_size = module.backbone.image_size
     sharding = NamedSharding(mesh, P())
 
     def state_at(step: int, params) -> TrainState:
@@ -162,36 +161,10 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop: Stop) -> Trai
     rows = NamedSharding(mesh, P("data"))
     with MetricWriter(workdir, step) as writer, Profile(workdir, config.profile, step) as profile:
         while (phase := phase_at(plan, step)) is not None and not stop.requested:
-
-            def batches_from(example: int, phase=phase):
-                return iter(
-                    train_batches(
-                        SOURCES[config.data.name],
-                        phase.options.batch_size,
-                        example,
-                        config.seed,
-                        image_size,
-                        config.data.threads,
-                    )
-                )
-
-            capacities = None
-            if config.train_execution == "gathered" and phase.kind != "supervised":
-                capacities = recalled(
-                    workdir / "capacities.json",
-                    phase,
-                    functools.partial(
-                        measure_capacities,
-                        module,
-                        state.params,
-                        phase,
-                        batches_from(phase.first_example),
-                        registry.get_variant(config.model.name).norm,
-                    ),
-                )
+            capacities = _capacities(config, workdir, module, state.params, phase)
             train_step = make_train_step(module, phase, config, mesh, capacities)
             done = (step - phase.first_step) * phase.options.batch_size
-            batches = batches_from(phase.first_example + done)
+            batches = _batches(config, module, phase, phase.first_example + done)
             window, alarms = Window(), HealthAlarms(phase)
             with Progress(phase, plan[-1].end) as progress:
                 while step < phase.end and not stop.requested:
@@ -212,6 +185,38 @@ def _train(config: ml_collections.ConfigDict, workdir: Path, stop: Stop) -> Trai
                 state = jax.device_put(state, sharding)
             save(state, step)
     return state
+
+
+def _batches(
+    config: ml_collections.ConfigDict, module: IARed2, phase: Phase, example: int
+) -> Iterator[Batch]:
+    """The phase's batches, from that example of the run on."""
+    return iter(
+        train_batches(
+            SOURCES[config.data.name],
+            phase.options.batch_size,
+            example,
+            config.seed,
+            module.backbone.image_size,
+            config.data.threads,
+        )
+    )
+
+
+def _capacities(
+    config: ml_collections.ConfigDict, workdir: Path, module: IARed2, params: Params, phase: Phase
+) -> Capacities | None:
+    """Patch slots for gathered training; None where it is masked, or there is nothing to drop."""
+    if config.train_execution != "gathered" or phase.kind == "supervised":
+        return None
+    norm = registry.get_variant(config.model.name).norm
+
+    def measure():
+        """From the phase's own first images, so that a resumed run would count the same."""
+        batches = _batches(config, module, phase, phase.first_example)
+        return measure_capacities(module, params, phase, batches, norm)
+
+    return recalled(workdir / "capacities.json", phase, measure)
 
 
 def _refuse_divergence(figures: dict[str, float], limit: int, phase: Phase, step: int) -> None:

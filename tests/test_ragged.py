@@ -17,7 +17,7 @@ from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.models.vit import ViT
 from iared2_jax.ragged import GroupPlan, Plan, planner
 from iared2_jax.ragged.accelerate import Accelerated, per_group
-from iared2_jax.ragged.engine import run_ragged
+from iared2_jax.ragged.engine import Job, run_group, run_ragged
 from iared2_jax.ragged.plan import _cuts, choose_shapes, needs
 from iared2_jax.ragged.planner import MAX_SHAPES, Question
 from iared2_jax.reduction.gather import partition, take_tokens
@@ -54,20 +54,14 @@ def some_images(count: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (count, 32, 32, 3))
 
 
-def question(module, variables, batch_size, thresholds=0.5, images=None, **changes) -> Question:
-    values = dict(
-        module=module,
+def question(module, variables, batch_size, thresholds=0.5, devices=1, **job: object) -> Question:
+    return Question(
+        job=Job(module, **job),
         variables=variables,
         batch_size=batch_size,
         thresholds=per_group(thresholds, module.num_groups),
-        attention=False,
-        device=jax.devices()[0],
-        num_devices=1,
-        keep_ratios=None,
-        score="interpreter",
-        images=images,
+        devices=tuple(jax.devices()[:devices]),
     )
-    return Question(**{**values, **changes})
 
 
 def assert_close(actual, expected) -> None:
@@ -136,7 +130,7 @@ def test_ragged_equals_masked(scenario):
     module, variables = model(*which)
     plan.check(batch, [module.backbone.num_prefix + N] * module.num_groups)
     images = some_images(batch, seed)
-    ragged = jax.jit(functools.partial(run_ragged, module, plan, True))(
+    ragged = jax.jit(functools.partial(run_ragged, Job(module, attention=True), plan))(
         variables,
         images,
         jnp.broadcast_to(np.float32(thresholds), (batch, len(thresholds))),
@@ -168,9 +162,7 @@ def test_every_count_from_none_to_all(name):
         edges = np.concatenate([[1.0], scores[image], [0.0]])
         thresholds[image, 0] = (edges[count] + edges[count + 1]) / 2
     thresholds[:, 1] = [0.4, KEEP_ALL, 0.5, 0.6, KEEP_ALL, 0.5]
-    run = Accelerated(
-        question(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2), jax.devices()[:1]
-    )
+    run = Accelerated(question(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2))
     logits, out = run(images)
     masked = module.apply(variables, images, thresholds)
     assert np.asarray(out["keep"][0]).sum(-1).tolist() == counts
@@ -184,7 +176,7 @@ def test_ties_are_dropped_alike(name):
     zeros = jax.tree.map(jnp.zeros_like, variables)  # every score is 0.5
     plan = Plan(6, (PLANS[name],) * 2)
     for threshold, kept in ((0.5, 0), (float(np.nextafter(np.float32(0.5), np.float32(0))), N)):
-        run = Accelerated(question(module, zeros, 6, threshold), plan, jax.devices()[:1])
+        run = Accelerated(question(module, zeros, 6, threshold), plan)
         _, out = run(some_images(6))
         assert np.asarray(out["keep"][1]).sum(-1).tolist() == [kept] * 6
 
@@ -194,9 +186,7 @@ def test_nan_in_one_image_reaches_no_other(name):
     """Padding is 0, whatever lies beside it or lay there before."""
     module, variables = model(2)
     images = some_images(6).at[2].set(jnp.nan)
-    run = Accelerated(
-        question(module, variables, 6, 0.5), Plan(6, (PLANS[name],) * 2), jax.devices()[:1]
-    )
+    run = Accelerated(question(module, variables, 6, 0.5), Plan(6, (PLANS[name],) * 2))
     logits, _ = run(images)
     clean, _ = module.apply(variables, images[np.array([0, 1, 3, 4, 5])], 0.5)
     assert_close(np.delete(np.asarray(logits), 2, 0), clean)
@@ -205,8 +195,6 @@ def test_nan_in_one_image_reaches_no_other(name):
 @pytest.mark.parametrize("name", PLANS)
 def test_poisoned_slots_leak_nowhere(name):
     """NaN in every slot of the buffer that no survivor owns changes nothing."""
-    from iared2_jax.ragged.engine import run_group
-
     module, variables = model(2)
     images = some_images(6)
     keep = jnp.asarray(np.random.default_rng(0).random((6, N)) < 0.5)
@@ -214,11 +202,11 @@ def test_poisoned_slots_leak_nowhere(name):
     poisoned = jnp.where(
         jnp.pad(keep, ((0, 0), (1, 0)), constant_values=True)[..., None], x, jnp.nan
     )
-    slot = jnp.broadcast_to(jnp.arange(N), keep.shape)
+    places = jnp.broadcast_to(jnp.arange(N), keep.shape)
 
     def cls(tokens):
-        state, _ = run_group(module, variables, 1, PLANS[name], {"tokens": tokens}, keep, slot)
-        return state["tokens"]
+        state = {"tokens": tokens}
+        return run_group(Job(module), PLANS[name], variables, 1, state, keep, places)[0]["tokens"]
 
     expected, _ = module.apply(variables, 1, x, keep, method="run_blocks")
     result = cls(poisoned)
@@ -231,9 +219,7 @@ def test_poisoned_slots_leak_nowhere(name):
 def test_tail_batches_and_other_thresholds():
     module, variables = model(2)
     images = some_images(5)
-    run = Accelerated(
-        question(module, variables, 6, 0.5), Plan(6, (PLANS["buckets"],) * 2), jax.devices()[:1]
-    )
+    run = Accelerated(question(module, variables, 6, 0.5), Plan(6, (PLANS["buckets"],) * 2))
     for count in (1, 4, 5):
         assert_same(run(images[:count]), module.apply(variables, images[:count], 0.5))
     assert_same(run(images, thresholds=0.3), module.apply(variables, images, 0.3))
@@ -245,9 +231,7 @@ def test_sharded_over_devices(devices):
     images = some_images(16)
     each = 16 // devices
     plans = (GroupPlan("packed", each, (full(each),)), GroupPlan("padded", 1, ((9, 9), full(1))))
-    run = Accelerated(
-        question(module, variables, each, 0.5), Plan(each, plans), jax.devices()[:devices]
-    )
+    run = Accelerated(question(module, variables, each, 0.5, devices), Plan(each, plans))
     assert_same(run(images), module.apply(variables, images, 0.5))
     assert_same(run(images[:11]), module.apply(variables, images[:11], 0.5))
     assert sum(run.usage[1]["shapes"].values()) == 32  # two calls of 16 sub-batches of one image
@@ -261,7 +245,7 @@ def test_bfloat16_is_as_near_to_float32_as_masked():
     plan = Plan(6, (PLANS["packed"],) * 2)
     exact, _ = module.apply(variables, images, KEEP_ALL)
     masked, _ = jax.jit(lambda v, x: half.apply(v, x, KEEP_ALL))(variables, images)
-    ragged, _ = Accelerated(question(half, variables, 6, KEEP_ALL), plan, jax.devices()[:1])(images)
+    ragged, _ = Accelerated(question(half, variables, 6, KEEP_ALL), plan)(images)
     error, theirs = (float(jnp.linalg.norm(x - exact)) for x in (ragged, masked))
     assert 0 < error < 2 * theirs < 0.2 * float(jnp.linalg.norm(exact))
 
@@ -278,7 +262,7 @@ def test_fixed_budget_equals_masked(score, rows):
     plans = tuple(GroupPlan("padded", rows, ((rows * c, c),)) for c in counts)
     images = some_images(4)
     asked = question(module, variables, 4, 0.5, keep_ratios=ratios, score=score)
-    run = Accelerated(asked, Plan(4, plans), jax.devices()[:1])
+    run = Accelerated(asked, Plan(4, plans))
     logits, out = run(images)
     expected, reference = module.apply(variables, images, keep_ratios=ratios, score=score)
     assert_close(logits, expected)
@@ -386,9 +370,7 @@ def test_a_masked_plan_says_so():
 def test_usage_counts_what_only_the_largest_shape_held():
     module, variables = model(2)
     tight = GroupPlan("padded", 2, ((2 * 2, 2), full(2)))
-    run = Accelerated(
-        question(module, variables, 4, KEEP_ALL), Plan(4, (tight,) * 2), jax.devices()[:1]
-    )
+    run = Accelerated(question(module, variables, 4, KEEP_ALL), Plan(4, (tight,) * 2))
     for _ in range(40):  # more than stay on the device
         run(some_images(4))
     assert [group["larger"] for group in run.usage] == [80, 80]

@@ -43,8 +43,8 @@ STEPS = 8
 POISON = 99  # a label that makes the supervised loss NaN
 
 
-def poisonable_loss(module, config, phase, params, batch, key, capacities):
-    value, metrics = losses.supervised_loss(module, config, phase, params, batch, key)
+def poisonable_loss(task, params, batch, key):
+    value, metrics = losses.supervised_loss(task, params, batch, key)
     return jnp.where((batch["label"] == POISON).any(), jnp.nan, value), metrics
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from iared2_jax import optim
 from iared2_jax.capacities import measure_capacities, recalled
 from iared2_jax.data.pipeline import normalize, shard_batch
+from iared2_jax.errors import UsageError
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import KEEP_ALL
 from iared2_jax.phases import phase_at, phases
@@ -190,6 +191,9 @@ def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, ba
     assert recalled(path, phases_[3], lambda: found) == found
     assert recalled(path, phases_[2], lambda: (8,)) == (8,)
     assert recalled(path, phases_[3], lambda: pytest.fail("measured again")) == found
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(UsageError, match=r"capacities\.json is damaged: delete it"):
+        recalled(path, phases_[3], lambda: found)
 
 
 def test_the_curriculum_is_the_papers(tiny_config):

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from iared2_jax.errors import CheckpointError
+from iared2_jax.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,7 @@ class RunCheckpoints:
                 ),
             )
             # The seal appears by a rename, so a step is either sealed whole or not at all.
-            draft = self._folder / f"{step}.seal.draft"
-            draft.write_text(json.dumps(_digests(target), indent=1))
-            draft.rename(self._seal(step))
+            write_json(self._seal(step), _digests(target))
         except (OSError, ValueError) as error:  # a full disk is a ValueError to tensorstore
             raise CheckpointError(
                 f"checkpoint {target} could not be written ({str(error).rpartition(': ')[2]}): "

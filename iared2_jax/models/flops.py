@@ -22,6 +22,32 @@ class Flops(NamedTuple):
     full: float | np.ndarray
 
 
+class BlockFlops(NamedTuple):
+    """One block's multiply-accumulates for one image: numbers, or one per image.
+
+    projections: qkv and proj, 4 n d^2. attention: QK^T and AV, 2 n^2 d. mlp: 2 r n d^2.
+    """
+
+    projections: ArrayLike
+    attention: ArrayLike
+    mlp: ArrayLike
+
+    @property
+    def linear(self):
+        """Without the attention: the paper's convention."""
+        return self.projections + self.mlp
+
+    @property
+    def full(self):
+        return self.linear + self.attention
+
+
+def block_flops(vit: ViT, tokens: ArrayLike) -> BlockFlops:
+    """The cost of one block of width d and MLP ratio r that sees n `tokens`, prefix included."""
+    d = vit.embed_dim
+    return BlockFlops(4 * tokens * d**2, 2 * tokens**2 * d, 2 * vit.mlp_ratio * tokens * d**2)
+
+
 def count_flops(
     model: str | IARed2 | ViT,
     kept: Sequence[ArrayLike] | None = None,
@@ -31,8 +57,8 @@ def count_flops(
 ) -> Flops:
     """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
 
-    With n = kept + prefix tokens, a block of width d costs 12 n d^2 linear and 2 n^2 d more; an
-    interpreter that is handed m patches costs (m + 1) d^2 + m d.
+    Blocks cost what `block_flops` says for kept + prefix tokens; an interpreter that is handed m
+    patches costs (m + 1) d^2 + m d.
 
     Args:
       model: a variant's name, or a module.
@@ -72,9 +98,9 @@ def count_flops(
     quadratic = scoring = 0.0
     entering = np.float64(vit.num_patches)
     for blocks, count in zip(sizes, kept, strict=True):
-        n = count + vit.num_prefix
-        linear = linear + blocks * n * (4 + 2 * vit.mlp_ratio) * d**2
-        quadratic = quadratic + blocks * 2 * n**2 * d
+        block = block_flops(vit, count + vit.num_prefix)
+        linear = linear + blocks * block.linear
+        quadratic = quadratic + blocks * block.attention
         scoring = scoring + (entering + 1) * d**2 + entering * d
         entering = count
     full = linear + quadratic + (scoring if interpreters else 0.0)

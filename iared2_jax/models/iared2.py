@@ -179,7 +179,7 @@ class IARed2(nn.Module):
             if execution == "gathered":
                 capacity = min(capacities[group - 1], alive.shape[1])
                 chosen, alive, overflow = top_k_slots(scores, alive, capacity)
-                x = jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], chosen)], axis=1)
+                x = self._with_patches(x, chosen)
                 slots = jnp.take_along_axis(slots, chosen, axis=1)
             out["keep"].append(on_grid(alive))
             out["overflow"].append(overflow)
@@ -241,6 +241,13 @@ class IARed2(nn.Module):
             )
         return tuple(int(c) for c in capacities)
 
+    def _with_patches(
+        self, x: Float[Array, "b t d"], slots: Int[Array, "b k"]
+    ) -> Float[Array, "b c d"]:
+        """The prefix, and the patch tokens at `slots`."""
+        prefix = self.backbone.num_prefix
+        return jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], slots)], axis=1)
+
     # -- The parts that training needs: the prefix once, the suffix for several rollouts.
 
     def compact(
@@ -251,12 +258,9 @@ class IARed2(nn.Module):
         Returns the tokens, which slots are valid, where each came from, and how many tokens found
         no slot (then the result is not masked execution's, and must not be used).
         """
-        prefix = self.backbone.num_prefix
-        capacity = min(capacity, keep.shape[1])
         slots = partition(keep)[0][:, :capacity]
-        x = jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], slots)], axis=1)
         valid = jnp.take_along_axis(keep, slots, axis=1)
-        return x, valid, slots, keep.sum(axis=1) - valid.sum(axis=1)
+        return self._with_patches(x, slots), valid, slots, keep.sum(axis=1) - valid.sum(axis=1)
 
     def up_to(
         self,

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from iared2_jax.errors import UsageError
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.ragged import planner
-from iared2_jax.ragged.engine import run_masked, run_ragged
+from iared2_jax.ragged.engine import Job, run_masked, run_ragged, sub_batch_sizes
 from iared2_jax.ragged.plan import Plan
 from iared2_jax.ragged.planner import Question
 from iared2_jax.timing import interleaved
@@ -65,10 +65,9 @@ class Accelerated:
         self,
         question: Question,
         plan: Plan,
-        devices: Sequence[jax.Device],
         programs: Path | None = None,
     ):
-        module = question.module
+        module, devices = question.module, question.devices
         self.plan = plan
         self.batch_size = question.batch_size * len(devices)
         self._num_groups = module.num_groups
@@ -88,20 +87,10 @@ class Accelerated:
         execute = run_ragged if plan.groups else run_masked
 
         def forward(variables, images, thresholds, size):
-            # Each device counts its own rows, and takes its own turns through its own loops.
+            """One device's share: it counts its own rows, and takes its own turns."""
             first = jax.lax.axis_index("data") * images.shape[0]
             real = jnp.clip(size - first, 0, images.shape[0])
-            logits, out = execute(
-                module,
-                plan,
-                question.attention,
-                variables,
-                images,
-                thresholds,
-                real,
-                question.keep_ratios,
-                question.score,
-            )
+            logits, out = execute(question.job, plan, variables, images, thresholds, real)
             used = [counts[None] for counts in out.pop("shapes_used", [])]
             return logits, out, used
 
@@ -254,7 +243,7 @@ def accelerate(
       module, variables: e.g. from `create_model` or `load_model`.
       batch_size: images per call, over all devices. Smaller batches run padded.
       thresholds: keep iff score > threshold; one for all groups, one each [D], or one each per
-        image [b, D].
+        image of `images` [m, D] (those of a call's own images go to the call).
       images: normalised; what will be asked, some dozens of it. The shapes are planned for the
         counts that these keep. Needed unless there is a plan or a fixed budget.
       keep_ratios, score: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
@@ -277,26 +266,22 @@ def accelerate(
       >>> logits.shape, out["keep"][0].shape
       ((3, 10), (3, 64))
     """
-    devices = list(devices) if devices is not None else jax.devices()[:1]
+    devices = tuple(devices) if devices is not None else tuple(jax.devices()[:1])
     if batch_size < 1 or batch_size % len(devices):
         raise UsageError(
             f"batch_size={batch_size} must be a positive multiple of the {len(devices)} devices"
         )
-    budget = {"keep_ratios": tuple(keep_ratios) if keep_ratios else None, "score": score}
     try:
-        module.check_budget(**budget)
+        module.check_budget(keep_ratios, score)
     except ValueError as error:
         raise UsageError(str(error)) from error
     question = Question(
-        module=module,
+        job=Job(module, tuple(keep_ratios) if keep_ratios else None, score, attention),
         variables=variables,
         batch_size=batch_size // len(devices),
         thresholds=per_group(thresholds, module.num_groups),
-        attention=attention,
-        device=devices[0],
-        num_devices=len(devices),
         images=images,
-        **budget,
+        devices=devices,
     )
     folder = planner.cache_folder(cache_dir)
     programs = folder / "programs" if folder else None
@@ -305,31 +290,32 @@ def accelerate(
     else:
         plan = planner.cached_plan(question, folder)
     if plan is not None:
-        return Accelerated(question, plan, devices, programs)
+        return Accelerated(question, plan, programs)
     with _programs_kept(programs):
-        run = _fastest(question, planner.plan_groups(question), devices)
+        run = _fastest(question, planner.plan_groups(question))
     planner.keep_plan(question, run.plan, folder)
     return run
 
 
-def _fastest(question: Question, ragged: Plan, devices: Sequence[jax.Device]) -> Accelerated:
+def _fastest(question: Question, ragged: Plan) -> Accelerated:
     """The ragged plan as a whole, or masked execution where that is faster."""
-    images = planner.example_batch(question, len(devices))
+    images = planner.example_batch(question)
 
     def masked(rows):
         return dataclasses.replace(ragged, groups=(), masked_rows=rows)
 
     def measured(plans):
-        runs = {name: Accelerated(question, plan, devices) for name, plan in plans.items()}
+        """The compiled plans, and the seconds each takes."""
+        runs = {name: Accelerated(question, plan) for name, plan in plans.items()}
         calls = {name: functools.partial(run, images) for name, run in runs.items()}
         timings = interleaved(calls, planner.rounds_for(calls))
         return runs, {name: timing.median for name, timing in timings.items()}
 
-    b = question.batch_size
-    plans = {"ragged": ragged, "masked": masked(b)}
+    whole, *parts = sub_batch_sizes(question.batch_size, question.platform)
+    plans = {"ragged": ragged, "masked": masked(whole)}
     runs, seconds = measured(plans)
     if seconds["ragged"] > 0.8 * seconds["masked"]:  # close: masks may gain from sub-batches, too
-        plans |= {f"masked, {rows} at a time": masked(rows) for rows in {b // 2, b // 4} - {0}}
+        plans |= {f"masked, {rows} at a time": masked(rows) for rows in parts[:2]}
         runs, seconds = measured(plans)
     best = runs[min(seconds, key=seconds.get)]
     best.plan = dataclasses.replace(best.plan, measured=seconds)

@@ -15,9 +15,12 @@ from iared2_jax.models.flops import count_flops
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.ragged import planner
 from iared2_jax.ragged.accelerate import Accelerated, accelerate, per_group
-from iared2_jax.ragged.plan import Plan
+from iared2_jax.ragged.engine import Job
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
+
+# From a threshold to its point, and all scores that were compared with it.
+Measure = Callable[[float], "tuple[BudgetPoint, np.ndarray]"]
 
 _POINTS = 33  # of the dial
 _ROUNDS = 7  # of timing
@@ -60,7 +63,10 @@ def budget_curve(
       images: normalised, held-out.
       labels: the right answers; None judges by the answers of the model that keeps all.
     """
-    measure = _measure_fn(module, variables, images, labels, batch_size)
+    return _curve(_measure_fn(module, variables, images, labels, batch_size), points)
+
+
+def _curve(measure: Measure, points: int) -> list[BudgetPoint]:
     everything, scores = measure(KEEP_ALL)
     levels = np.unique(np.quantile(scores, np.linspace(0, 1, points)[1:-1]).astype(np.float32))
     curve = [everything, *(measure(float(level))[0] for level in levels)]
@@ -108,9 +114,9 @@ def calibrate(
             "calibrate needs exactly one of target_flops, target_images_per_second and "
             "max_accuracy_drop"
         )
-    curve = budget_curve(module, variables, images, labels, batch_size=batch_size)
+    measure = _measure_fn(module, variables, images, labels, batch_size)
+    curve = _curve(measure, _POINTS)
     if target_flops is not None:
-        measure = _measure_fn(module, variables, images, labels, batch_size)
         return _for_flops(curve, target_flops, lambda t: measure(t)[0]).thresholds
     if max_accuracy_drop is not None:
         enough = [p for p in curve if p.accuracy >= curve[0].accuracy - max_accuracy_drop - 1e-9]
@@ -133,8 +139,7 @@ def with_speed(
     return [dataclasses.replace(p, images_per_second=speed_of(p.thresholds)) for p in curve]
 
 
-def _measure_fn(module, variables, images, labels, batch_size):
-    """A function from a threshold to its point, and all scores that were compared with it."""
+def _measure_fn(module, variables, images, labels, batch_size) -> Measure:
     images = np.asarray(images, np.float32)
     if not len(images) or (labels is not None and len(labels) != len(images)):
         raise UsageError(
@@ -227,30 +232,19 @@ def speed_meter(
     its counts.
     """
     images = np.asarray(images, np.float32)
-    first = accelerate(module, variables, batch_size, images=images, cache_dir=None)
-
-    def question(thresholds):
-        return planner.Question(
-            module=module,
-            variables=variables,
-            batch_size=batch_size,
-            thresholds=per_group(thresholds, module.num_groups),
-            attention=False,
-            device=jax.devices()[0],
-            num_devices=1,
-            keep_ratios=None,
-            score="interpreter",
-            images=images,
-        )
+    plan = accelerate(module, variables, batch_size, images=images, cache_dir=None).plan
 
     @functools.cache
     def speed_of(thresholds: tuple[float, ...]) -> float:
-        asked = question(thresholds)
-        plan: Plan = first.plan
-        if plan.groups:
-            plan = planner.reshaped(asked, plan)
-        run = Accelerated(asked, plan, jax.devices()[:1])
-        batch = jnp.asarray(planner.example_batch(asked, 1))
+        question = planner.Question(
+            job=Job(module),
+            variables=variables,
+            batch_size=batch_size,
+            thresholds=per_group(thresholds, module.num_groups),
+            images=images,
+        )
+        run = Accelerated(question, planner.reshaped(question, plan) if plan.groups else plan)
+        batch = jnp.asarray(planner.example_batch(question))
         timing = interleaved({"run": lambda: run(batch)[0]}, _ROUNDS)["run"]
         return batch_size / timing.median
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from iared2_jax.errors import UsageError
+from iared2_jax.files import write_json
 
 KINDS = ("padded", "packed")
 
@@ -66,9 +67,7 @@ class Plan:
         """Writes the plan as JSON."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.draft")
-        draft.write_text(json.dumps(dataclasses.asdict(self), indent=1))
-        draft.replace(path)
+        write_json(path, dataclasses.asdict(self))
         return path
 
     @classmethod

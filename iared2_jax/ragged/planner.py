@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.errors import UsageError
+from iared2_jax.models.flops import block_flops
 from iared2_jax.models.iared2 import IARed2
-from iared2_jax.ragged.engine import run_group, with_kernel
+from iared2_jax.ragged.engine import Job, run_group, sub_batch_sizes
 from iared2_jax.ragged.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
+from iared2_jax.reduction.gather import partition
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
 
@@ -32,28 +34,45 @@ _ROUNDS = 5, 25  # of timing, at least and at most
 _SECONDS = 2.0  # of timing, if that is between the two
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a plan is wanted for; the fields are `accelerate`'s, `batch_size` per device."""
+    """What a plan is wanted for.
 
-    module: IARed2
+    Attributes:
+      job, variables: the model, and what it has to compute.
+      batch_size: images per call and device.
+      thresholds: of `images`: one per group [D], or one each per image [m, D].
+      images: some dozens of what will be asked [m, height, width, 3], normalised; not needed for a
+        fixed budget.
+      devices: all alike; the plan is timed on the first.
+    """
+
+    job: Job
     variables: Mapping[str, Any]
     batch_size: int
     thresholds: np.ndarray
-    attention: bool
-    device: jax.Device
-    num_devices: int
-    keep_ratios: tuple[float, ...] | None
-    score: str
-    images: Array | None
+    images: Array | None = None
+    devices: tuple[jax.Device, ...] = dataclasses.field(
+        default_factory=lambda: tuple(jax.devices()[:1])
+    )
+
+    @property
+    def module(self) -> IARed2:
+        return self.job.module
+
+    @property
+    def platform(self) -> str:
+        """ "cpu" or "gpu"."""
+        return self.devices[0].platform
 
     @property
     def most_tokens(self) -> tuple[int, ...]:
         """Tokens with the prefix that an image can have in each group."""
         vit = self.module.backbone
-        if self.keep_ratios is None:
+        ratios = self.job.keep_ratios
+        if ratios is None:
             return (vit.num_prefix + vit.num_patches,) * self.module.num_groups
-        return tuple(vit.num_prefix + k for k in self.module.budget(self.keep_ratios))
+        return tuple(vit.num_prefix + k for k in self.module.budget(ratios))
 
     def key(self) -> dict[str, Any]:
         """All that a plan depends on, but for the images; JSON."""
@@ -66,14 +85,14 @@ class Question:
             "module": hashlib.sha256(repr(self.module).encode()).hexdigest()[:16],
             "interpreters": interpreters.hexdigest()[:16],
             "thresholds": np.round(self.thresholds.astype(float), 6).tolist(),
-            "keep_ratios": list(self.keep_ratios) if self.keep_ratios else None,
-            "score": self.score,
-            "attention": self.attention,
+            "keep_ratios": list(self.job.keep_ratios) if self.job.keep_ratios else None,
+            "score": self.job.score,
+            "attention": self.job.attention,
             "batch_size": self.batch_size,
             "dtype": jnp.dtype(self.module.backbone.dtype).name,
-            "device": self.device.device_kind,
-            "cores": os.cpu_count() if self.device.platform == "cpu" else None,
-            "devices": self.num_devices,
+            "device": self.devices[0].device_kind,
+            "cores": os.cpu_count() if self.platform == "cpu" else None,
+            "devices": len(self.devices),
             "versions": {
                 name: importlib.metadata.version(name) for name in ("iared2_jax", "jax", "jaxlib")
             },
@@ -111,14 +130,14 @@ def keep_plan(question: Question, plan: Plan, folder: Path | None) -> None:
 
 
 def plan_groups(question: Question) -> Plan:
-    """The fastest layout for every group, timed on `question.device`, each group alone.
+    """The fastest layout for every group, timed on `question.devices[0]`, each group alone.
 
     All candidates run in the group with most to win, the finalists of it in all.
 
     Raises:
       UsageError: no images to plan with, and no fixed budget.
     """
-    with jax.default_device(question.device):
+    with jax.default_device(question.devices[0]):
         keep = _keep_of_sample(question)
         plans = {kernel: _plan_groups(question, keep, kernel) for kernel in _kernels(question)}
     fastest = min(plans.values(), key=lambda timed: timed[1])
@@ -128,8 +147,8 @@ def plan_groups(question: Question) -> Plan:
 def _keep_of_sample(question: Question) -> np.ndarray:
     """Keep masks [images, groups, N] of the sample, by masked execution."""
     n, groups = question.module.backbone.num_patches, question.module.num_groups
-    if question.keep_ratios is not None:
-        counts = question.module.budget(question.keep_ratios)
+    if question.job.keep_ratios is not None:
+        counts = question.module.budget(question.job.keep_ratios)
         return np.stack([np.arange(n) < count for count in counts])[None]
     if question.images is None or not len(question.images):
         raise UsageError(
@@ -166,13 +185,14 @@ def _draw(question: Question, keep: np.ndarray, batches: int, seed: int = 0) -> 
 def _kernels(question: Question) -> list[str]:
     """Attention kernels that work here: cuDNN's is tried against the einsum first."""
     half = jnp.dtype(question.module.backbone.dtype).itemsize == 2
-    if question.device.platform != "gpu" or not half:
+    if question.platform != "gpu" or not half:
         return ["einsum"]
-    module, vit = question.module, question.module.backbone
+    vit = question.module.backbone
     images = jax.random.normal(jax.random.key(0), (2, vit.image_size, vit.image_size, 3))
 
     def logits(kernel):
-        run = jax.jit(lambda v, x: with_kernel(module, kernel).apply(v, x, execution="dense")[0])
+        module = question.job.with_kernel(kernel).module
+        run = jax.jit(lambda v, x: module.apply(v, x, execution="dense")[0])
         return np.asarray(run(question.variables, images))
 
     expected = logits("einsum")
@@ -189,18 +209,16 @@ def _kernels(question: Question) -> list[str]:
 
 def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) -> list[GroupPlan]:
     """Every kind of layout and sub-batch size for one group, in at most `limit` best shapes."""
-    b, most = question.batch_size, question.most_tokens[group - 1]
-    sizes = {max(1, b // divisor) for divisor in (1, 2, 4, 8)}
-    if question.device.platform == "cpu":
-        sizes |= {size for size in (4, 8) if size < b}
-    if question.keep_ratios is not None:  # all rows alike: one shape, nothing to pack
-        return [GroupPlan("padded", rows, ((rows * most, most),)) for rows in sorted(sizes)]
+    most = question.most_tokens[group - 1]
+    sizes = sub_batch_sizes(question.batch_size, question.platform)
+    if question.job.keep_ratios is not None:  # all rows alike: one shape, nothing to pack
+        return [GroupPlan("padded", rows, ((rows * most, most),)) for rows in sizes]
     lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
     batches = lengths[_draw(question, keep, _BATCHES)]
-    step = max(2, most // 32) if question.device.platform == "cpu" else 16
+    step = _step(question, most)
     plans = []
     for kind in KINDS:
-        for rows in sorted(sizes):
+        for rows in sizes:
             if kind == "packed" and rows == 1:
                 continue  # one image's list is its row
             blocks = _blocks(question, rows) if kind == "packed" else 1
@@ -210,19 +228,24 @@ def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) ->
     return plans
 
 
+def _step(question: Question, most: int) -> int:
+    """Tokens that neighbouring row lengths differ by, of at most `most`."""
+    return max(2, most // 32) if question.platform == "cpu" else 16
+
+
 def _blocks(question: Question, rows: int) -> int:
     """Of attention: two, where there are enough images. A GPU's kernels skip padding themselves."""
-    if question.device.platform != "cpu":
+    if question.platform != "cpu":
         return 1
     return 2 if rows % 2 == 0 and rows >= 4 else 1
 
 
 def _limits(question: Question, keep: np.ndarray) -> list[int]:
     """Shapes that each group may have: one of few different counts leaves its share to others."""
-    counts = keep.sum(-1) // (8 if question.device.platform == "cpu" else 16)
-    useful = [len(np.unique(column)) + 1 for column in counts.T]
+    steps = [_step(question, most) for most in question.most_tokens]
+    useful = [len(np.unique(column)) + 1 for column in (keep.sum(-1) // steps).T]
     limits = [1] * len(useful)
-    left = max(MAX_SHAPES.get(question.device.platform, 16), 2 * len(useful))
+    left = max(MAX_SHAPES.get(question.platform, 16), 2 * len(useful))
     for place, group in enumerate(sorted(range(len(useful)), key=useful.__getitem__)):
         limits[group] = min(useful[group], left // (len(useful) - place))
         left -= limits[group]
@@ -259,7 +282,7 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
 
 
 def _switch(question: Question) -> bool:
-    return question.device.platform != "cpu"
+    return question.platform != "cpu"
 
 
 def _time_group(
@@ -274,11 +297,11 @@ def _time_group(
 
     Without `rounds`, as many as fit into a little time.
     """
-    module = with_kernel(question.module, kernel)
-    vit, b = module.backbone, question.batch_size
+    job = question.job.with_kernel(kernel)
+    vit, b = job.module.backbone, question.batch_size
     drawn = keep[_draw(question, keep, 1, seed=1)[0]]
     alive = drawn[:, group - 2] if group > 1 else np.ones_like(drawn[:, 0])
-    keep_slot = jnp.asarray(drawn[:, group - 1]), jnp.asarray(alive.cumsum(1) - 1)
+    keep_places = jnp.asarray(drawn[:, group - 1]), partition(jnp.asarray(alive))[1]
     # The values do not change the time, so they need not be any image's.
     shape = (b, vit.num_prefix + vit.num_patches, vit.embed_dim)
     state = {
@@ -286,26 +309,17 @@ def _time_group(
         # The next group's evidence is part of this one's work.
         "scores": jnp.zeros((b, vit.num_patches)),
     }
-    if question.score == "interpreter":
+    if question.job.score == "interpreter":
         heads = question.module.interpreter_heads
         state["head_logits"] = jnp.zeros((b, vit.num_patches, heads))
 
     def timed(plan):
-        run = jax.jit(
-            lambda variables, state, keep, slot: run_group(
-                module,
-                variables,
-                group,
-                plan,
-                state,
-                keep,
-                slot,
-                equal_counts=question.keep_ratios is not None,
-                score=question.score,
-                switch=_switch(question),
-            )[0]
-        )
-        return lambda: run(question.variables, state, *keep_slot)
+        """One call of the group in this plan."""
+
+        def run(variables, state, keep, places):
+            return run_group(job, plan, variables, group, state, keep, places, _switch(question))[0]
+
+        return functools.partial(jax.jit(run), question.variables, state, *keep_places)
 
     counts = keep[:, group - 1].sum(-1) + vit.num_prefix
     lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
@@ -328,10 +342,9 @@ def rounds_for(calls: Mapping[Any, Callable[[], object]]) -> int:
 def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
     """Mean multiply-adds of a block over batches of images with these lengths [n, b]."""
     shapes = np.array(plan.shapes, float)[_used(plan, lengths)]
-    d = vit.embed_dim
-    linear = (4 + 2 * vit.mlp_ratio) * d**2 * shapes[..., 0]
     per_block = plan.rows // plan.blocks
-    attention = 2 * d * per_block * (shapes[..., 1:] ** 2).sum(-1)
+    linear = block_flops(vit, shapes[..., 0]).linear
+    attention = per_block * block_flops(vit, shapes[..., 1:]).attention.sum(-1)
     return float((linear + attention).sum(-1).mean())
 
 
@@ -376,9 +389,9 @@ def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
     return dataclasses.replace(plan, shapes=tuple(plan.shapes[i] for i in sorted(used)))
 
 
-def example_batch(question: Question, num_devices: int) -> np.ndarray:
+def example_batch(question: Question) -> np.ndarray:
     """A batch for all devices, drawn from the question's images; noise for a fixed budget."""
-    side, size = question.module.backbone.image_size, question.batch_size * num_devices
+    side, size = question.module.backbone.image_size, question.batch_size * len(question.devices)
     rng = np.random.default_rng(1)
     if question.images is None:
         return rng.standard_normal((size, side, side, 3), np.float32)

@@ -103,24 +103,37 @@ def padded(lengths: Int[Array, " s"], row_length: int) -> Padded:
     return Padded(jnp.arange(row_length) < lengths[:, None], lengths)
 
 
+def list_places(
+    lengths: Int[Array, " s"], total: int
+) -> tuple[Int[Array, " t"], Int[Array, " t"], Bool[Array, " t"]]:
+    """Of a list of `total` places for images' tokens, image after image: what lies in each.
+
+    Returns:
+      The image, which of its tokens, and whether there is one. Places beyond the last token count
+      on as if the last image were longer.
+    """
+    ends = jnp.cumsum(lengths)
+    place = jnp.arange(total)
+    image = jnp.minimum((place[:, None] >= ends).sum(-1), lengths.shape[0] - 1)
+    return image, place - (ends - lengths)[image], place < ends[-1]
+
+
 def packed(lengths: Int[Array, " s"], total: int, row_lengths: Sequence[int]) -> Packed:
     """A list of `total` places, for images in as many equal blocks as there are `row_lengths`.
 
     The lengths must add up to no more than `total`, and none exceed its block's row length.
     """
-    s, per_block = lengths.shape[0], lengths.shape[0] // len(row_lengths)
-    ends = jnp.cumsum(lengths)
-    starts = ends - lengths
-    place = jnp.arange(total)
-    image = jnp.minimum((place[:, None] >= ends).sum(-1), s - 1)
+    per_block = lengths.shape[0] // len(row_lengths)
+    image, column, _ = list_places(lengths, total)
+    starts = jnp.cumsum(lengths) - lengths
     # Where each image's row begins, and how long it is, among the rows of all blocks.
     row_length = jnp.repeat(jnp.asarray(row_lengths), per_block)
     row_start = jnp.cumsum(row_length) - row_length
-    column = jnp.minimum(place - starts[image], row_length[image] - 1)
     blocks = []
     for block, length in enumerate(row_lengths):
         own = slice(block * per_block, (block + 1) * per_block)
         columns = jnp.arange(length)
         slots = jnp.minimum(starts[own, None] + columns, total - 1)
         blocks.append(Rows(slots, columns < lengths[own, None], lengths[own]))
-    return Packed(tuple(blocks), row_start[image] + column)
+    home = row_start[image] + jnp.minimum(column, row_length[image] - 1)
+    return Packed(tuple(blocks), home)
