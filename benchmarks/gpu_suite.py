@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import common, peers, speed, train_cost
 from benchmarks.workload import synthetic
-from iared2_jax.models.vit import attend, attend_cudnn
+from iared2_jax.models.backbone import attend, attend_cudnn
 from iared2_jax.reduction.gather import partition, take_tokens
 from iared2_jax.timing import interleaved
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -16,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int
 
 from iared2_jax import count_flops
+from iared2_jax.checkpoints.weights import timm_tensors
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.flops import block_flops
 from iared2_jax.models.registry import get_variant
 
 try:
@@ -87,7 +85,8 @@ def _torchvision() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _timm() -> ModuleType:
+def timm() -> ModuleType:
+    """timm, with stand-ins for torchvision where there is none."""
     with _torchvision():
         import timm
     return timm
@@ -98,7 +97,7 @@ def missing() -> str | None:
     try:
         import torch  # noqa: F401
 
-        _timm()
+        timm()
     except ImportError as error:
         return f"the peers need torch and timm ({error}): {INSTALL}"
     return None
@@ -117,9 +116,6 @@ def timm_model(
 ) -> nn.Module:
     """timm's model, in eval mode, with our backbone's weights.
 
-    Dense kernels [in, out] become weights [out, in]; the patch embedding's [(p q c), d] becomes a
-    convolution's [d, c, p, q].
-
     Args:
       model: one of `TIMM_NAMES`.
       variables: of our module; {"params": {"backbone": ..}} is read.
@@ -132,26 +128,11 @@ def timm_model(
     """
     if model not in TIMM_NAMES:
         raise UsageError(f"timm has no counterpart of {model!r}{nearest(model, TIMM_NAMES)}")
-    params = variables["params"]["backbone"]
-    state = _timm_state(params, get_variant(model).backbone.patch_size)
+    state = timm_tensors(variables, interpreters=False)
     classes = len(state["head.bias"])
-    vit = _timm().create_model(TIMM_NAMES[model], pretrained=False, num_classes=classes)
+    vit = timm().create_model(TIMM_NAMES[model], pretrained=False, num_classes=classes)
     vit.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=True)
     return vit.to(device=device, dtype=getattr(torch, dtype)).eval()
-
-
-def _timm_state(params: Mapping[str, Any], patch_size: int) -> dict[str, np.ndarray]:
-    state = {}
-    for name, value in flatten_dict(params, sep=".").items():
-        value = np.asarray(value)
-        if name == "patch_embed.kernel":
-            value = rearrange(value, "(p q c) d -> d c p q", p=patch_size, q=patch_size)
-        elif name.endswith(".kernel"):
-            value = value.T
-        name = re.sub(r"^block_", "blocks.", name)
-        name = re.sub(r"^patch_embed", "patch_embed.proj", name)
-        state[re.sub(r"(kernel|scale)$", "weight", name)] = value
-    return state
 
 
 # -- What top-k and ToMe share.
@@ -352,12 +333,12 @@ def tome_flops(model: str, r: int) -> float:
     """
     vit = get_variant(model).backbone
     tokens = vit.num_prefix + vit.num_patches
-    total = count_flops(model).full - vit.depth * block_flops(vit, tokens).full
+    total = count_flops(model).full - vit.depth * vit.block_flops(tokens).full
     for _ in range(vit.depth):
-        block = block_flops(vit, tokens)
+        block = vit.block_flops(tokens)
         total += block.projections + block.attention
         tokens -= _mergeable(tokens, r)
-        total += block_flops(vit, tokens).mlp
+        total += vit.block_flops(tokens).mlp
     return total
 
 

@@ -20,7 +20,6 @@ from benchmarks import common
 from benchmarks.workload import Workload, synthetic
 from iared2_jax import count_flops, losses
 from iared2_jax.config import default_config
-from iared2_jax.models.flops import block_flops
 from iared2_jax.models.iared2 import KEEP_ALL
 from iared2_jax.optim import merge, partition
 from iared2_jax.phases import Phase
@@ -77,7 +76,7 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
         vit, cost = module.backbone, 0.0
         for group in which:
             tokens = np.asarray(kept[group - 1]) + vit.num_prefix
-            cost += module.group_sizes[group - 1] * float(np.mean(block_flops(vit, tokens).full))
+            cost += module.group_sizes[group - 1] * float(np.mean(vit.block_flops(tokens).full))
         return cost
 
     groups, j = list(range(1, module.num_groups + 1)), phase.group

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax import count_flops, create_model, load_model
-from iared2_jax.checkpoints.weights import read_weights
+from iared2_jax.checkpoints.tensors import read_tensors
 from iared2_jax.data.pipeline import normalize, resized
 from iared2_jax.data.sources import SOURCES
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
@@ -131,7 +131,7 @@ def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
     """A run's module and variables, normalised evaluation images, their labels, and its config."""
     module, variables = load_model(path)
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
-    config = read_weights(path)[1]["config"]
+    config = read_tensors(path)[1]["config"]
     source = SOURCES[config["data.name"]]
     pixels, labels, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
     pixels = np.stack([resized(image, module.backbone.image_size) for image in pixels])

@@ -15,7 +15,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"interpreter_(\d+)/.*", "interpreter"),
     (r"backbone/block_(\d+)/.*", "blocks"),
     (r"backbone/(patch_embed/.*|pos_embed|cls_token|dist_token)", "embedding"),
-    (r"backbone/(norm|head|head_dist)/.*", "head"),
+    (r"backbone/(norm|head|head_dist|class_block_\d+)/.*", "head"),
 )
 
 Part = tuple[str, int]  # ("interpreter", 2), ("blocks", 3), ("embedding", 0), ("head", 0)

@@ -50,12 +50,11 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, Any]]:
     """The config's model with the parameters it starts from: `config.weights`, else scratch."""
-    module, variables = registry.create_model(
-        **model_options(config), seed=config.seed, dtype=jnp.dtype(config.model.dtype)
-    )
+    dtype = jnp.dtype(config.model.dtype)
+    module = registry.create_module(**model_options(config), dtype=dtype)
     if config.weights:
-        variables = weights.load_weights(variables, config.weights)
-    return module, variables
+        return module, weights.load_weights(module, config.weights, seed=config.seed)
+    return module, registry.init_variables(module, config.seed)
 
 
 @contextlib.contextmanager

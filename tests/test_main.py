@@ -100,7 +100,7 @@ def test_a_command_that_means_nothing_is_refused(refusal, arguments, says):
         ("threshold=1", "config.threshold=1.0 must be between 0 and 1"),
         ("seed=4294967296", "config.seed=4294967296 must be below 2**32"),
         ("weights=nowhere.safetensors", "there is no weights file nowhere.safetensors"),
-        ("weights=nowhere", "'nowhere' are neither a .safetensors file nor shipped"),
+        ("weights=nowhere", "'nowhere' are neither a file (.safetensors, .npz"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused(refusal, override, says):

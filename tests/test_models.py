@@ -11,6 +11,8 @@ import pytest
 
 from iared2_jax import create_model
 from iared2_jax.errors import UsageError
+from iared2_jax.models.backbone import gelu
+from iared2_jax.models.cait import CaiT
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.models.interpreter import Interpreter
 from iared2_jax.models.registry import (
@@ -19,16 +21,14 @@ from iared2_jax.models.registry import (
     init_variables,
     split_into_groups,
 )
-from iared2_jax.models.vit import ViT, gelu
+from iared2_jax.models.vit import ViT
 from iared2_jax.reduction.policy import informative_scores
 
 
 @functools.cache
-def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False):
-    backbone = ViT(
-        image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5,
-        distilled=distilled,
-    )  # fmt: skip
+def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False, cait=False):
+    sizes = dict(image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+    backbone = CaiT(**sizes) if cait else ViT(**sizes, distilled=distilled)
     return IARed2(backbone, groups, policy_token, interpreter_heads=3)
 
 
@@ -81,7 +81,8 @@ def test_parameter_counts_are_exact(name):
 
     assert count(params["backbone"]) == variant.parameters
     width = variant.backbone.embed_dim
-    assert count(params["interpreter_1"]) == 2 * (width * width + width)
+    policy = 0 if variant.backbone.num_prefix else width  # CaiT's policy token is learned
+    assert count(params["interpreter_1"]) == 2 * (width * width + width) + policy
     assert sorted(params) == ["backbone", "interpreter_1", "interpreter_2", "interpreter_3"]
 
 
@@ -89,7 +90,12 @@ def test_parameter_counts_are_exact(name):
     seed=st.integers(0, 10_000),
     thresholds=st.tuples(*[st.floats(0.05, 0.95)] * 3),
     kind=st.sampled_from(
-        [((1, 1, 2), "cls", False), ((1, 1, 2), "learned", True), ((2, 1, 1), "cls", True)]
+        [
+            ((1, 1, 2), "cls", False),
+            ((1, 1, 2), "learned", True),
+            ((2, 1, 1), "cls", True),
+            ((1, 1, 2), "learned", False, True),  # CaiT
+        ]
     ),
 )
 def test_masked_equals_gathered(seed, thresholds, kind):
@@ -110,6 +116,26 @@ def test_masked_equals_gathered(seed, thresholds, kind):
         np.testing.assert_allclose(out["scores"][group], packed["scores"][group], atol=1e-5)
     for block, packed_block in zip(out["attention"], packed["attention"], strict=True):
         np.testing.assert_allclose(block, packed_block, atol=1e-5)
+
+
+def test_dropped_tokens_do_not_leak_through_talking_heads():
+    """Their biases would give every dropped key a weight, were it not masked after each mixing."""
+    module, variables = tiny_model(policy_token="learned", cait=True)
+    images = images_for(module, 1)
+    keep = [jnp.asarray(np.random.default_rng(0).random((3, 16)) < 0.5)] * 3
+    masked, out = run(module, variables, images, keep=keep)
+    gathered, _ = run(module, variables, images, 0.5, "gathered", (16, 16, 16), keep)
+    scale = float(jnp.abs(masked).max())
+    np.testing.assert_allclose(gathered, masked, rtol=0, atol=1e-5 * scale)
+    # What the dropped patches show does not matter, although the biases are large.
+    pixels = jnp.repeat(jnp.repeat(keep[0].reshape(3, 4, 4), 4, 1), 4, 2)[..., None]
+    other, _ = run(module, variables, jnp.where(pixels, images, 7.0), keep=keep)
+    np.testing.assert_allclose(other, masked, rtol=0, atol=1e-5 * scale)
+    bias = variables["params"]["backbone"]["block_0"]["attn"]["proj_w"]["bias"]
+    assert float(jnp.abs(bias).max()) > 0.1
+    # CLS sees the patches in the class-attention blocks alone: two rows, nothing for the dropped.
+    assert [row.shape for row in out["attention"]] == [(3, 3, 16)] * 2
+    assert float(jnp.where(keep[0][:, None], 0, out["attention"][0]).max()) == 0
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])

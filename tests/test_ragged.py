@@ -13,6 +13,7 @@ import pytest
 
 import iared2_jax
 from iared2_jax.errors import UsageError
+from iared2_jax.models.cait import CaiT
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.models.vit import ViT
 from iared2_jax.ragged import GroupPlan, Plan, planner
@@ -32,22 +33,19 @@ def full(rows: int) -> tuple[int, int]:
 
 
 @functools.cache
-def model(groups: int = 2, distilled: bool = False, policy_token: str = "cls"):
-    backbone = ViT(
-        image_size=32,
-        patch_size=8,
-        embed_dim=24,
-        depth=2 * groups,
-        num_heads=3,
-        mlp_ratio=2,
-        num_classes=5,
-        distilled=distilled,
-    )
+def model(groups: int = 2, distilled: bool = False, policy_token: str = "cls", cait: bool = False):
+    sizes = dict(image_size=32, patch_size=8, embed_dim=24, depth=2 * groups, num_heads=3)
+    sizes |= dict(mlp_ratio=2, num_classes=5)
+    backbone = CaiT(**sizes) if cait else ViT(**sizes, distilled=distilled)
     module = IARed2(backbone, (2,) * groups, policy_token, interpreter_heads=3)
     images = jnp.zeros([1, 32, 32, 3])
     variables = module.init(jax.random.key(3), images)
-    # Larger weights than the initial ones: scores that differ, attention that attends.
-    return module, jax.tree.map(lambda x: 4 * x, variables)
+
+    def larger(path, x):
+        """Than the initial ones: scores that differ, attention that attends."""
+        return jnp.full_like(x, 0.5) if "gamma" in str(path[-1]) else 4 * x
+
+    return module, jax.tree_util.tree_map_with_path(larger, variables)
 
 
 def some_images(count: int, seed: int = 0) -> jax.Array:
@@ -109,16 +107,17 @@ def group_plans(draw, batch: int, num_tokens: int):
 @st.composite
 def scenarios(draw):
     groups = draw(st.integers(1, 3))
-    distilled = draw(st.booleans())
+    kind = draw(st.sampled_from(["vit", "distilled", "cait"]))
     batch = draw(st.integers(1, 6))
-    num_tokens = N + (2 if distilled else 1)
+    num_tokens = N + {"vit": 1, "distilled": 2, "cait": 0}[kind]
     plans = [draw(group_plans(batch, num_tokens)) for _ in range(groups)]
     # From "keep all" to "keep none"; a score that equals its threshold is dropped in both.
     thresholds = draw(
         st.lists(st.sampled_from([KEEP_ALL, 0.2, 0.4, 0.5, 0.6, 1.0]), min_size=groups,
                  max_size=groups)
     )  # fmt: skip
-    which = groups, distilled, draw(st.sampled_from(["cls", "learned"]))
+    policy_token = "learned" if kind == "cait" else draw(st.sampled_from(["cls", "learned"]))
+    which = groups, kind == "distilled", policy_token, kind == "cait"
     return which, batch, plans, draw(st.booleans()), thresholds, draw(st.integers(0, 99))
 
 
@@ -498,3 +497,21 @@ def test_packed_spreads_and_collects(lengths, spare):
     y, weights = layout.attend(x, core)
     np.testing.assert_array_equal(y[0, :start], 2 * x[0, :start])
     np.testing.assert_array_equal(weights[:, 0], rows[:, :, 0])
+
+
+def test_cait_is_accelerated_with_its_class_attention():
+    module, variables = model(2, policy_token="learned", cait=True)
+    images = some_images(6)
+    thresholds = float(np.median(module.apply(variables, images)[1]["scores"][0]))
+    plans = (
+        GroupPlan("packed", 6, ((60, 9, 12), (96, N, N))),
+        GroupPlan("padded", 2, ((2 * 6, 6), (2 * N, N))),
+    )
+    asked = question(module, variables, 6, thresholds, attention=True)
+    ragged = Accelerated(asked, Plan(6, plans))(images)
+    masked = module.apply(variables, images, thresholds)
+    assert 0 < np.asarray(masked[1]["keep"][0]).mean() < 1
+    assert_same(ragged, masked, attention=True)
+    assert len(ragged[1]["attention"]) == 2
+    with pytest.raises(UsageError, match="needs a CLS token in the blocks"):
+        iared2_jax.accelerate(module, variables, 2, keep_ratios=(1, 0.5), score="attention")

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from iared2_jax.models.backbone import Backbone
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.registry import get_variant, split_into_groups
-from iared2_jax.models.vit import ViT
 
 
 class Flops(NamedTuple):
@@ -22,34 +22,8 @@ class Flops(NamedTuple):
     full: float | np.ndarray
 
 
-class BlockFlops(NamedTuple):
-    """One block's multiply-accumulates for one image: numbers, or one per image.
-
-    projections: qkv and proj, 4 n d^2. attention: QK^T and AV, 2 n^2 d. mlp: 2 r n d^2.
-    """
-
-    projections: ArrayLike
-    attention: ArrayLike
-    mlp: ArrayLike
-
-    @property
-    def linear(self):
-        """Without the attention: the paper's convention."""
-        return self.projections + self.mlp
-
-    @property
-    def full(self):
-        return self.linear + self.attention
-
-
-def block_flops(vit: ViT, tokens: ArrayLike) -> BlockFlops:
-    """The cost of one block of width d and MLP ratio r that sees n `tokens`, prefix included."""
-    d = vit.embed_dim
-    return BlockFlops(4 * tokens * d**2, 2 * tokens**2 * d, 2 * vit.mlp_ratio * tokens * d**2)
-
-
 def count_flops(
-    model: str | IARed2 | ViT,
+    model: str | IARed2 | Backbone,
     kept: Sequence[ArrayLike] | None = None,
     *,
     group_sizes: Sequence[int] | None = None,
@@ -57,8 +31,8 @@ def count_flops(
 ) -> Flops:
     """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
 
-    Blocks cost what `block_flops` says for kept + prefix tokens; an interpreter that is handed m
-    patches costs (m + 1) d^2 + m d.
+    Blocks cost what the backbone's `block_flops` says for kept + prefix tokens; an interpreter that
+    is handed m patches costs (m + 1) d^2 + m d.
 
     Args:
       model: a variant's name, or a module.
@@ -93,15 +67,14 @@ def count_flops(
         raise ValueError(f"kept must be in 0..{vit.num_patches} patch tokens, in every group")
 
     d = vit.embed_dim
-    heads = 2 if vit.distilled else 1
-    linear = vit.num_patches * 3 * vit.patch_size**2 * d + heads * d * vit.num_classes
-    quadratic = scoring = 0.0
+    linear, full = vit.other_flops(kept[-1])
+    scoring = 0.0
     entering = np.float64(vit.num_patches)
     for blocks, count in zip(sizes, kept, strict=True):
-        block = block_flops(vit, count + vit.num_prefix)
+        block = vit.block_flops(count + vit.num_prefix)
         linear = linear + blocks * block.linear
-        quadratic = quadratic + blocks * block.attention
+        full = full + blocks * block.full
         scoring = scoring + (entering + 1) * d**2 + entering * d
         entering = count
-    full = linear + quadratic + (scoring if interpreters else 0.0)
+    full = full + (scoring if interpreters else 0.0)
     return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

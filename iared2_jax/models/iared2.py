@@ -42,7 +42,7 @@ class IARed2(nn.Module):
     """A vision transformer that drops the patches that do not matter for its answer.
 
     Attributes:
-      backbone: the vision transformer (see `models/vit.py` for what it has to offer).
+      backbone: the vision transformer (see `models.backbone.Backbone` for what it has to offer).
       group_sizes: blocks per group, e.g. (4, 4, 4); they add up to the backbone's depth.
       policy_token, interpreter_heads, scale, init_bias: see `Interpreter`.
     """
@@ -81,7 +81,7 @@ class IARed2(nn.Module):
     def run_blocks(
         self, group: int, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b h t"]]]:
-        """The group's blocks over prefix and alive patches; and each block's CLS attention."""
+        """The group's blocks over prefix and alive patches; each block's CLS attention, if any."""
         layout = EVERY_TOKEN
         if alive is not None:
             prefix = jnp.ones((x.shape[0], self.backbone.num_prefix), bool)
@@ -96,7 +96,8 @@ class IARed2(nn.Module):
         attention = []
         for index in range(first, first + self.group_sizes[group - 1]):
             x, row = self.backbone.run_block(index, x, layout)
-            attention.append(row)
+            if row is not None:
+                attention.append(row)
         return x, attention
 
     def _per_group(self, thresholds: Thresholds) -> Float[Array, "... D"]:
@@ -138,8 +139,9 @@ class IARed2(nn.Module):
             keep [B, N]          which tokens this group's blocks see
             head_logits [B, N, H]
             overflow [B]         kept tokens that found no slot (0 unless gathered)
-          and `attention`, the CLS query's weights [B, heads, N] for every block, and `features`
-          [B, d], what the head reads. Under jit, what is not used is not computed.
+          and `attention`, the CLS query's weights [B, heads, N] for every block that has one (of
+          CaiT, the class-attention blocks), and `features` [B, d], what the head reads. Under jit,
+          what is not used is not computed.
 
         Raises:
           ValueError: an unknown execution, capacities that are missing, too many, or out of 1..N.
@@ -186,9 +188,12 @@ class IARed2(nn.Module):
 
             x, attention = self.run_blocks(group, x, None if execution == "dense" else alive)
             out["attention"] += [on_grid(row[..., prefix:]) for row in attention]
-            cls_attention = attention[-1].mean(axis=1)[:, prefix:]
+            if attention:
+                cls_attention = attention[-1].mean(axis=1)[:, prefix:]
 
-        logits, out["features"] = self.backbone.classify(x)
+        survivors = None if execution == "dense" else alive
+        logits, out["features"], attention = self.backbone.classify(x, survivors)
+        out["attention"] += [on_grid(row) for row in attention]
         return logits, out
 
     def decide(
@@ -220,6 +225,10 @@ class IARed2(nn.Module):
                 raise ValueError(
                     f"keep_ratios must be {self.num_groups} shares in (0, 1], got {ratios}"
                 )
+        if score == "attention" and not self.backbone.num_prefix:
+            raise ValueError(
+                'score="attention" needs a CLS token in the blocks; this backbone has none there'
+            )
         if score == "attention" and (keep_ratios is None or keep_ratios[0] != 1):
             raise ValueError(
                 'score="attention" needs keep_ratios that start with 1: before the first block '
@@ -302,4 +311,4 @@ class IARed2(nn.Module):
         for later in range(group + 1, self.num_groups + 1):
             keep = policy.greedy(self.interpret(later, x), keep, thresholds[..., later - 1, None])
             x, _ = self.run_blocks(later, x, keep)
-        return self.backbone.classify(x)[0]
+        return self.backbone.classify(x, keep)[0]

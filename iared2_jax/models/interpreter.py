@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from iared2_jax.models.vit import layer_norm
+from iared2_jax.models.backbone import layer_norm
 from iared2_jax.typing import Array
 
 POLICY_TOKENS = ("cls", "learned")

@@ -12,6 +12,8 @@ import numpy as np
 from scipy import special
 
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.backbone import Backbone
+from iared2_jax.models.cait import LAYER_SCALE, CaiT
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.interpreter import POLICY_TOKENS
 from iared2_jax.models.vit import ViT
@@ -23,12 +25,23 @@ HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What a name stands for: backbone, pixel normalisation, heads of its interpreters."""
+    """What a name stands for.
 
-    backbone: ViT
+    Attributes:
+      backbone: with its published sizes.
+      norm: of the pixels: mean and standard deviation.
+      crop_pct: of an evaluation image, the share that the centre crop keeps (`data.images`).
+      interpreter_heads: as many as the backbone's, or 6.
+      parameters: of the backbone; a test counts them.
+      timm: the same model's name in timm, which `create_model` takes, too.
+    """
+
+    backbone: Backbone
     norm: Norm = IMAGENET_NORM
+    crop_pct: float = 0.9
     interpreter_heads: int = 6
-    parameters: int = 0  # of the backbone; a test counts them
+    parameters: int = 0
+    timm: str = ""
 
 
 _tiny = functools.partial(ViT, embed_dim=192, num_heads=3)
@@ -37,16 +50,62 @@ _base = functools.partial(ViT, embed_dim=768, num_heads=12)
 
 VARIANTS: dict[str, Variant] = {
     # DeiT (Touvron et al. 2021), ImageNet-1k.
-    "deit_ti": Variant(_tiny(), interpreter_heads=3, parameters=5_717_416),
-    "deit_s": Variant(_small(), parameters=22_050_664),
-    "deit_b": Variant(_base(), parameters=86_567_656),
-    "deit_b_384": Variant(_base(image_size=384), parameters=86_859_496),
-    "deit_ti_distilled": Variant(_tiny(distilled=True), interpreter_heads=3, parameters=5_910_800),
-    "deit_s_distilled": Variant(_small(distilled=True), parameters=22_436_432),
-    "deit_b_distilled": Variant(_base(distilled=True), parameters=87_338_192),
+    "deit_ti": Variant(
+        _tiny(), interpreter_heads=3, parameters=5_717_416, timm="deit_tiny_patch16_224"
+    ),
+    "deit_s": Variant(_small(), parameters=22_050_664, timm="deit_small_patch16_224"),
+    "deit_b": Variant(_base(), parameters=86_567_656, timm="deit_base_patch16_224"),
+    "deit_b_384": Variant(
+        _base(image_size=384), crop_pct=1.0, parameters=86_859_496, timm="deit_base_patch16_384"
+    ),
+    "deit_ti_distilled": Variant(
+        _tiny(distilled=True),
+        interpreter_heads=3,
+        parameters=5_910_800,
+        timm="deit_tiny_distilled_patch16_224",
+    ),
+    "deit_s_distilled": Variant(
+        _small(distilled=True), parameters=22_436_432, timm="deit_small_distilled_patch16_224"
+    ),
+    "deit_b_distilled": Variant(
+        _base(distilled=True), parameters=87_338_192, timm="deit_base_distilled_patch16_224"
+    ),
+    "deit_b_distilled_384": Variant(
+        _base(image_size=384, distilled=True),
+        crop_pct=1.0,
+        parameters=87_630_032,
+        timm="deit_base_distilled_patch16_384",
+    ),
     # ViT with AugReg weights (Steiner et al. 2021): the same shapes, another normalisation.
-    "vit_s16": Variant(_small(), norm=HALF_NORM, parameters=22_050_664),
-    "vit_b16": Variant(_base(), norm=HALF_NORM, parameters=86_567_656),
+    "vit_s16": Variant(
+        _small(), norm=HALF_NORM, parameters=22_050_664, timm="vit_small_patch16_224"
+    ),
+    "vit_b16": Variant(_base(), norm=HALF_NORM, parameters=86_567_656, timm="vit_base_patch16_224"),
+    "vit_s16_384": Variant(
+        _small(image_size=384),
+        norm=HALF_NORM,
+        crop_pct=1.0,
+        parameters=22_196_584,
+        timm="vit_small_patch16_384",
+    ),
+    "vit_b16_384": Variant(
+        _base(image_size=384),
+        norm=HALF_NORM,
+        crop_pct=1.0,
+        parameters=86_859_496,
+        timm="vit_base_patch16_384",
+    ),
+    # CaiT (Touvron et al. 2021), distilled on ImageNet-1k.
+    "cait_xxs24": Variant(
+        CaiT(embed_dim=192, num_heads=4),
+        crop_pct=1.0,
+        interpreter_heads=4,
+        parameters=11_956_264,
+        timm="cait_xxs24_224",
+    ),
+    "cait_s24": Variant(
+        CaiT(), crop_pct=1.0, interpreter_heads=8, parameters=46_916_200, timm="cait_s24_224"
+    ),
     # Ours, for 64 px: the demo on Cluttered MNIST. Trained weights ship with the package.
     "vit_micro": Variant(
         ViT(
@@ -59,17 +118,25 @@ VARIANTS: dict[str, Variant] = {
             num_classes=10,
         ),
         norm=HALF_NORM,
+        crop_pct=1.0,
         interpreter_heads=3,
         parameters=474_730,
     ),
 }
 
+_TIMM_NAMES = {variant.timm: name for name, variant in VARIANTS.items() if variant.timm}
+
 
 def get_variant(name: str) -> Variant:
-    """The table's row for `name`; a `UsageError` with the nearest real name if there is none."""
-    if name not in VARIANTS:
-        raise UsageError(f"there is no model {name!r}{nearest(name, VARIANTS)}")
-    return VARIANTS[name]
+    """The table's row for `name`, ours or timm's (a tag like ".fb_in1k" does not matter).
+
+    Raises:
+      UsageError: there is none; with the nearest real name.
+    """
+    ours = _TIMM_NAMES.get(name.partition(".")[0], name)
+    if ours not in VARIANTS:
+        raise UsageError(f"there is no model {name!r}{nearest(name, [*VARIANTS, *_TIMM_NAMES])}")
+    return VARIANTS[ours]
 
 
 def split_into_groups(depth: int, groups: int | Sequence[int]) -> tuple[int, ...]:
@@ -99,16 +166,20 @@ def create_module(
     name: str,
     num_classes: int | None = None,
     groups: int | Sequence[int] = 3,
-    policy_token: str = "cls",
+    policy_token: str | None = None,
     dtype: Any = jnp.float32,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
     variant = get_variant(name)
+    if policy_token is None:
+        policy_token = "cls" if variant.backbone.num_prefix else "learned"
     if policy_token not in POLICY_TOKENS:
         raise UsageError(
             f"policy_token {policy_token!r} is unknown: use one of {', '.join(POLICY_TOKENS)}"
         )
+    if policy_token == "cls" and not variant.backbone.num_prefix:
+        raise UsageError(f'{name} has no CLS token in its blocks: use policy_token="learned"')
     known = {"interpreter_heads", "scale", "init_bias"}
     for key in interpreter:
         if key not in known:
@@ -135,7 +206,7 @@ def create_model(
     name: str,
     num_classes: int | None = None,
     groups: int | Sequence[int] = 3,
-    policy_token: str = "cls",
+    policy_token: str | None = None,
     seed: int = 0,
     dtype: Any = jnp.float32,
     **interpreter: Any,
@@ -143,10 +214,11 @@ def create_model(
     """A named backbone with its interpreters, freshly initialised.
 
     Args:
-      name: one of `VARIANTS`, e.g. "deit_s".
+      name: one of `VARIANTS`, e.g. "deit_s", or the same model's name in timm.
       num_classes: of the head; None takes the variant's own.
       groups: D, how many equal groups; or the blocks of each group, e.g. (2, 4, 6).
-      policy_token: "cls" (the CLS token at the group's entry) or "learned" (a vector per group).
+      policy_token: "cls" (the CLS token at the group's entry) or "learned" (a vector per group);
+        None: "cls", where the backbone's blocks have one.
       seed: of the initialisation.
       dtype: of the computation, e.g. jnp.bfloat16; parameters stay float32.
       **interpreter: interpreter_heads, scale, init_bias (see `models.interpreter.Interpreter`).
@@ -202,5 +274,6 @@ _INITIAL = (
     (r"/scale$", lambda rng, shape: np.ones(shape)),
     (r"interpreter_\d+/policy_token$", lambda rng, shape: rng.normal(size=shape)),
     (r"interpreter_\d+/[qk]/kernel$", _fan_in_uniform),
+    (r"/gamma_\d$", lambda rng, shape: np.full(shape, LAYER_SCALE)),
     (r"(kernel|cls_token|dist_token|pos_embed)$", _normal),
 )

@@ -1,110 +1,23 @@
-"""The plain vision transformer (ViT, DeiT, distilled DeiT) in Flax linen.
+"""The plain vision transformer (ViT, DeiT, distilled DeiT) in Flax linen."""
 
-A backbone of IA-RED² is any linen module with these attributes and methods; the groups and the
-interpreters (`models/iared2.py`) know nothing else about it:
-
-    depth, embed_dim, num_heads, num_prefix, num_patches, patch_size, image_size
-    embed(images) -> tokens [B, P+N, d]               positions already added
-    run_block(index, tokens, layout) -> tokens, attention of the CLS query [B, heads, P+N]
-                                        layout: where the tokens lie (reduction/layout.py)
-    classify(tokens) -> logits [B, classes], features [B, d]
-"""
-
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from iared2_jax.models.backbone import (
+    BlockFlops,
+    Mlp,
+    TokenDense,
+    attend,
+    attend_cudnn,
+    kernel_init,
+    layer_norm,
+    to_patches,
+)
 from iared2_jax.reduction.layout import EVERY_TOKEN, Layout
 from iared2_jax.typing import Array
-
-# Added to the attention logits of dropped keys. Finite: a row of -inf would make softmax NaN.
-MASKED_LOGIT = -1e9
-
-ATTENTION_KERNELS = ("einsum", "cudnn")
-
-# DeiT's: its truncated normal is cut at 2.0, a hundred standard deviations out.
-kernel_init = nn.initializers.normal(stddev=0.02)
-
-
-def layer_norm(dtype, name: str | None = None, affine: bool = True) -> nn.LayerNorm:
-    """LayerNorm as the published ViTs have it: epsilon 1e-6, the exact (two-pass) variance."""
-    return nn.LayerNorm(
-        epsilon=1e-6,
-        use_fast_variance=False,
-        use_bias=affine,
-        use_scale=affine,
-        dtype=dtype,
-        name=name,
-    )
-
-
-class TokenDense(nn.Module):
-    """A linear layer over tokens, computed on the flat list of all the batch's tokens.
-
-    The same numbers as `nn.Dense` on [B, N, d]. But the flat weight gradient is a plain matrix
-    product, where XLA:CPU would first transpose [B, N, 4d] element by element: the MLP's forward
-    and backward pass took 2.5 times as long (docs/decisions.md).
-    """
-
-    features: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n features"]:
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        flat = rearrange(x.astype(self.dtype), "b n d -> (b n) d")
-        y = flat @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-        return rearrange(y, "(b n) f -> b n f", b=x.shape[0])
-
-
-def gelu(x: Array) -> Array:
-    """Exact GELU, x/2 (1 + erf(x / sqrt 2)), in PyTorch's form.
-
-    flax's default is the tanh approximation, 4.7e-4 off the one DeiT was trained with; its exact
-    form goes through erfc, which is slower.
-    """
-    return x * 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-def attend(
-    q: Float[Array, "s h c e"],
-    k: Float[Array, "s h c e"],
-    v: Float[Array, "s h c e"],
-    valid: Bool[Array, "s c"] | None,
-) -> tuple[Float[Array, "s h c e"], Float[Array, "s h c"]]:
-    """softmax(q k^T / sqrt(e)) v over the valid keys, and the first query's weights (float32).
-
-    The weights are divided by their sum after they met the values: c x e divisions, not c x c.
-    """
-    logits = jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-    if valid is not None:
-        # A sum, not a select: XLA:CPU takes 40% longer for the whole attention with a select.
-        logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
-    y = jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
-    return y / total.astype(v.dtype), weights[:, :, 0] / total[:, :, 0]
-
-
-def attend_cudnn(
-    q: Float[Array, "s h c e"],
-    k: Float[Array, "s h c e"],
-    v: Float[Array, "s h c e"],
-    lengths: Int[Array, " s"] | None,
-) -> tuple[Float[Array, "s h c e"], Float[Array, "s h c"]]:
-    """The same by cuDNN's fused kernel, which skips what lies beyond `lengths`; half precision."""
-    rows = [rearrange(x, "s h c e -> s c h e") for x in (q, k, v)]
-    y = jax.nn.dot_product_attention(
-        *rows, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    # The kernel gives no weights; one query's cost little, and nothing where nobody reads them.
-    valid = None if lengths is None else jnp.arange(k.shape[2]) < lengths[:, None]
-    _, first = attend(q[:, :, :1], k, v, valid)
-    return rearrange(y, "s c h e -> s h c e"), first
 
 
 class Attention(nn.Module):
@@ -135,19 +48,6 @@ class Attention(nn.Module):
         else:  # scattered valid keys would reach cuDNN as a bias that skips nothing
             y, attention = attend(q, k, v, valid)
         return rearrange(y, "s h c e -> s c (h e)"), attention
-
-
-class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
-
-    ratio: int = 4
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        d = x.shape[-1]
-        x = gelu(TokenDense(self.ratio * d, self.dtype, name="fc1")(x))
-        return TokenDense(d, self.dtype, name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -193,6 +93,8 @@ class ViT(nn.Module):
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "einsum"
 
+    attention_kernels = ("einsum", "cudnn")
+
     @property
     def num_prefix(self) -> int:
         return 2 if self.distilled else 1
@@ -225,12 +127,7 @@ class ViT(nn.Module):
 
     def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
         """Images to tokens, prefix first, positions added."""
-        expected = (self.image_size, self.image_size, 3)
-        if images.shape[1:] != expected:
-            raise ValueError(f"images must be [B, {expected}], got {images.shape}")
-        p = self.patch_size
-        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        x = self.patch_embed(patches)
+        x = self.patch_embed(to_patches(images, self.image_size, self.patch_size))
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
         prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
@@ -243,15 +140,27 @@ class ViT(nn.Module):
         return self.blocks[index](x, layout)
 
     def classify(
-        self, x: Float[Array, "b t d"]
-    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"]]:
-        """Final norm and head(s): logits (float32) and the CLS feature."""
+        self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"], list]:
+        """Final norm and head(s): logits (float32) and the CLS feature; patches are not read."""
         # Only the prefix tokens are read, so only they are normalised.
         x = self.norm(x[:, : self.num_prefix]).astype(jnp.float32)
         logits = self.head(x[:, 0])
         if self.distilled:
             logits = (logits + self.head_dist(x[:, 1])) / 2
-        return logits, x[:, 0]
+        return logits, x[:, 0], []
+
+    def block_flops(self, tokens: ArrayLike) -> BlockFlops:
+        """With n tokens: 4 n d^2, 2 n^2 d, and 2 r n d^2 for an MLP of ratio r."""
+        d = self.embed_dim
+        return BlockFlops(4 * tokens * d**2, 2 * tokens**2 * d, 2 * self.mlp_ratio * tokens * d**2)
+
+    def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+        """Patch embedding and head(s)."""
+        heads = 2 if self.distilled else 1
+        cost = self.num_patches * 3 * self.patch_size**2 * self.embed_dim
+        cost += heads * self.embed_dim * self.num_classes
+        return cost, cost
 
     def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
         x = self.embed(images)

@@ -99,7 +99,7 @@ def run_ragged(
         out["keep"].append(keep)
 
         blocks = module.group_sizes[group - 1]
-        if job.attention:
+        if job.attention and prefix:
             heads = module.backbone.num_heads
             state["attention"] = jnp.zeros((b, n, blocks, heads), jnp.float32)
         state, places, used = run_group(
@@ -107,13 +107,15 @@ def run_ragged(
         )
         out["shapes_used"].append(used)
         alive = keep
-        if job.attention:
+        if "attention" in state:
             grid = on_grid(state.pop("attention"))
             maps += [jnp.moveaxis(grid[:, :, block], 1, 2) for block in range(blocks)]
 
-    logits, features = module.apply(
-        variables, state["tokens"][:, :prefix], method=lambda m, x: m.backbone.classify(x)
+    survivors = jnp.arange(n) < alive.sum(axis=1, keepdims=True)
+    logits, features, last = module.apply(
+        variables, state["tokens"], survivors, method=lambda m, *args: m.backbone.classify(*args)
     )
+    maps += [jnp.moveaxis(on_grid(jnp.moveaxis(row, 1, 2)), 2, 1) for row in last]
     result = {**out, "features": features, "overflow": [jnp.zeros(b, jnp.int32)] * len(plan.groups)}
     return logits, ({**result, "attention": maps} if job.attention else result)
 

@@ -50,7 +50,7 @@ class Plan:
       switch: a group that runs the whole batch at once takes its shape by one branch, not by a loop
         per shape: a GPU waits for the host at each, XLA:CPU runs a branch's elementwise work on one
         core.
-      attention_kernel: see `models.vit.ATTENTION_KERNELS`.
+      attention_kernel: one of the backbone's `attention_kernels`.
       key: what the plan was made for; a saved plan is only used where all of it agrees.
       measured: seconds per batch of what was tried, on `key["device"]`.
     """

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.errors import UsageError
-from iared2_jax.models.flops import block_flops
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.ragged.engine import Job, run_group, sub_batch_sizes
 from iared2_jax.ragged.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
@@ -185,7 +184,8 @@ def _draw(question: Question, keep: np.ndarray, batches: int, seed: int = 0) -> 
 def _kernels(question: Question) -> list[str]:
     """Attention kernels that work here: cuDNN's is tried against the einsum first."""
     half = jnp.dtype(question.module.backbone.dtype).itemsize == 2
-    if question.platform != "gpu" or not half:
+    kernels = question.module.backbone.attention_kernels
+    if question.platform != "gpu" or not half or "cudnn" not in kernels:
         return ["einsum"]
     vit = question.module.backbone
     images = jax.random.normal(jax.random.key(0), (2, vit.image_size, vit.image_size, 3))
@@ -343,8 +343,8 @@ def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
     """Mean multiply-adds of a block over batches of images with these lengths [n, b]."""
     shapes = np.array(plan.shapes, float)[_used(plan, lengths)]
     per_block = plan.rows // plan.blocks
-    linear = block_flops(vit, shapes[..., 0]).linear
-    attention = per_block * block_flops(vit, shapes[..., 1:]).attention.sum(-1)
+    linear = vit.block_flops(shapes[..., 0]).linear
+    attention = per_block * vit.block_flops(shapes[..., 1:]).attention.sum(-1)
     return float((linear + attention).sum(-1).mean())
 
 

@@ -1,0 +1,214 @@
+"""Image files to pixels: safe opening, timm's evaluation crop, torchvision's training crop.
+
+An image file comes from anyone, so what is opened is decided from its first bytes, and how large
+it may become from its header, before a pixel is decoded.
+"""
+
+import math
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from iared2_jax.errors import UsageError, nearest
+
+MAX_PIXELS = 50_000_000  # the largest image that is decoded, or made by a resize
+
+# Pillow's own classes and not `Image.open`: that warns of a decompression bomb, or raises, before
+# the header can be looked at, and opens JPEGs with a second picture behind the first as MPO.
+_READERS = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile}
+# What Pillow's readers raise on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error, zlib.error)
+_TRIES = 10  # random crops drawn before the central one is taken
+
+
+class BadImage(UsageError):
+    """An image file that cannot be used; the message names it and says why."""
+
+
+def open_image(
+    source: str | Path | bytes, name: str = "", exif_rotation: bool = False
+) -> Image.Image:
+    """The picture of a JPEG or PNG file, in RGB.
+
+    Colours become what `.convert("RGB")` of Pillow makes of them: transparency is dropped, an ICC
+    profile is not applied. Only 16-bit grey differs: Pillow would clip it to white, here it is
+    round(value / 257). (Pillow itself reads 16-bit colour by its high byte.) Of an animated PNG it
+    is the default picture.
+
+    Args:
+      source: the path of the file, or its content.
+      name: what errors call the image; the path by default.
+      exif_rotation: turn the picture upright by its EXIF orientation. Off by default, because the
+        ImageNet loaders of timm and torchvision ignore it, and published accuracies with them.
+
+    Returns:
+      The picture, decoded; the file is closed.
+
+    Raises:
+      BadImage: if the file cannot be read, is neither JPEG nor PNG, has more than `MAX_PIXELS`
+        pixels, or is truncated or damaged.
+      UsageError: if `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` is on.
+    """
+    name = name or ("the image" if isinstance(source, bytes) else str(source))
+    if ImageFile.LOAD_TRUNCATED_IMAGES:  # Pillow has no such switch for one image alone
+        raise UsageError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which turns truncated images half grey"
+            " without an error: set it to False"
+        )
+    try:
+        with BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            magic = stream.read(8)
+            stream.seek(0)
+            readers = [_READERS[start] for start in _READERS if magic.startswith(start)]
+            if not readers:
+                raise BadImage(f"{name} is {'neither JPEG nor PNG' if magic else 'an empty file'}")
+            image = readers[0](stream)  # reads the header
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(
+                    f"{name} has {image.width} x {image.height} pixels, more than the"
+                    f" {MAX_PIXELS / 1e6:g} million allowed"
+                )
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image) if exif_rotation else image)
+    except BadImage:
+        raise
+    except _DAMAGE as error:
+        unread = isinstance(error, OSError) and error.errno is not None  # by the operating system
+        why = f"cannot be read ({error.strerror})" if unread else f"is damaged ({error})"
+        raise BadImage(f"{name} {why}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """`image` in RGB, its 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 = 257 * 255: no ties
+        image = Image.fromarray(grey.astype(np.uint8))
+    image.info.pop("transparency", None)  # changes no pixel in RGB, but Pillow may warn of it
+    return image.convert("RGB")
+
+
+def eval_transform(
+    image: Image.Image, size: int, crop_pct: float, interpolation: str = "bicubic"
+) -> UInt8[np.ndarray, "size size 3"]:
+    """The centre of an RGB image as timm evaluates it: the shorter edge resized, then a crop.
+
+    The shorter edge becomes floor(size / crop_pct) px, the longer one keeps the aspect, rounded
+    down. Where that is smaller than the crop (crop_pct > 1) the rest is black.
+
+    Args:
+      image: an RGB image of any size.
+      size: side of the result, px.
+      crop_pct: share of the shorter edge that is kept, from the model's timm config.
+      interpolation: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
+
+    Returns:
+      The pixels, 0..255.
+
+    Raises:
+      UsageError: if `size`, `crop_pct` or `interpolation` cannot be used.
+      BadImage: if the image is so elongated that it would pass `MAX_PIXELS` once resized.
+
+    Source:
+      timm 1.x, `transforms_imagenet_eval` with crop_mode "center"; torchvision's `Resize` and
+      `CenterCrop` on PIL images.
+    """
+    method = _resampling(interpolation)
+    if not (size >= 1 and 0 < crop_pct <= size):
+        raise UsageError(f"size must be >= 1 and crop_pct in (0, size], got {size} and {crop_pct}")
+    short = math.floor(size / crop_pct)
+    long = int(short * max(image.size) / min(image.size))
+    if short * long > MAX_PIXELS:
+        raise BadImage(
+            f"an image of {image.width} x {image.height} pixels cannot be resized to"
+            f" {short} x {long}, more than the {MAX_PIXELS / 1e6:g} million pixels allowed"
+        )
+    image = image.resize((short, long) if image.width <= image.height else (long, short), method)
+    left, top = (_margin(length, size) for length in image.size)
+    return np.array(image.crop((left, top, left + size, top + size)))  # black where outside
+
+
+def _margin(length: int, size: int) -> int:
+    """What torchvision cuts off before a centred crop; negative where it pads."""
+    # Python's round, and so torchvision's, takes a half to the even neighbour.
+    return round((length - size) / 2) if length >= size else -((size - length) // 2)
+
+
+def _resampling(interpolation: str) -> Image.Resampling:
+    known = {method.name.lower(): method for method in Image.Resampling}
+    if interpolation not in known:
+        raise UsageError(f"no interpolation {interpolation!r}{nearest(interpolation, known)}")
+    return known[interpolation]
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A random part of an RGB image, resized to a square: the usual ImageNet training crop.
+
+    Args:
+      image: an RGB image of any size.
+      size: side of the result, px.
+      rng: where the randomness comes from; the result is a pure function of its state.
+      scale: least and greatest area of the part, as a share of the image.
+      ratio: least and greatest width / height of the part, drawn evenly in its logarithm.
+      interpolation: as in `eval_transform`.
+
+    Returns:
+      The pixels, 0..255.
+
+    Raises:
+      UsageError: if an argument cannot be used.
+
+    Source:
+      Szegedy et al., "Going Deeper with Convolutions" (2015), section 6; torchvision's and timm's
+      `RandomResizedCrop`: 10 tries, then the largest central part within `ratio`.
+    """
+    method = _resampling(interpolation)
+    if not (size >= 1 and 0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
+        raise UsageError(
+            "size must be >= 1, scale and ratio be (least, greatest) above 0;"
+            f" got {size}, {scale} and {ratio}"
+        )
+    left, top, width, height = _random_box(*image.size, rng, scale, ratio)
+    # Cropped first: resize(box=...) would let pixels from outside the box into its edges.
+    part = image.crop((left, top, left + width, top + height))
+    return np.array(part.resize((size, size), method))
+
+
+def _random_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a random part of a `width` x `height` image."""
+    for _ in range(_TRIES):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(rng.integers(free + 1)) for free in (height - h, width - w))
+            return left, top, w, h
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_flip(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, probability: float = 0.5
+) -> UInt8[np.ndarray, "h w 3"]:
+    """`image`, or with `probability` its mirror image (left and right exchanged)."""
+    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < probability else image

@@ -1,0 +1,84 @@
+"""The published architectures, at full size, against the real thing (`make parity`)."""
+
+import gc
+
+import numpy as np
+import pytest
+
+from benchmarks import peers
+from iared2_jax import create_model, load_weights, save_weights
+from iared2_jax.models.iared2 import KEEP_ALL
+from iared2_jax.models.registry import VARIANTS
+from tests import oracles
+from tests.test_weights import answers, assert_close, shortened
+
+pytestmark = pytest.mark.parity
+
+torch = pytest.importorskip("torch")
+if peers.missing():
+    pytest.skip(peers.missing(), allow_module_level=True)
+
+
+@pytest.mark.parametrize("family", oracles.FAMILIES, ids=lambda family: family.name)
+def test_logits_and_every_block_agree(family, tmp_path):
+    if family.kind in ("vit", "deit"):
+        pytest.importorskip("transformers")
+    backbone = VARIANTS[family.variant].backbone
+    images = oracles.images_for(backbone.image_size)
+    oracle = oracles.build(family, backbone.depth)
+    expected, their_blocks = oracle.run(images)
+    module = shortened(family.variant, backbone.depth)
+    logits, blocks = answers(module, load_weights(module, oracle.save(tmp_path)), images)
+    assert_close(logits, expected)
+    assert len(blocks) == len(their_blocks) == backbone.depth
+    for block, theirs in zip(blocks, their_blocks, strict=True):
+        assert_close(block, theirs)
+    gc.collect()  # a 384 px base model is 350 MB, several times
+
+
+def test_stored_answers_are_what_they_answer_now():
+    """The fixtures are not older than the oracles."""
+    for family in oracles.FAMILIES:
+        if family.variant not in ("deit_ti", "deit_ti_distilled"):
+            continue
+        depth = family.stored_depth or VARIANTS[family.variant].backbone.depth
+        kept = oracles.stored()[family.name]
+        oracle = oracles.build(family, depth)
+        assert oracle.shapes == kept["shapes"]
+        assert_close(oracle.run(oracles.images_for(224))[0], kept["logits"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["deit_ti", "deit_ti_distilled", "cait_xxs24", "vit_s16"])
+def test_timm_loads_what_we_save(name, tmp_path):
+    """Strictly without the interpreters; with them, they are all that it does not know."""
+    from safetensors.torch import load_file
+
+    module, variables = create_model(name, seed=3)
+    images = oracles.images_for(224)
+    model = peers.timm().create_model(VARIANTS[name].timm, pretrained=False).eval()
+    save_weights(variables, tmp_path / "backbone.safetensors", interpreters=False)
+    model.load_state_dict(load_file(tmp_path / "backbone.safetensors"), strict=True)
+    with torch.inference_mode():
+        theirs = model(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    ours, _ = module.apply(variables, images, KEEP_ALL)
+    assert_close(ours, theirs)
+
+    save_weights(variables, tmp_path / "all.safetensors")
+    report = model.load_state_dict(load_file(tmp_path / "all.safetensors"), strict=False)
+    assert not report.missing_keys
+    assert all(key.startswith("interpreters.") for key in report.unexpected_keys)
+
+
+def test_positions_are_resized_as_timm_does():
+    from iared2_jax.checkpoints.weights import resize_positions
+
+    with peers._torchvision():
+        from timm.layers import resample_abs_pos_embed
+    rng = np.random.default_rng(0)
+    for have, want, prefix in ((14, 24, 1), (24, 14, 2), (14, 7, 0)):
+        positions = rng.standard_normal((1, prefix + have**2, 5), np.float32)
+        theirs = resample_abs_pos_embed(
+            torch.tensor(positions), [want, want], num_prefix_tokens=prefix
+        )
+        ours = resize_positions(positions, prefix, want**2)
+        np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)

@@ -1,0 +1,300 @@
+"""Weights in and out: other people's files give their own numbers, ours come back bitwise."""
+
+import json
+import logging
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from iared2_jax import create_model, load_model, load_weights, save_weights
+from iared2_jax.checkpoints.tensors import read_tensors
+from iared2_jax.checkpoints.weights import resize_positions, timm_tensors
+from iared2_jax.errors import UsageError
+from iared2_jax.models.registry import VARIANTS, create_module
+from tests import oracles
+
+STORED = oracles.stored()
+
+
+def shortened(variant: str, depth: int, dtype=jnp.float32):
+    """The variant with its first blocks only, one group."""
+    module = create_module(variant, groups=1, dtype=dtype)
+    return module.clone(backbone=module.backbone.clone(depth=depth), group_sizes=(depth,))
+
+
+def answers(module, variables, images):
+    """Logits, and every block's output."""
+
+    @jax.jit
+    def run(params, images):
+        def walk(backbone, x):
+            outputs = []
+            x = backbone.embed(x)
+            for index in range(backbone.depth):
+                x, _ = backbone.run_block(index, x)
+                outputs.append(x)
+            return backbone.classify(x)[0], outputs
+
+        return module.backbone.apply({"params": params}, images, method=walk)
+
+    return run(variables["params"]["backbone"], images)
+
+
+def assert_close(actual, expected, limit=1e-4):
+    expected = np.asarray(expected)
+    assert np.abs(np.asarray(actual) - expected).max() <= limit * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", oracles.FAMILIES, ids=lambda family: family.name)
+def test_parity_with_what_others_answered(family, tmp_path):
+    if family.kind == "pth":
+        pytest.importorskip("torch")  # to write one; tests/test_pth.py reads without
+    kept = STORED[family.name]
+    backbone = VARIANTS[family.variant].backbone
+    module = shortened(family.variant, family.stored_depth or backbone.depth)
+    path = oracles.save_as(family, oracles.weights_for(kept["shapes"]), tmp_path)
+    variables = load_weights(module, path)
+    logits, blocks = answers(module, variables, oracles.images_for(backbone.image_size))
+    assert_close(logits, kept["logits"])
+    assert len(blocks) == len(kept["blocks"])
+    for block, expected in zip(blocks, kept["blocks"], strict=True):
+        assert_close(oracles.probe(block), expected)
+
+
+@pytest.mark.parametrize("name", ["deit_ti, timm", "cait_xxs24, timm"])
+def test_bfloat16_keeps_the_answer(name, tmp_path):
+    """Where the first class is ahead of the second by a tenth of the logits' spread."""
+    family = next(family for family in oracles.FAMILIES if family.name == name)
+    kept = STORED[name]
+    backbone = VARIANTS[family.variant].backbone
+    module = shortened(family.variant, backbone.depth, jnp.bfloat16)
+    variables = load_weights(
+        module, oracles.save_as(family, oracles.weights_for(kept["shapes"]), tmp_path)
+    )
+    logits, _ = answers(module, variables, oracles.images_for(backbone.image_size))
+    first, second = -np.sort(-kept["logits"], axis=-1)[:, :2].T
+    clear = first - second > 0.1 * kept["logits"].std()
+    assert clear.any()
+    same = np.argmax(logits, -1) == kept["logits"].argmax(-1)
+    assert same[clear].all()
+
+
+# -- Ours.
+
+
+@pytest.fixture
+def micro():
+    return create_model("vit_micro")
+
+
+def leaves(variables):
+    return jax.tree_util.tree_leaves_with_path(variables["params"])
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "deit_ti_distilled", "cait_xxs24"])
+def test_weights_round_trip_bitwise(name, tmp_path):
+    module, variables = create_model(name, seed=1)
+    save_weights(variables, tmp_path / "w.safetensors")
+    loaded = load_weights(module, tmp_path / "w.safetensors")
+    for (path, mine), (_, theirs) in zip(leaves(loaded), leaves(variables), strict=True):
+        np.testing.assert_array_equal(mine, theirs, err_msg=str(path))
+    assert not list(tmp_path.glob("*.draft"))
+
+
+def test_a_backbone_file_leaves_the_interpreters_alone(micro, tmp_path):
+    module, variables = micro
+    _, other = create_model("vit_micro", seed=1)
+    save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
+    mine = load_weights(module, tmp_path / "w.safetensors", seed=1)["params"]
+    kept = other["params"]["interpreter_1"]["q"]["kernel"]
+    np.testing.assert_array_equal(mine["interpreter_1"]["q"]["kernel"], kept)
+    cls_token = variables["params"]["backbone"]["cls_token"]
+    np.testing.assert_array_equal(mine["backbone"]["cls_token"], cls_token)
+
+
+def test_half_precision_files_are_read(micro, tmp_path):
+    module, variables = micro
+    for dtype in (jnp.bfloat16, jnp.float16):
+        half = {
+            name: np.asarray(jnp.asarray(value, dtype))
+            for name, value in timm_tensors(variables).items()
+        }
+        save_file(half, tmp_path / "w.safetensors")
+        loaded = load_weights(module, tmp_path / "w.safetensors")["params"]["backbone"]
+        kernel = variables["params"]["backbone"]["head"]["kernel"]
+        np.testing.assert_array_equal(loaded["head"]["kernel"], kernel.astype(dtype))
+        assert loaded["head"]["kernel"].dtype == jnp.float32
+
+
+def test_the_shipped_weights_fit_their_model(micro):
+    module, variables = micro
+    loaded = load_weights(module, "vit_micro")
+    _, metadata = read_tensors("vit_micro")
+    assert metadata["top1"] >= 0.93
+    assert metadata["examples"] == 2000
+    before = variables["params"]["backbone"]["head"]["kernel"]
+    assert not np.array_equal(loaded["params"]["backbone"]["head"]["kernel"], before)
+
+
+# -- What a file may differ in.
+
+
+def test_another_class_count_starts_the_head_anew_and_says_so(tmp_path, caplog):
+    _, variables = create_model("vit_micro", num_classes=7)
+    save_weights(variables, tmp_path / "w.safetensors")
+    module, fresh = create_model("vit_micro", num_classes=10)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_weights(module, tmp_path / "w.safetensors")["params"]["backbone"]
+    assert "is for other classes: backbone/head/bias and backbone/head/kernel start anew" in (
+        caplog.text
+    )
+    kernel = fresh["params"]["backbone"]["head"]["kernel"]
+    np.testing.assert_array_equal(loaded["head"]["kernel"], kernel)
+    np.testing.assert_array_equal(loaded["cls_token"], variables["params"]["backbone"]["cls_token"])
+
+
+def test_positions_are_resized_with_the_image(tmp_path):
+    _, variables = create_model("deit_ti", num_classes=2)
+    save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
+    larger = shortened("deit_ti", 12)
+    larger = larger.clone(backbone=larger.backbone.clone(image_size=384, num_classes=2))
+    loaded = load_weights(larger, tmp_path / "w.safetensors")["params"]["backbone"]["pos_embed"]
+    kept = variables["params"]["backbone"]["pos_embed"]
+    assert loaded.shape == (1, 577, 192)
+    np.testing.assert_array_equal(loaded[:, 0], kept[:, 0])
+    # A field that is linear in space stays so, but for the border.
+    ramp = np.broadcast_to(np.arange(14.0, dtype=np.float32)[:, None, None], (14, 14, 3))
+    positions = np.concatenate([np.zeros((1, 3), np.float32), ramp.reshape(196, 3)])[None]
+    grid = resize_positions(positions, 1, 576)[0, 1:].reshape(24, 24, 3)
+    expected = (np.arange(24) + 0.5) * 14 / 24 - 0.5
+    np.testing.assert_allclose(grid[3:-3, 5, 0], expected[3:-3], atol=1e-3)
+    assert resize_positions(positions, 1, 196) is positions
+
+
+def test_files_of_others_say_which_model_they_are(tmp_path, micro):
+    _, variables = create_model("cait_xxs24", num_classes=3)
+    save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
+    module, loaded = load_model(tmp_path)  # a folder with one file
+    assert module.backbone == create_module("cait_xxs24", num_classes=3).backbone
+    assert module.policy_token == "learned"
+    token = loaded["params"]["backbone"]["cls_token"]
+    np.testing.assert_array_equal(token, variables["params"]["backbone"]["cls_token"])
+
+    _, variables = create_model("deit_small_patch16_224")
+    save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
+    with pytest.raises(UsageError, match="could be deit_s or vit_s16: give its name"):
+        load_model(tmp_path / "w.safetensors")
+    module, _ = load_model(tmp_path / "w.safetensors", "vit_s16", groups=2)
+    assert module.group_sizes == (6, 6)
+
+
+# -- What it refuses.
+
+
+def test_weights_that_do_not_fit_are_refused(micro, tmp_path):
+    module, _ = micro
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(UsageError, match="no weights file"):
+        load_weights(module, path)
+    with pytest.raises(UsageError, match="shipped"):
+        load_weights(module, "vit_macro")
+    with pytest.raises(UsageError, match="has no weights in it"):
+        load_weights(module, tmp_path)
+    save_weights(create_model("deit_ti", num_classes=10)[1], path)
+    with pytest.raises(UsageError, match=r"no place for blocks\.6\."):
+        load_weights(module, path)
+    with pytest.raises(UsageError, match="is for another model"):
+        load_weights(create_module("deit_s", num_classes=10), path)
+    save_weights(create_model("vit_micro", groups=2)[1], path)
+    with pytest.raises(UsageError, match=r"lacks interpreters\.3\."):
+        load_weights(module, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:1000])
+    with pytest.raises(UsageError, match="not a readable safetensors"):
+        load_weights(module, path)
+    path.write_bytes(content[:-10])
+    with pytest.raises(UsageError, match="not a readable safetensors"):
+        load_weights(module, path)
+    save_file({"layer1.0.conv1.weight": np.zeros((3, 3), np.float32)}, path)
+    with pytest.raises(UsageError, match=r"of no kind known here: it has layer1\.0\.conv1"):
+        load_weights(module, path)
+    (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(UsageError, match=r"not a readable \.npz"):
+        load_weights(module, tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", objects=np.array([{}], object))
+    with pytest.raises(UsageError, match=r"not a readable \.npz"):
+        load_weights(module, tmp_path / "x.npz")
+
+
+def test_a_missing_name_lists_the_ten_nearest(micro, tmp_path):
+    module, variables = micro
+    tensors = timm_tensors(variables)
+    tensors["blocks.3.attn.qkw.weight"] = tensors.pop("blocks.3.attn.qkv.weight")
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError) as caught:
+        load_weights(module, tmp_path / "w.safetensors")
+    message = str(caught.value)
+    assert "lacks blocks.3.attn.qkv.weight" in message
+    assert "no place for blocks.3.attn.qkw.weight" in message
+    assert "nearest: blocks.3.attn.qkw.weight" in message
+    assert "\n" not in message
+
+    del tensors["blocks.3.attn.qkw.weight"]
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="nearest:") as caught:
+        load_weights(module, tmp_path / "w.safetensors")
+    assert str(caught.value).partition("nearest: ")[2].count(",") == 9
+
+
+def test_what_changes_the_answer_is_never_ignored(micro, tmp_path):
+    """A file with layer scale, or a norm that our model lacks, is another model."""
+    module, variables = micro
+    tensors = {**timm_tensors(variables), "blocks.0.ls1.gamma": np.ones(96, np.float32)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=r"no place for blocks\.0\.ls1\.gamma"):
+        load_weights(module, tmp_path / "w.safetensors")
+
+
+def test_weights_that_are_not_finite_are_refused(micro, tmp_path):
+    module, variables = micro
+    variables["params"]["backbone"]["cls_token"] *= np.nan
+    save_weights(variables, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="cls_token has values that are not finite"):
+        load_weights(module, tmp_path / "w.safetensors")
+
+
+def test_the_hub_without_its_package_says_so(micro, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match=r"pip install 'iared2_jax\[hub\]'"):
+        load_weights(micro[0], "hf://owner/name")
+
+
+def test_the_hub_is_read_from_its_cache(micro, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    module, variables = micro
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("0" * 40)
+    save_weights(variables, snapshot / "model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded = load_weights(module, "hf://owner/name")
+    token = variables["params"]["backbone"]["cls_token"]
+    np.testing.assert_array_equal(loaded["params"]["backbone"]["cls_token"], token)
+    with pytest.raises(UsageError, match="hf://owner/nobody cannot be fetched"):
+        load_weights(module, "hf://owner/nobody")
+
+
+def test_the_metadata_says_which_model_it_is(micro, tmp_path):
+    _, variables = micro
+    options = {"name": "vit_micro", "num_classes": 10, "groups": [2, 2, 2]}
+    save_weights(variables, tmp_path / "w.safetensors", {"create_model": options})
+    assert read_tensors(tmp_path / "w.safetensors")[1] == {"create_model": options}
+    assert "interpreters.1.q.weight" in load_file(tmp_path / "w.safetensors")
+    assert load_model(tmp_path / "w.safetensors")[0].group_sizes == (2, 2, 2)
+    assert json.dumps(options)
