@@ -11,8 +11,8 @@ import numpy as np
 
 from iared2_jax import count_flops, create_model, load_model
 from iared2_jax.checkpoints.tensors import read_tensors
-from iared2_jax.data.pipeline import normalize, resized
-from iared2_jax.data.sources import SOURCES
+from iared2_jax.data.images import normalize
+from iared2_jax.data.sources import Wanted, open_source
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.models.registry import get_variant
 
@@ -132,10 +132,16 @@ def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
     module, variables = load_model(path)
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
     config = read_tensors(path)[1]["config"]
-    source = SOURCES[config["data.name"]]
+    variant = get_variant(config["model.name"])
+    wanted = Wanted(
+        image_size=module.backbone.image_size,
+        path=config.get("data.path", ""),
+        norm=variant.norm,
+        crop_pct=variant.crop_pct,
+    )
+    source = open_source(config["data.name"], wanted)
     pixels, labels, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
-    pixels = np.stack([resized(image, module.backbone.image_size) for image in pixels])
-    norm = get_variant(config["model.name"]).norm
+    pixels, norm = pixels[:num_images], variant.norm
     return module, variables, np.asarray(normalize(jnp.asarray(pixels), norm)), labels, config
 
 

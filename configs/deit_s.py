@@ -1,37 +1,23 @@
 """IA-RED² on DeiT-S, ImageNet-1k: the paper's Table 2.
 
 Paper: 79.8 -> 79.1 top-1, 930 -> 1360 images/s (V100), about 2.9 of 4.24 linear GFLOPs.
-Not run at this scale yet: ImageNet readers and DeiT weights are not part of this version, so this
-config is refused without `:runlocal`, which takes real steps of all six phases of DeiT-S, with the
-embedded Cluttered MNIST scaled up to 224 px, from random weights, on a CPU.
-Hardware in the paper: 16 V100, 32 images each.
+Expected: the paper's figures; not run at this scale yet (no ImageNet and no GPU has been at hand).
+Hardware in the paper: 16 V100, 32 images each; 3 x (10 + 20) epochs.
 
-    python -m iared2_jax.main --config=configs/deit_s.py:runlocal --workdir=runs/deit_s_runlocal
+    python -m iared2_jax.data.imagenet --tars=<official tars> --data_dir=<folder>   # once
+    python -m iared2_jax.main --config=configs/deit_s.py --workdir=runs/deit_s \
+      --config.data.path=<folder> --config.weights=<deit_small_patch16_224>
+
+The weights are any file that `iared2_jax.load_weights` reads.
+Variants: `:runlocal` takes two real steps of all six phases on a CPU, in about a minute: on a few
+embedded digits, prepared as ImageNet is (or on data.path), from random weights.
 """
 
-from iared2_jax.config import default_config, parse_arg
-from iared2_jax.errors import UsageError
+from iared2_jax.config import default_config, imagenet, parse_arg, runlocal
 
 
 def get_config(arg=None):
     arg = parse_arg(arg)
-    config = default_config()  # the defaults are this table's recipe
+    config = imagenet(default_config())  # the defaults are this table's recipe
     config.name = "deit_s"
-    if not arg.runlocal:
-        raise UsageError(
-            "configs/deit_s.py needs ImageNet-1k, whose reader is not there yet: "
-            "use --config=configs/deit_s.py:runlocal"
-        )
-    config.data.name = "cluttered_mnist"
-    config.data.eval_size = 8
-    config.model.num_classes = 10
-    for phase in (config.interpreter, config.backbone):
-        phase.batch_size = 4
-        phase.epochs = 0.0
-        phase.steps = 2
-    config.log_every = 1
-    config.eval.batch_size = 4
-    config.eval.figures = 2
-    config.eval.speed_batch = 4
-    config.eval.speed_rounds = 1
-    return config
+    return runlocal(config) if arg.runlocal else config

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iared2_jax.data.pipeline import normalize
+from iared2_jax.data.images import normalize
 from iared2_jax.errors import UsageError
 from iared2_jax.files import write_json
 from iared2_jax.losses import Batch, Capacities

@@ -1,6 +1,7 @@
 """Every option of a run, with its default, in one place; configs/*.py are deltas of it."""
 
 import ast
+import dataclasses
 import math
 import runpy
 from collections.abc import Iterator, Mapping
@@ -10,13 +11,15 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from iared2_jax.data.sources import SOURCES
+from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
+from iared2_jax.data.sources import MADE, OPENERS, Source, Wanted, open_source
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.interpreter import POLICY_TOKENS
-from iared2_jax.models.registry import VARIANTS, get_variant, split_into_groups
+from iared2_jax.models.registry import VARIANTS, get_variant, is_variant, split_into_groups
 from iared2_jax.optim import OPTIMIZERS
 from iared2_jax.reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
 
+MODES = ("train", "eval", "explain")
 CURRICULA = ("iared2", "interpreters", "supervised")
 TRAIN_EXECUTIONS = ("masked", "gathered")
 DTYPES = ("float32", "bfloat16")
@@ -43,28 +46,39 @@ def default_config() -> ml_collections.ConfigDict:
     """The paper's image recipe (section 4), on data that is always there."""
     config = ml_collections.ConfigDict()
     config.name = "unnamed"
+    # "train": and evaluate. "eval": only evaluate `weights`. "explain": the pictures in data.path.
+    config.mode = "train"
     config.seed = 0
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "deit_s"  # see models.registry.VARIANTS
-    config.model.num_classes = 1000
+    config.model.num_classes = 1000  # 0: as many as the data has
     config.model.groups = 3  # D equal groups
     config.model.group_sizes = ()  # or the blocks of each of the D, e.g. (2, 4, 6)
-    config.model.policy_token = "cls"  # "cls" | "learned"
+    config.model.policy_token = "cls"  # "cls" | "learned" (CaiT has no CLS in its groups)
     config.model.interpreter_heads = 0  # 0: the variant's own
     config.model.scale = True  # divide the interpreter's logits by sqrt(head width)
     config.model.init_bias = 0.0  # added to them: 0 starts at a score of 0.5
     config.model.dtype = "float32"  # of the computation: "float32" | "bfloat16"
 
     # Where the parameters come from, first match wins: the workdir's own checkpoint; this; scratch.
-    config.weights = ""  # a .safetensors file, or the name of weights shipped with the package
+    config.weights = ""  # whatever iared2_jax.load_weights takes: a file, a folder, hf://..
+    # "scratch" says that random weights are meant; so does "" where data is made.
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = "cluttered_mnist"  # see data.sources.SOURCES
+    config.data.name = "cluttered_mnist"  # "cluttered_mnist" | "imagenet" | "folder"
+    # imagenet: TFDS' data_dir; folder: what has train/ and val/; "small": a few embedded images in
+    # that format; mode "explain": a folder of pictures.
+    config.data.path = ""
     config.data.seed = 0  # of the scenes, for data that is made
-    config.data.eval_split = "test"
-    config.data.eval_size = 2000
+    config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"
+    config.data.eval_size = 2000  # images, evenly spread; 0: all
     config.data.threads = 2  # that prepare batches ahead
+    config.data.bad_share = 0.001  # of the training images that may be unreadable
+    # Of the training images, for data that is read. The paper does not tell what it used: crop and
+    # flip is our choice. DeiT's own (data.augment.DEIT) is rand_augment=True, erasing=0.25,
+    # mixup=0.8, cutmix=1.0, repeats=3; interpreters are never trained on mixed images.
+    config.data.augment = ml_collections.ConfigDict(dataclasses.asdict(CROP_FLIP))
 
     # What is trained, in which order (phases.phases makes the list):
     #   iared2        for each group: its interpreter, then the blocks from there on (the paper)
@@ -105,9 +119,41 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config on ImageNet-1k, every validation image counted."""
+    config.data.name = "imagenet"
+    config.data.eval_split = "validation"
+    config.data.eval_size = 0
+    return config
+
+
+def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config for a look at the machinery: two small steps of every phase, random weights."""
+    config.weights = "scratch"
+    config.data.path = "small"
+    config.data.eval_size = 8
+    for phase in (config.interpreter, config.backbone, config.supervised):
+        phase.batch_size = 4
+        phase.epochs = 0.0
+        phase.steps = 2
+    config.log_every = 1
+    config.keep_checkpoints = 1
+    config.eval.batch_size = 4
+    config.eval.figures = 2
+    config.eval.speed_batch = 0  # planning takes longer than all the rest
+    return config
+
+
+def weights_of(config: ml_collections.ConfigDict) -> str:
+    """Where the parameters come from; "" for random ones."""
+    return "" if config.weights == "scratch" else config.weights
+
+
 # Keys that may change between a run and its continuation: they do not change what is learned.
 RESUMABLE = (
+    "mode",
     "data.threads",
+    "data.path",
     "max_bad_steps",
     "log_every",
     "checkpoint_every",
@@ -167,6 +213,9 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
     config = get_config(arg)
     values = flatten(config)
     for key, text in (overrides or {}).items():
+        options = [name for name in values if name.startswith(f"{key}.")]
+        if options:
+            raise UsageError(f"config.{key} is a section: give one of {', '.join(options)}")
         if key not in values:
             raise UsageError(f"config.{key} is not an option{nearest(key, values)}")
         kind = tuple if isinstance(values[key], list) else type(values[key])
@@ -216,9 +265,10 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             raise UsageError(f"config.{key}={flat[key]!r} is unknown{nearest(flat[key], choices)}")
 
     one_of("curriculum", CURRICULA)
-    one_of("data.name", SOURCES)
-    one_of("data.eval_split", SOURCES[config.data.name].splits)
-    one_of("model.name", VARIANTS)
+    one_of("mode", MODES)
+    one_of("data.name", OPENERS)
+    if not is_variant(config.model.name):  # timm's names are names, too
+        one_of("model.name", VARIANTS)
     one_of("model.dtype", DTYPES)
     one_of("model.policy_token", POLICY_TOKENS)
     one_of("reward_denominator", REWARD_DENOMINATORS)
@@ -238,15 +288,55 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             f"config.tau has {len(config.tau)} values for {len(sizes)} groups: "
             f"give 1 or {len(sizes)}"
         )
-    source = SOURCES[config.data.name]
-    if config.model.num_classes != source.num_classes:
+    if config.mode != "explain":
+        _check_data(config)
+    if config.mode != "train" and not config.weights:
+        raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
+    if not config.weights and config.curriculum != "supervised" and config.data.name not in MADE:
         raise UsageError(
-            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
-            f"{source.num_classes} classes: set --config.model.num_classes={source.num_classes}"
+            "config.weights is empty, but interpreters need a trained backbone: name its file "
+            '(--config.weights=deit_small.safetensors), or "scratch" if you mean it'
         )
     kinds = {"iared2": ("interpreter", "backbone"), "interpreters": ("interpreter",)}
     for kind in kinds.get(config.curriculum, ("supervised",)):
         _check_phase(kind, config[kind], device_count)
+
+
+def _check_data(config: ml_collections.ConfigDict) -> None:
+    source = source_of(config)
+    if config.data.eval_split not in source.splits:
+        raise UsageError(
+            f"config.data.eval_split={config.data.eval_split!r} is unknown"
+            f"{nearest(config.data.eval_split, source.splits)}"
+        )
+    if config.model.num_classes not in (0, source.num_classes):
+        raise UsageError(
+            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
+            f"{source.num_classes} classes: set --config.model.num_classes={source.num_classes}"
+        )
+
+
+def source_of(config: ml_collections.ConfigDict) -> Source:
+    """The config's dataset, opened, as its model wants it."""
+    variant = get_variant(config.model.name)
+    augment = {
+        key: tuple(value) if isinstance(value, list | tuple) else value
+        for key, value in config.data.augment.items()
+    }
+    wanted = Wanted(
+        image_size=variant.backbone.image_size,
+        path=config.data.path,
+        norm=variant.norm,
+        crop_pct=variant.crop_pct,
+        augment=AugmentOptions(**augment),
+        bad_share=config.data.bad_share,
+    )
+    return open_source(config.data.name, wanted)
+
+
+def num_classes(config: ml_collections.ConfigDict) -> int:
+    """Of the config's model."""
+    return config.model.num_classes or source_of(config).num_classes
 
 
 def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:
@@ -267,7 +357,10 @@ def _check_keys(config: ml_collections.ConfigDict) -> None:
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
     flat = flatten(config)
-    for key, kinds in (("tau", (int, float)), ("model.group_sizes", (int,))):
+    pairs = ("data.augment.scale", "data.augment.ratio")
+    for key, kinds in (
+        ("tau", (int, float)), ("model.group_sizes", (int,)), *((p, (int, float)) for p in pairs)
+    ):  # fmt: skip
         if any(type(item) not in kinds for item in flat[key]):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise UsageError(f"config.{key}={flat[key]} must hold only {names}")
@@ -278,13 +371,19 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
                 raise UsageError(f"config.{key}={value} must not be negative")
     for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints", "rollouts",
-                "eval.batch_size", "eval.speed_rounds", "data.eval_size",
+                "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
                 "data.threads"):  # fmt: skip
         if flat[key] < 1:
             raise UsageError(f"config.{key}={flat[key]} must be at least 1")
-    for key in ("ema_decay", "label_smoothing"):
+    for key in ("ema_decay", "label_smoothing", "data.bad_share"):
         if flat[key] >= 1:
             raise UsageError(f"config.{key}={flat[key]} must be below 1")
+    for key in ("data.augment.erasing", "data.augment.flip"):
+        if flat[key] > 1:
+            raise UsageError(f"config.{key}={flat[key]} must be at most 1")
+    for key in pairs:
+        if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1]:
+            raise UsageError(f"config.{key}={flat[key]} must be (least, greatest), above 0")
     for key in ("seed", "data.seed"):
         if flat[key] >= 2**32:
             raise UsageError(f"config.{key}={flat[key]} must be below 2**32")

@@ -14,6 +14,12 @@ class UsageError(ValueError):
     exit_code = 2
 
 
+class DataError(UsageError):
+    """What was read is damaged; the file has to be mended, not the command."""
+
+    exit_code = 65
+
+
 class NonFiniteError(RuntimeError):
     """Training diverged: too many steps in a row had a loss or gradient that is not finite."""
 

@@ -1,7 +1,7 @@
 """Evaluators: accuracy, cost, speed, segmentation. Each yields (name, value) pairs."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,31 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> Named:
     order = np.argsort(-logits, axis=-1, kind="stable")
     yield "top1", float((order[:, 0] == labels).mean())
     yield "top5", float((order[:, :5] == labels[:, None]).any(axis=-1).mean())
+
+
+def confusions(
+    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], most: int = 10
+) -> list[dict[str, Any]]:
+    """Which classes are taken for which, the most frequent first.
+
+    Returns:
+      {"is": name, "taken_for": name, "images": how many, "share": of that class's images} each.
+    """
+    answers = logits.argmax(axis=-1)
+    wrong = answers != labels
+    pairs, counts = np.unique(
+        np.stack([labels[wrong], answers[wrong]], axis=1), axis=0, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")[:most]
+    return [
+        {
+            "is": class_names[pairs[i, 0]],
+            "taken_for": class_names[pairs[i, 1]],
+            "images": int(counts[i]),
+            "share": float(counts[i] / (labels == pairs[i, 0]).sum()),
+        }
+        for i in order
+    ]
 
 
 def kept_tokens(keep: np.ndarray) -> Named:

@@ -41,9 +41,13 @@ class Task:
     capacities: Capacities | None = None
 
 
-def cross_entropy(logits: Array, labels: Array, smoothing: float) -> tuple[Array, Metrics]:
-    """Mean cross-entropy with label smoothing, and the accuracy."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+def cross_entropy(logits: Array, batch: Batch, smoothing: float) -> tuple[Array, Metrics]:
+    """Mean cross-entropy against the batch's targets, or its smoothed labels; the accuracy."""
+    labels = batch["label"]
+    if "target" in batch:  # of mixup and CutMix, smoothed already
+        targets = batch["target"]
+    else:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
     return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
 
@@ -53,7 +57,7 @@ def supervised_loss(
 ) -> tuple[Array, Metrics]:
     """Cross-entropy of the plain backbone."""
     logits, _ = task.module.apply({"params": params}, batch["image"], execution="dense")
-    loss, metrics = cross_entropy(logits, batch["label"], task.config.label_smoothing)
+    loss, metrics = cross_entropy(logits, batch, task.config.label_smoothing)
     return loss, {**metrics, "overflow": jnp.zeros(())}
 
 
@@ -74,7 +78,7 @@ def backbone_loss(
         x, keep, _, more = apply(x, keep, capacities[group - 1], method="compact")
         overflow = overflow + more
     logits = apply(group, x, keep, thresholds, method="onward")
-    loss, metrics = cross_entropy(logits, batch["label"], task.config.label_smoothing)
+    loss, metrics = cross_entropy(logits, batch, task.config.label_smoothing)
     kept = (keep.sum(-1) / module.backbone.num_patches).mean()
     return loss, {**metrics, "keep_rate": kept, "overflow": overflow.sum().astype(jnp.float32)}
 

@@ -2,8 +2,12 @@
 
     python -m iared2_jax.main --config=configs/cluttered_mnist.py --workdir=runs/demo
 
+With --config.mode=eval it only evaluates config.weights; with --config.mode=explain it writes
+heatmaps next to the pictures in config.data.path.
+
 Exit codes: 0 done, or stopped by a signal with the state saved; 2 the command or config is wrong;
-70 training diverged; 74 no checkpoint could be written or read; 130 interrupted without saving.
+65 an image is damaged; 70 training diverged; 74 no checkpoint could be written or read; 130
+interrupted without saving.
 """
 
 import argparse
@@ -64,9 +68,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("iared2_jax").setLevel(logging.INFO)
     try:
         config, workdir = parse(sys.argv[1:] if argv is None else argv)
-        from iared2_jax.train import train_and_evaluate  # slow to import: after the flags
+        from iared2_jax import train  # slow to import: after the flags
 
-        train_and_evaluate(config, workdir)
+        train.run(config, workdir)
     except (UsageError, NonFiniteError, CheckpointError) as error:
         print("iared2_jax:", " ".join(str(error).split()), file=sys.stderr)
         return error.exit_code

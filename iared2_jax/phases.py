@@ -5,7 +5,7 @@ import dataclasses
 import ml_collections
 import numpy as np
 
-from iared2_jax.data.sources import SOURCES
+from iared2_jax.config import source_of
 from iared2_jax.models.iared2 import KEEP_ALL
 from iared2_jax.optim import Part
 
@@ -60,7 +60,7 @@ def phases(config: ml_collections.ConfigDict, group_sizes: tuple[int, ...]) -> l
             if config.curriculum == "iared2":
                 plan.append(("backbone", j, {("blocks", k) for k in groups if k >= j} | head))
 
-    epoch = SOURCES[config.data.name].epoch_size
+    epoch = source_of(config).epoch_size
     result: list[Phase] = []
     step = example = 0
     for kind, group, trains in plan:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PRNGKeyArray
 
 from iared2_jax import optim
-from iared2_jax.data.pipeline import normalize
+from iared2_jax.data.images import normalize
 from iared2_jax.losses import LOSSES, Batch, Capacities, Metrics, Params, Task
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2

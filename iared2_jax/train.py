@@ -18,8 +18,8 @@ from iared2_jax import config as config_lib
 from iared2_jax.capacities import measure_capacities, recalled
 from iared2_jax.checkpoints import weights
 from iared2_jax.checkpoints.run import RunCheckpoints
-from iared2_jax.data.pipeline import shard_batch, train_batches
-from iared2_jax.data.sources import SOURCES
+from iared2_jax.data.augment import AugmentOptions
+from iared2_jax.data.pipeline import mixing, shard_batch, train_batches
 from iared2_jax.errors import NonFiniteError, UsageError
 from iared2_jax.files import write_json
 from iared2_jax.logs import HealthAlarms, MetricWriter, Profile, Progress, Window
@@ -37,7 +37,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What `create_model` has to be called with to make the config's model."""
     options = {
         "name": config.model.name,
-        "num_classes": config.model.num_classes,
+        "num_classes": config_lib.num_classes(config),
         "groups": config_lib.model_groups(config),
         "policy_token": config.model.policy_token,
         "scale": config.model.scale,
@@ -52,8 +52,8 @@ def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, An
     """The config's model with the parameters it starts from: `config.weights`, else scratch."""
     dtype = jnp.dtype(config.model.dtype)
     module = registry.create_module(**model_options(config), dtype=dtype)
-    if config.weights:
-        return module, weights.load_weights(module, config.weights, seed=config.seed)
+    if source := config_lib.weights_of(config):
+        return module, weights.load_weights(module, source, seed=config.seed)
     return module, registry.init_variables(module, config.seed)
 
 
@@ -190,15 +190,13 @@ def _batches(
     config: ml_collections.ConfigDict, module: IARed2, phase: Phase, example: int
 ) -> Iterator[Batch]:
     """The phase's batches, from that example of the run on."""
+    mix = None
+    if phase.kind != "interpreter":  # whose reward is for the right answer, which must be one
+        augment = AugmentOptions(**config.data.augment)
+        mix = mixing(augment, module.backbone.num_classes, config.label_smoothing)
+    source, options = config_lib.source_of(config), phase.options
     return iter(
-        train_batches(
-            SOURCES[config.data.name],
-            phase.options.batch_size,
-            example,
-            config.seed,
-            module.backbone.image_size,
-            config.data.threads,
-        )
+        train_batches(source, options.batch_size, example, config.seed, config.data.threads, mix)
     )
 
 
@@ -225,6 +223,29 @@ def _refuse_divergence(figures: dict[str, float], limit: int, phase: Phase, step
             f"is not finite; none was applied. Lower config.{phase.kind}.learning_rate or set "
             f"config.{phase.kind}.clip_norm=1.0"
         )
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
+    """What `config.mode` says."""
+    if config.mode == "explain":
+        from iared2_jax.report.pictures import explain_pictures
+
+        config_lib.validate(config, jax.device_count())
+        explain_pictures(config)
+    elif config.mode == "eval":
+        evaluate(config, workdir)
+    else:
+        train_and_evaluate(config, workdir)
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any] | None:
+    """The evaluation and report of `config.weights`, untrained; None if a signal stopped it."""
+    from iared2_jax.report.results import evaluate_run
+
+    workdir = Path(workdir)
+    with Stop() as stop, claimed(config, workdir):
+        _, variables = build_model(config)
+        return evaluate_run(config, workdir, variables["params"], stop)
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from iared2_jax.data import cluttered_mnist
-from iared2_jax.data.pipeline import eval_batches, normalize, resized, train_batches
-from iared2_jax.data.sources import SOURCES
+from iared2_jax.data.image_files import resized
+from iared2_jax.data.images import normalize
+from iared2_jax.data.pipeline import eval_batches, train_batches
+from iared2_jax.data.sources import Wanted, open_source
 
 
 def test_splits_share_no_digit():
@@ -69,22 +71,25 @@ def test_bad_arguments_are_named():
 
 
 def test_training_batches_depend_only_on_their_place():
-    source = SOURCES["cluttered_mnist"]
-    run = iter(train_batches(source, 4, first_example=0, seed=5, image_size=64, threads=2))
+    source = open_source("cluttered_mnist", Wanted(64))
+    run = iter(train_batches(source, 4, first_example=0, seed=5, threads=2))
     batches = [next(run) for _ in range(3)]
-    resumed = next(iter(train_batches(source, 4, first_example=8, seed=5, image_size=64)))
+    resumed = next(iter(train_batches(source, 4, first_example=8, seed=5)))
     np.testing.assert_array_equal(resumed["image"], batches[2]["image"])
     np.testing.assert_array_equal(resumed["label"], batches[2]["label"])
     # Another batch size reads the same stream.
-    wide = next(iter(train_batches(source, 12, first_example=0, seed=5, image_size=64)))
+    wide = next(iter(train_batches(source, 12, first_example=0, seed=5)))
     np.testing.assert_array_equal(wide["image"], np.concatenate([b["image"] for b in batches]))
 
 
 def test_images_are_resized_to_the_model():
-    source = SOURCES["cluttered_mnist"]
-    batch = next(iter(train_batches(source, 2, 0, seed=0, image_size=224)))
+    source = open_source("cluttered_mnist", Wanted(224))
+    batch = next(iter(train_batches(source, 2, 0, seed=0)))
     assert batch["image"].shape == (2, 224, 224, 3)
-    image = source.train_example(0, 0)["image"]
+    pixels, _, masks = source.load("test", 3, 0)
+    assert pixels.shape == (3, 224, 224, 3)
+    assert masks.shape == (3, 224, 224)
+    image = open_source("cluttered_mnist", Wanted(64)).train_example(0, 0)["image"]
     assert resized(image, 64) is image
 
 

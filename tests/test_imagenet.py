@@ -71,13 +71,17 @@ def class_tars(names):
     return {f"{s}.tar": tar({n: encoded(n) for n in names if n[:9] == s}) for s in synsets}
 
 
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tars")
+def write_tars(folder):
+    """Both tars in the official layout, with the CMYK and the PNG special case."""
     (folder / TRAIN_TAR).write_bytes(tar(class_tars(NAMES)))
     files = {val_name(number): encoded(val_name(number)) for number in VALIDATION}
     (folder / VAL_TAR).write_bytes(tar(files))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    return write_tars(tmp_path_factory.mktemp("tars"))
 
 
 @pytest.fixture(scope="module")

@@ -311,15 +311,19 @@ def test_a_disk_that_refuses_is_said(checkpoints, monkeypatch):
 @pytest.fixture
 def poison(monkeypatch):
     """Poisons the training examples that a predicate names by their index."""
-    source = sources.SOURCES["cluttered_mnist"]
+    opener = sources.OPENERS["cluttered_mnist"]
 
-    def apply(wanted):
-        def example(seed, index):
-            item = source.train_example(seed, index)
-            return {**item, "label": np.int32(POISON)} if wanted(index) else item
+    def apply(bad):
+        def poisoned(wanted):
+            source = opener(wanted)
 
-        changed = dataclasses.replace(source, train_example=example)
-        monkeypatch.setitem(sources.SOURCES, "cluttered_mnist", changed)
+            def example(seed, index):
+                item = source.train_example(seed, index)
+                return {**item, "label": np.int32(POISON)} if bad(index) else item
+
+            return dataclasses.replace(source, train_example=example)
+
+        monkeypatch.setitem(sources.OPENERS, "cluttered_mnist", poisoned)
 
     return apply
 

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from iared2_jax import optim
 from iared2_jax.capacities import measure_capacities, recalled
-from iared2_jax.data.pipeline import normalize, shard_batch
+from iared2_jax.data.images import normalize
+from iared2_jax.data.pipeline import shard_batch
 from iared2_jax.errors import UsageError
 from iared2_jax.models import registry
 from iared2_jax.models.iared2 import KEEP_ALL

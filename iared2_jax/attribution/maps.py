@@ -1,12 +1,15 @@
 """Maps over an image: per-patch values, and the heatmaps they are shown and judged as."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Float
 
+from iared2_jax.data.images import eval_transform, normalize, open_image
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.typing import Array
 
@@ -18,10 +21,24 @@ def to_heatmap(values: Float[Array, "b n"], size: int) -> Float[Array, "b size s
     return jax.image.resize(grid, (len(grid), size, size), "bilinear")
 
 
+def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b height width 3"]:
+    """Image files as the model's weights expect them: cropped, resized, normalised.
+
+    Raises:
+      BadImage: a file cannot be read as an image.
+      ValueError: the module does not say how; those of `create_model` and `load_model` do.
+    """
+    if module.norm is None:
+        raise ValueError("the module has no norm: how its pixels are normalised is not known")
+    size = module.backbone.image_size
+    pixels = [eval_transform(open_image(path), size, module.crop_pct) for path in paths]
+    return normalize(np.stack(pixels), module.norm)
+
+
 def explain(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "b height width 3"],
+    images: Float[Array, "b height width 3"] | str | Path | Sequence[str | Path],
     group: int = 2,
     thresholds: Thresholds = 0.5,
 ) -> Float[Array, "b height width"]:
@@ -31,12 +48,14 @@ def explain(
     model's weights are used as they are: no gradient, no second model.
 
     Args:
-      images: normalised, at the model's size.
+      images: normalised, at the model's size; or JPEG and PNG files, which are cropped, resized and
+        normalised as the model's weights expect.
       group: from 1 to D.
       thresholds: keep iff score > threshold; one for all groups or one each.
 
     Raises:
       ValueError: if there is no such group.
+      BadImage: a file cannot be read as an image.
 
     Example:
       >>> import jax.numpy as jnp, iared2_jax
@@ -46,6 +65,10 @@ def explain(
     """
     if not 1 <= group <= module.num_groups:
         raise ValueError(f"group must be in 1..{module.num_groups}, got {group}")
+    if isinstance(images, str | Path):
+        images = [images]
+    if not hasattr(images, "shape"):
+        images = read_images(module, images)
 
     @jax.jit
     def scores(variables, images):

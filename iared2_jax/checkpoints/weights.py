@@ -217,6 +217,11 @@ def _has_shapes_of(backbone: Backbone, layout: Layout, tensors: Mapping[str, np.
     return True
 
 
+def num_classes_of(source: str | Path) -> int | None:
+    """Of the head in a weights file; None if it has no head that we know."""
+    return _num_classes(read_tensors(source)[0])
+
+
 def _num_classes(tensors: Mapping[str, np.ndarray]) -> int | None:
     layout = recognise(tensors)
     names = layout.recipe("backbone/head/bias").names if layout else ()

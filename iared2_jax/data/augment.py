@@ -55,8 +55,8 @@ class AugmentOptions:
 
 
 DEIT = AugmentOptions()
-CROP_FLIP = AugmentOptions(rand_augment=False, erasing=0, mixup=0, cutmix=0, repeats=1)
-NONE = dataclasses.replace(CROP_FLIP, flip=0, scale=(1, 1), ratio=(1, 1))
+CROP_FLIP = AugmentOptions(rand_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0, repeats=1)
+NONE = dataclasses.replace(CROP_FLIP, flip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))
 
 
 # -- RandAugment.

@@ -10,13 +10,15 @@ import zlib
 from io import BytesIO
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from iared2_jax.errors import UsageError, nearest
+from iared2_jax.errors import DataError, UsageError, nearest
+from iared2_jax.typing import Array, Norm
 
 MAX_PIXELS = 50_000_000  # the largest image that is decoded, or made by a resize
 
@@ -28,7 +30,7 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error
 _TRIES = 10  # random crops drawn before the central one is taken
 
 
-class BadImage(UsageError):
+class BadImage(DataError):
     """An image file that cannot be used; the message names it and says why."""
 
 
@@ -212,3 +214,9 @@ def random_flip(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """`image`, or with `probability` its mirror image (left and right exchanged)."""
     return np.ascontiguousarray(image[:, ::-1]) if rng.random() < probability else image
+
+
+def normalize(images: UInt8[Array, "b h w 3"], norm: Norm) -> Float[Array, "b h w 3"]:
+    """Pixels 0..255 to (x / 255 - mean) / std, on the device."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in norm)
+    return (images.astype(jnp.float32) / 255 - mean) / std

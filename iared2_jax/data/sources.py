@@ -1,42 +1,136 @@
 """The datasets a config can name, behind one small interface."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from iared2_jax.data import cluttered_mnist
+from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
+from iared2_jax.data.folder import open_folder
+from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
+from iared2_jax.data.small import small_folder, small_imagenet
+from iared2_jax.errors import UsageError
+from iared2_jax.typing import Norm
+
+SMALL = "small"  # as a path: a few embedded images in the true format
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is asked of a dataset.
+
+    Attributes:
+      path: where its files are; `SMALL` makes a few. Not for data that is made.
+      image_size, norm, crop_pct: what the model expects (`models.registry.Variant`).
+      augment: of the training images; data that is made is not augmented.
+      bad_share: of the training images that may be unreadable.
+    """
+
+    image_size: int
+    path: str = ""
+    norm: Norm = ((0.5,) * 3, (0.5,) * 3)
+    crop_pct: float = 1.0
+    augment: AugmentOptions = CROP_FLIP
+    bad_share: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A dataset.
+    """A dataset, at the model's image size.
 
     Attributes:
-      num_classes, class_names, image_size: what a model has to fit.
-      splits: the names that `train_example` and `load` take.
+      class_names: one per class.
+      splits: the names that `load` takes.
       epoch_size: examples that count as one epoch of training.
       train_example: (seed, index) -> {"image": uint8 [h, w, 3], "label": int32}, a pure function.
-      load: (split, size, seed) -> images uint8, labels, masks (bool, or None if there are none).
+      load: (split, size, seed) -> pixels uint8 [size, h, w, 3], which may be read only when they
+        are indexed; labels; masks (bool, or None if there are none). size 0: all there are.
     """
 
-    num_classes: int
     class_names: tuple[str, ...]
-    image_size: int
     splits: tuple[str, ...]
     epoch_size: int
     train_example: Callable[[int, int], dict[str, np.ndarray]]
-    load: Callable[[str, int, int], tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+    load: Callable[..., tuple]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
 
-SOURCES: dict[str, Source] = {
-    "cluttered_mnist": Source(
-        num_classes=cluttered_mnist.NUM_CLASSES,
+def _cluttered_mnist(wanted: Wanted) -> Source:
+    side = wanted.image_size
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """A scene of its own for every index."""
+        item = cluttered_mnist.example("train", seed, index)
+        return {**item, "image": resized(item["image"], side)}
+
+    def load(split: str, size: int, seed: int) -> tuple:
+        """Scenes are made, so there is no end of them."""
+        if not size:
+            raise UsageError("cluttered_mnist has no last scene: set config.data.eval_size")
+        pixels, labels, masks = cluttered_mnist.load(split, size, seed)
+        pixels = np.stack([resized(image, side) for image in pixels])
+        return pixels, labels, resized_masks(masks, side)
+
+    return Source(
         class_names=cluttered_mnist.CLASS_NAMES,
-        image_size=cluttered_mnist.CANVAS,
         splits=cluttered_mnist.SPLITS,
         epoch_size=50_000,  # scenes are made, so this is only a unit
-        train_example=lambda seed, index: cluttered_mnist.example("train", seed, index),
-        load=cluttered_mnist.load,
-    ),
+        train_example=train_example,
+        load=load,
+    )
+
+
+def _files(open_split: Callable, splits: tuple[str, ...], wanted: Wanted) -> Source:
+    train = ImageFiles(open_split(Path(wanted.path), "train"), wanted)
+
+    def load(split: str, size: int, seed: int) -> tuple:
+        """Evenly spread over the split, which may be in the order of classes."""
+        files = ImageFiles(open_split(Path(wanted.path), split), wanted)
+        pixels = files.evaluation(size)
+        return pixels, pixels.labels(), None
+
+    return Source(train.class_names, splits, len(train), train.train_example, load)
+
+
+def _imagenet(wanted: Wanted) -> Source:
+    from iared2_jax.data.imagenet import open_prepared  # TFDS is slow to import
+
+    if wanted.path == SMALL:
+        wanted = dataclasses.replace(wanted, path=str(small_imagenet()))
+    return _files(open_prepared, ("train", "validation"), wanted)
+
+
+def _folder(wanted: Wanted) -> Source:
+    if wanted.path == SMALL:
+        wanted = dataclasses.replace(wanted, path=str(small_folder()))
+    return _files(open_folder, ("train", "val"), wanted)
+
+
+OPENERS: dict[str, Callable[[Wanted], Source]] = {
+    "cluttered_mnist": _cluttered_mnist,
+    "imagenet": _imagenet,
+    "folder": _folder,
 }
+MADE = ("cluttered_mnist",)  # needs no files
+
+
+def open_source(name: str, wanted: Wanted) -> Source:
+    """Opens a dataset, and checks that its files are whole; once per process.
+
+    Raises:
+      UsageError: no path, or what is there cannot be used.
+    """
+    if name not in MADE and not wanted.path:
+        raise UsageError(f"config.data.name={name!r} needs config.data.path=<where its files are>")
+    return _opened(OPENERS[name], wanted)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(opener: Callable[[Wanted], Source], wanted: Wanted) -> Source:
+    return opener(wanted)

@@ -14,7 +14,7 @@ from iared2_jax.reduction import policy
 from iared2_jax.reduction.gather import partition, take_tokens, to_grid, top_k_slots
 from iared2_jax.reduction.layout import EVERY_TOKEN, Layout, Padded
 from iared2_jax.reduction.selectors import top_k
-from iared2_jax.typing import Array
+from iared2_jax.typing import Array, Norm
 
 EXECUTIONS = ("dense", "masked", "gathered")
 SCORES = ("interpreter", "attention")
@@ -45,6 +45,8 @@ class IARed2(nn.Module):
       backbone: the vision transformer (see `models.backbone.Backbone` for what it has to offer).
       group_sizes: blocks per group, e.g. (4, 4, 4); they add up to the backbone's depth.
       policy_token, interpreter_heads, scale, init_bias: see `Interpreter`.
+      norm, crop_pct: how images were prepared for these weights (mean and standard deviation of the
+        pixels; see `data.images.eval_transform`). Nothing here computes with them.
     """
 
     backbone: nn.Module
@@ -53,6 +55,8 @@ class IARed2(nn.Module):
     interpreter_heads: int = 6
     scale: bool = True
     init_bias: float = 0.0
+    norm: Norm | None = None
+    crop_pct: float = 1.0
 
     @property
     def num_groups(self) -> int:

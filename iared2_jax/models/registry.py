@@ -127,16 +127,20 @@ VARIANTS: dict[str, Variant] = {
 _TIMM_NAMES = {variant.timm: name for name, variant in VARIANTS.items() if variant.timm}
 
 
+def is_variant(name: str) -> bool:
+    """Whether `create_model` knows the name."""
+    return _TIMM_NAMES.get(name.partition(".")[0], name) in VARIANTS
+
+
 def get_variant(name: str) -> Variant:
     """The table's row for `name`, ours or timm's (a tag like ".fb_in1k" does not matter).
 
     Raises:
       UsageError: there is none; with the nearest real name.
     """
-    ours = _TIMM_NAMES.get(name.partition(".")[0], name)
-    if ours not in VARIANTS:
+    if not is_variant(name):
         raise UsageError(f"there is no model {name!r}{nearest(name, [*VARIANTS, *_TIMM_NAMES])}")
-    return VARIANTS[ours]
+    return VARIANTS[_TIMM_NAMES.get(name.partition(".")[0], name)]
 
 
 def split_into_groups(depth: int, groups: int | Sequence[int]) -> tuple[int, ...]:
@@ -198,6 +202,8 @@ def create_module(
         backbone=backbone,
         group_sizes=split_into_groups(backbone.depth, groups),
         policy_token=policy_token,
+        norm=variant.norm,
+        crop_pct=variant.crop_pct,
         **interpreter,
     )
 

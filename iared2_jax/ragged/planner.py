@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from iared2_jax import files
 from iared2_jax.errors import UsageError
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.ragged.engine import Job, run_group, sub_batch_sizes
@@ -101,7 +102,7 @@ class Question:
 def cache_folder(cache_dir: str | Path | None) -> Path | None:
     """Where plans and programs are kept, if they are to be kept."""
     if cache_dir == "auto":
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iared2_jax"
+        return files.cache_folder()
     return None if cache_dir is None else Path(cache_dir)
 
 

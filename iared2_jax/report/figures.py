@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from iared2_jax.attribution.maps import explain, raw_attention, to_heatmap
-from iared2_jax.data.pipeline import normalize
+from iared2_jax.data.images import normalize
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.typing import Norm
 
@@ -37,7 +37,7 @@ def draw_comparison(
       pixels: images at the model's size.
       norm: mean and standard deviation that the model's images are normalised with.
       group: of the scores; the paper shows the second.
-      block: of the raw attention, from 0; the paper takes Block_1.
+      block: of the raw attention, from 0, or -1 for the last; the paper takes Block_1.
       attention_variables: the backbone whose attention is shown; by default `variables`. For a
         fine-tuned model the paper's baseline is the backbone as it was before.
     """
@@ -45,7 +45,9 @@ def draw_comparison(
     attention = raw_attention(module, attention_variables or variables, images)[block]
     columns = {
         "input": None,
-        f"raw attention\n(block {block})": to_heatmap(attention, pixels.shape[1]),
+        f"raw attention\n({'last block' if block < 0 else f'block {block}'})": to_heatmap(
+            attention, pixels.shape[1]
+        ),
         f"ours\n(group {group})": explain(module, variables, images, group, thresholds),
     }
     figure, axes = _grid(len(pixels), list(columns))

@@ -16,9 +16,9 @@ import numpy as np
 
 from iared2_jax import evaluate, train
 from iared2_jax.checkpoints.weights import save_weights
-from iared2_jax.config import flatten
-from iared2_jax.data.pipeline import normalize, resized
-from iared2_jax.data.sources import SOURCES
+from iared2_jax.config import flatten, source_of, weights_of
+from iared2_jax.data.image_files import EvalImages
+from iared2_jax.data.images import normalize
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.registry import get_variant
 from iared2_jax.reduction.selectors import random_like
@@ -42,6 +42,7 @@ class Subject:
         that was trained from scratch is its own baseline.
       reduces: whether it drops tokens at all (a supervised run does not).
       pixels, labels, truth: the evaluation set; truth, the segmentation masks, may be None.
+      class_names: of the labels.
     """
 
     config: ml_collections.ConfigDict
@@ -50,9 +51,10 @@ class Subject:
     original: dict[str, Any]
     reduces: bool
     norm: Norm
-    pixels: np.ndarray
+    pixels: np.ndarray | EvalImages
     labels: np.ndarray
     truth: np.ndarray | None
+    class_names: tuple[str, ...]
     stop: Stop | None
 
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
@@ -94,32 +96,22 @@ def _subject(config, params, stop) -> Subject:
     module, initial = train.build_model(config)
     trained = {"params": params}
     reduces = config.curriculum != "supervised"
-    pixels, labels, truth = _load(config, module.backbone.image_size)
+    source = source_of(config)
+    data = config.data
+    pixels, labels, truth = source.load(data.eval_split, data.eval_size, data.seed)
     return Subject(
         config=config,
         module=module,
         trained=trained,
-        original=initial if config.weights and reduces else trained,
+        original=initial if weights_of(config) and reduces else trained,
         reduces=reduces,
         norm=get_variant(config.model.name).norm,
         pixels=pixels,
         labels=labels,
         truth=truth,
+        class_names=source.class_names,
         stop=stop,
     )
-
-
-def _load(config, image_size):
-    source = SOURCES[config.data.name]
-    pixels, labels, masks = source.load(
-        config.data.eval_split, config.data.eval_size, config.data.seed
-    )
-    pixels = np.stack([resized(image, image_size) for image in pixels])
-    if masks is not None and masks.shape[1] != image_size:  # nearest, as the protocol has it
-        nearest = (np.arange(image_size) + 0.5) * masks.shape[1] // image_size
-        rows = nearest.astype(int)
-        masks = masks[:, rows][:, :, rows]
-    return pixels, labels, masks
 
 
 def _measure(subject: Subject) -> dict[str, Any]:
@@ -140,18 +132,24 @@ def _measure(subject: Subject) -> dict[str, Any]:
 
 
 def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The baseline's accuracy and cost, and the raw attention of its blocks."""
+    """The baseline's accuracy and cost; the raw attention of its blocks, if it will be judged."""
+    wanted = subject.truth is not None
 
     def dense_pass(variables, images, batch):
         logits, out = subject.module.apply(variables, images, execution="dense")
-        return {"logits": logits, "attention": jnp.stack([a.mean(1) for a in out["attention"]], 1)}
+        attention = jnp.stack([a.mean(1) for a in out["attention"]], 1) if wanted else logits
+        return {"logits": logits, "attention": attention}
 
     seen = subject.collect(subject.compiled(dense_pass), subject.original)
     figures = {
         **dict(evaluate.accuracy(seen["logits"], subject.labels)),
         **dict(evaluate.cost(subject.module, None)),
+        "confusions": evaluate.confusions(seen["logits"], subject.labels, subject.class_names),
     }
-    blocks = range(subject.module.backbone.depth)
+    if not wanted:
+        return figures, {}
+    # Without CLS in its groups (CaiT), the blocks are the class-attention blocks.
+    blocks = range(seen["attention"].shape[1])
     return figures, {f"raw_attention_block_{b}": seen["attention"][:, b] for b in blocks}
 
 
@@ -171,6 +169,7 @@ def _reduced(subject: Subject) -> tuple[dict[str, Any], np.ndarray, dict[str, np
         **dict(evaluate.accuracy(seen["logits"], subject.labels)),
         **dict(evaluate.kept_tokens(seen["keep"])),
         **dict(evaluate.cost(subject.module, seen["keep"])),
+        "confusions": evaluate.confusions(seen["logits"], subject.labels, subject.class_names),
     }
     groups = range(subject.module.num_groups)
     return figures, seen["keep"], {f"group_{g + 1}": seen["scores"][:, g] for g in groups}
@@ -254,7 +253,7 @@ def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
         subject.norm,
         workdir / "figures" / "heatmaps.png",
         group=min(2, module.num_groups),
-        block=min(1, module.backbone.depth - 1),
+        block=1 if module.backbone.num_prefix else -1,  # CaiT: its last class attention
         thresholds=config.threshold,
         attention_variables=subject.original,
     )

@@ -12,6 +12,9 @@ Table = tuple[str, list[list[str]]]  # title; rows, the first is the header
 def tables(results: dict[str, Any]) -> list[Table]:
     """The tables of `results` (see `report.results.evaluate_run`), as rows of strings."""
     made = [_accuracy(results)]
+    confusions = results.get("iared2", results["dense"]).get("confusions")
+    if confusions:
+        made.append(_confusions(confusions))
     if "segmentation" in results:
         made.append(_segmentation(results))
     if "images_per_second" in results:
@@ -44,6 +47,14 @@ def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: s
         f"{full / 1e6:.2f}",
         f"{100 * full / dense['flops']['full']:.1f}%",
     ]
+
+
+def _confusions(confusions: list[dict[str, Any]]) -> Table:
+    rows = [["class", "taken for", "images", "of the class"]]
+    for pair in confusions:
+        share = f"{100 * pair['share']:.1f}%"
+        rows.append([pair["is"], pair["taken_for"], str(pair["images"]), share])
+    return "What is taken for what, most often", rows
 
 
 def _segmentation(results: dict[str, Any]) -> Table:

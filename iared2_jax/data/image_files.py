@@ -1,0 +1,161 @@
+"""Encoded images, from a folder or from records, as training examples and evaluation images."""
+
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from iared2_jax.data.augment import rand_augment, random_erasing, repeated_example
+from iared2_jax.data.images import (
+    BadImage,
+    eval_transform,
+    open_image,
+    random_flip,
+    random_resized_crop,
+)
+
+if TYPE_CHECKING:
+    from iared2_jax.data.sources import Wanted
+
+log = logging.getLogger(__name__)
+
+BAD_IN_A_ROW = 100  # unreadable images that end a run whatever the share
+THREADS = 8  # that decode evaluation images
+
+
+class BadImages:
+    """Counts unreadable training images, and gives up when they are too many."""
+
+    def __init__(self, share: float, total: int):
+        self._allowed = max(1, int(share * total)) if share else 0
+        self._names: set[str] = set()
+        self._in_a_row = 0
+        self._lock = threading.Lock()
+
+    def good(self) -> None:
+        """One was readable."""
+        self._in_a_row = 0
+
+    def bad(self, name: str, error: BadImage) -> None:
+        """One was not; warns once for each.
+
+        Raises:
+          BadImage: they are more than the share that is allowed, or too many in a row.
+        """
+        with self._lock:
+            self._in_a_row += 1
+            if name not in self._names:
+                self._names.add(name)
+                log.warning("training image %s: another takes its place", error)
+            if len(self._names) > self._allowed or self._in_a_row >= BAD_IN_A_ROW:
+                raise BadImage(
+                    f"{len(self._names)} training images cannot be used, the last one because "
+                    f"{error}: mend them, or raise config.data.bad_share"
+                ) from error
+
+
+class ImageFiles:
+    """Records {"image": bytes, "label", "file_name"} of a split, made into pixels."""
+
+    def __init__(self, records: Sequence, wanted: "Wanted"):
+        self._records, self._wanted = records, wanted
+        self.class_names: tuple[str, ...] = tuple(records.class_names)
+        self._bad = BadImages(wanted.bad_share, len(records))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def train_example(self, seed: int, index: int) -> dict[str, np.ndarray]:
+        """Example `index` of an endless stream of shuffled epochs; a pure function of both.
+
+        An unreadable image is replaced by the next readable one of its epoch.
+
+        Raises:
+          BadImage: too many were unreadable.
+        """
+        augment, size = self._wanted.augment, len(self)
+        epoch, k = divmod(index, size)
+        place, _ = repeated_example(k, size, augment.repeats)
+        order = _shuffled(size, seed, epoch)
+        while True:
+            record = self._records[int(order[place])]
+            try:
+                image = open_image(record["image"], record["file_name"])
+                break
+            except BadImage as error:
+                self._bad.bad(record["file_name"], error)
+                place = (place + 1) % size
+        self._bad.good()
+        rng = np.random.default_rng((seed, index))
+        pixels = self._augmented(image, rng)
+        return {"image": pixels, "label": np.int32(record["label"])}
+
+    def _augmented(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        wanted, augment = self._wanted, self._wanted.augment
+        pixels = random_resized_crop(image, wanted.image_size, rng, augment.scale, augment.ratio)
+        pixels = random_flip(pixels, rng, augment.flip)
+        if augment.rand_augment:
+            pixels = np.array(rand_augment(Image.fromarray(pixels), rng))
+        if augment.erasing:
+            pixels = random_erasing(pixels, rng, wanted.norm, augment.erasing)
+        return pixels
+
+    def evaluation(self, size: int = 0) -> "EvalImages":
+        """`size` images, evenly spread over the split, as they are evaluated; 0: all of them."""
+        count = min(size, len(self)) if size else len(self)
+        rows = np.arange(count) * len(self) // count
+        return EvalImages(self._records, rows, self._wanted)
+
+
+class EvalImages:
+    """Evaluation images that are read and decoded when they are indexed, as an array would be."""
+
+    def __init__(self, records: Sequence, rows: np.ndarray, wanted: "Wanted"):
+        self._records, self._rows, self._wanted = records, rows, wanted
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b h w 3"]:
+        """Pixels of a slice or an array of indices.
+
+        Raises:
+          BadImage: one of them cannot be used; it is never left out.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            return np.stack(list(pool.map(self._pixels, self._rows[which].tolist())))
+
+    def _pixels(self, row: int) -> np.ndarray:
+        record = self._records[row]
+        image = open_image(record["image"], record["file_name"])
+        return eval_transform(image, self._wanted.image_size, self._wanted.crop_pct)
+
+    def labels(self) -> np.ndarray:
+        """Of all of them."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            labels = pool.map(lambda row: self._records[row]["label"], self._rows.tolist())
+            return np.fromiter(labels, np.int32, len(self))
+
+
+@functools.lru_cache(maxsize=4)  # the end of one epoch is read together with the next
+def _shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def resized(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """`image` at `size` px, bicubic; itself if it has that size."""
+    if image.shape[0] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resized_masks(masks: Bool[np.ndarray, "b h w"], size: int) -> Bool[np.ndarray, "b size size"]:
+    """Masks at `size` px, nearest, as the segmentation protocol has it."""
+    nearest = ((np.arange(size) + 0.5) * masks.shape[1] // size).astype(int)
+    return masks[:, nearest][:, :, nearest]

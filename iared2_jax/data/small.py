@@ -1,0 +1,92 @@
+"""Small data in the true formats, made from the embedded digits: for trying the machinery.
+
+Scenes of Cluttered MNIST as JPEG files; the digits take the names of ImageNet's first ten classes.
+"""
+
+import io
+import logging
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from iared2_jax.data import cluttered_mnist
+from iared2_jax.files import cache_folder
+
+log = logging.getLogger(__name__)
+
+TRAIN, VALIDATION = 48, 16  # images
+
+
+def scenes(split: str, count: int) -> Iterator[tuple[int, bytes]]:
+    """(digit, JPEG) of so many scenes."""
+    for index in range(count):
+        example = cluttered_mnist.example(split, 0, index)
+        stream = io.BytesIO()
+        Image.fromarray(example["image"]).save(stream, "JPEG", quality=95)
+        yield int(example["label"]), stream.getvalue()
+
+
+def write_official_tars(folder: Path) -> None:
+    """ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of scenes, laid out like the official."""
+    from iared2_jax.data.imagenet import synsets, validation_synsets  # TFDS is slow to import
+
+    classes: dict[str, list[tuple[str, bytes]]] = {}
+    for number, (digit, image) in enumerate(scenes("train", TRAIN), start=1):
+        synset = synsets()[digit]
+        classes.setdefault(synset, []).append((f"{synset}_{number}.JPEG", image))
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train:
+        for synset, files in sorted(classes.items()):
+            _add(train, f"{synset}.tar", _tar(files))
+    numbers = {s: [n for n, v in enumerate(validation_synsets(), 1) if v == s] for s in synsets()}
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as validation:
+        for digit, image in scenes("test", VALIDATION):
+            number = numbers[synsets()[digit]].pop(0)
+            _add(validation, f"ILSVRC2012_val_{number:08d}.JPEG", image)
+
+
+def _tar(files: list[tuple[str, bytes]]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in files:
+            _add(archive, name, content)
+    return stream.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def small_imagenet() -> Path:
+    """A prepared `imagenet2012` of a few scenes, in the cache; made where it is not there yet."""
+    from iared2_jax.data import imagenet
+
+    folder = cache_folder() / "small" / "imagenet"
+    if not (folder / "imagenet2012" / imagenet.VERSION / "dataset_info.json").is_file():
+        log.info("making a small imagenet2012 in %s", folder)
+        imagenet.log.setLevel(logging.ERROR)  # it would warn that these tars are not whole
+        try:
+            with tempfile.TemporaryDirectory() as tars:
+                write_official_tars(Path(tars))
+                imagenet.prepare(Path(tars), folder)
+        finally:
+            imagenet.log.setLevel(logging.NOTSET)
+    return folder
+
+
+def small_folder() -> Path:
+    """A folder with train/<digit>/*.jpg and val/<digit>/*.jpg, in the cache."""
+    folder = cache_folder() / "small" / "folder"
+    if not (folder / "whole").is_file():
+        log.info("making a small folder of images in %s", folder)
+        for split, of_scenes, count in (("train", "train", TRAIN), ("val", "test", VALIDATION)):
+            for number, (digit, image) in enumerate(scenes(of_scenes, count)):
+                path = folder / split / str(digit) / f"{number:04d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(image)
+        (folder / "whole").touch()
+    return folder

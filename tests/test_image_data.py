@@ -1,0 +1,156 @@
+"""Image datasets through the pipeline: what is read, augmented, counted, and what is refused."""
+
+import dataclasses
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from conftest import load_config
+
+from iared2_jax.config import source_of, validate
+from iared2_jax.data import small
+from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
+from iared2_jax.data.images import BadImage, eval_transform, open_image
+from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
+from iared2_jax.data.sources import Wanted, open_source
+from iared2_jax.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The small datasets, in a cache of their own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def folder(cache, tmp_path):
+    """A small folder that a test may damage."""
+    shutil.copytree(small.small_folder(), tmp_path / "images")
+    return tmp_path / "images"
+
+
+def opened(folder, **changes):
+    return open_source("folder", Wanted(32, path=str(folder), **changes))
+
+
+@pytest.mark.parametrize("augment", [CROP_FLIP, DEIT], ids=["crop and flip", "DeiT's"])
+def test_training_batches_depend_only_on_their_place(folder, augment):
+    source = opened(folder, augment=augment)
+    mix = None if augment is CROP_FLIP else mixing(augment, 10, 0.1)
+    run = iter(train_batches(source, 4, 0, seed=5, threads=3, mix=mix))
+    batches = [next(run) for _ in range(4)]
+    resumed = iter(train_batches(source, 4, first_example=8, seed=5, mix=mix))
+    for expected in batches[2:]:
+        for key, values in next(resumed).items():
+            np.testing.assert_array_equal(values, expected[key])
+    other = next(iter(train_batches(source, 4, 0, seed=6, mix=mix)))
+    assert not np.array_equal(other["image"], batches[0]["image"])
+    assert batches[0]["image"].shape == (4, 32, 32, 3)
+    if mix is not None:
+        np.testing.assert_allclose(batches[0]["target"].sum(-1), 1, rtol=1e-5)
+
+
+def test_an_epoch_shows_every_image_once(folder):
+    source = opened(folder, augment=NONE)
+    size = source.epoch_size
+    assert size == small.TRAIN
+    first, second = (
+        [source.train_example(3, index)["image"].tobytes() for index in range(start, start + size)]
+        for start in (0, size)
+    )
+    assert len(set(first)) == size
+    assert set(first) == set(second)
+    assert first != second  # in another order
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images_thrice(folder):
+    source = opened(folder, augment=dataclasses.replace(NONE, repeats=3))
+    seen = [source.train_example(0, k)["image"].tobytes() for k in range(small.TRAIN)]
+    assert len(set(seen)) == small.TRAIN // 3
+
+
+def test_every_validation_image_counts_the_last_partial_batch_too(folder):
+    source = opened(folder)
+    pixels, labels, masks = source.load("val", 0, 0)
+    assert masks is None
+    assert len(pixels) == len(labels) == small.VALIDATION
+    seen = []
+    for batch in eval_batches({"pixels": pixels, "label": labels}, batch_size=5):
+        seen += [
+            (image.tobytes(), int(label))
+            for image, label, counted in zip(*batch.values(), strict=True)
+            if counted
+        ]
+    expected = [
+        (eval_transform(open_image(path), 32, 1.0).tobytes(), int(path.parent.name))
+        for path in sorted((folder / "val").rglob("*.jpg"))
+    ]
+    assert seen == expected
+    few, few_labels, _ = source.load("val", 4, 0)
+    assert few_labels.tolist() == [expected[i][1] for i in (0, 4, 8, 12)]
+    assert few[1:3].shape == (2, 32, 32, 3)
+
+
+def test_a_bad_training_image_is_named_counted_and_replaced(folder, caplog):
+    victim = sorted((folder / "train").rglob("*.jpg"))[7]
+    victim.write_bytes(victim.read_bytes()[:200])
+    source = opened(folder, augment=NONE, bad_share=0.05)
+    with caplog.at_level(logging.WARNING):
+        images = [source.train_example(0, index)["image"] for index in range(small.TRAIN * 2)]
+    assert len({image.tobytes() for image in images}) == small.TRAIN - 1
+    warnings = [record.getMessage() for record in caplog.records if "another" in record.message]
+    assert len(warnings) == 1  # once, although it came up twice
+    assert f"{victim.parent.name}/{victim.name} is damaged" in warnings[0]
+    for path in sorted((folder / "train").rglob("*.jpg"))[:4]:
+        path.write_bytes(b"no image")
+    strict = opened(folder, augment=NONE, bad_share=0.03)
+    with pytest.raises(BadImage, match="2 training images cannot be used"):
+        [strict.train_example(0, index) for index in range(small.TRAIN)]
+
+
+def test_a_bad_validation_image_ends_the_evaluation(folder):
+    victim = sorted((folder / "val").rglob("*.jpg"))[3]
+    victim.write_bytes(b"")
+    pixels, _, _ = opened(folder).load("val", 0, 0)
+    with pytest.raises(BadImage, match=f"{victim.parent.name}/{victim.name} is an empty file") as e:
+        pixels[np.arange(8)]
+    assert e.value.exit_code == 65
+
+
+def test_a_config_opens_its_data_as_its_model_wants_them(cache):
+    config = load_config("vit_augreg_s16", "runlocal")
+    validate(config, device_count=1)
+    source = source_of(config)
+    assert source.num_classes == 1000
+    assert source.class_names[0] == "tench, Tinca tinca"
+    assert source.train_example(0, 0)["image"].shape == (224, 224, 3)
+    pixels, labels, _ = source.load("validation", 0, 0)
+    assert pixels[:2].shape == (2, 224, 224, 3)
+    assert set(labels) <= set(range(10))
+    assert source_of(config) is source  # opened once
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data.path": ""}, "needs config.data.path"),
+        ({"data.path": "nowhere"}, "nowhere"),
+        ({"data.eval_split": "test"}, "config.data.eval_split='test' is unknown"),
+        ({"model.num_classes": 10}, "imagenet has 1000 classes"),
+        ({"weights": ""}, "interpreters need a trained backbone"),
+        ({"data.augment.scale": (0.5,)}, "config.data.augment.scale"),
+        ({"data.augment.erasing": 2.0}, "config.data.augment.erasing=2.0 must be at most 1"),
+        ({"data.augment.repeats": 0}, "config.data.augment.repeats=0 must be at least 1"),
+        ({"mode": "evaluate"}, "config.mode='evaluate' is unknown"),
+        ({"mode": "eval", "weights": ""}, "config.mode=eval needs config.weights"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused(cache, changes, says):
+    config = load_config("vit_augreg_s16", "runlocal")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UsageError, match=says):
+        validate(config, device_count=1)
