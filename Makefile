@@ -12,12 +12,12 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m iared2_jax.main --config=configs/cluttered_mnist.py --workdir=runs/cluttered_mnist
 
 test: $(BIN)/.installed-test
-	$(BIN)/python -m pytest -n 2 -m "not parity"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity"
 
 # What PyTorch, timm and transformers say, live; the stored answers in `make test` need none of them.
 parity: $(BIN)/.installed-parity
-	$(BIN)/python -m pytest -n 2 tests/test_parity.py tests/test_weights.py tests/test_pth.py \
-	  tests/test_augment.py tests/test_images.py tests/test_peers.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_parity.py tests/test_weights.py tests/test_pth.py \
+	  tests/test_augment.py tests/test_images.py tests/test_peers.py tests/test_imagenet_run.py
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .

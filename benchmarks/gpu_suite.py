@@ -26,12 +26,13 @@ from iared2_jax.reduction.gather import partition, take_tokens
 from iared2_jax.timing import interleaved
 
 
-def cudnn_attention(tokens: int) -> dict[str, Any]:
+def cudnn_attention(tokens: int, rounds: int) -> dict[str, Any]:
     """cuDNN's attention against the einsum: without and with lengths; largest errors, seconds."""
-    shape = (64, 6, tokens, 64)
+    images = 64 if jax.default_backend() == "gpu" else 2
+    shape = (images, 6, tokens, 64)
     q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(
         jax.random.key(0), 3))  # fmt: skip
-    lengths = jnp.asarray(np.random.default_rng(0).integers(1, tokens + 1, 64), jnp.int32)
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, tokens + 1, images), jnp.int32)
     valid = jnp.arange(tokens) < lengths[:, None]
     fns = {
         "einsum": jax.jit(lambda: attend(q, k, v, None)[0]),
@@ -48,16 +49,17 @@ def cudnn_attention(tokens: int) -> dict[str, Any]:
     return {
         "error": error("einsum", "cudnn", True),
         "error_lengths": error("einsum, lengths", "cudnn, lengths", real),
-        "ms": {name: 1e3 * t.median for name, t in interleaved(fns, 21).items()},
+        "ms": {name: 1e3 * t.median for name, t in interleaved(fns, rounds).items()},
     }
 
 
-def compaction() -> dict[str, float]:
+def compaction(rounds: int) -> dict[str, float]:
     """Moving survivors, forward and backward: our gathers against the derived scatter-add (ms)."""
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.standard_normal((256, 196, 384)), jnp.float32)
-    keep = jnp.asarray(rng.random((256, 196)) < 0.7)
-    scores = jnp.asarray(rng.random((256, 196)), jnp.float32)
+    b = 256 if jax.default_backend() == "gpu" else 8
+    tokens = jnp.asarray(rng.standard_normal((b, 196, 384)), jnp.float32)
+    keep = jnp.asarray(rng.random((b, 196)) < 0.7)
+    scores = jnp.asarray(rng.random((b, 196)), jnp.float32)
     slots = partition(keep)[0][:, :144]
 
     def plain(x):
@@ -74,17 +76,17 @@ def compaction() -> dict[str, float]:
         name: (lambda fn=fn: fn(tokens)) if name.startswith("gradient") else fn
         for name, fn in fns.items()
     }
-    return {name: 1e3 * t.median for name, t in interleaved(calls, 21).items()}
+    return {name: 1e3 * t.median for name, t in interleaved(calls, rounds).items()}
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(rounds: int) -> dict[str, float]:
     """What the device can do: bf16 matmul in TFLOP/s, copy in TB/s."""
     on_gpu = jax.default_backend() == "gpu"
     n = 8192 if on_gpu else 1024
     a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
     x = jnp.zeros((1 << (29 if on_gpu else 22),), jnp.float32)
     product, copy = jax.jit(lambda: a @ a), jax.jit(lambda: x + 1)
-    t = interleaved({"matmul": product, "copy": copy}, 11)
+    t = interleaved({"matmul": product, "copy": copy}, rounds)
     return {
         "matmul_tflops": 2 * n**3 / t["matmul"].median / 1e12,
         "copy_tb_per_s": 2 * x.nbytes / t["copy"].median / 1e12,
@@ -121,10 +123,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.write(out, result)
 
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    ask("ceilings", ceilings)
+    ask("ceilings", lambda: ceilings(flags.rounds))
     for tokens in (197, 144, 577):
-        ask(f"cudnn attention, {tokens} tokens", lambda tokens=tokens: cudnn_attention(tokens))
-    ask("compaction", compaction)
+        ask(
+            f"cudnn attention, {tokens} tokens",
+            lambda tokens=tokens: cudnn_attention(tokens, flags.rounds),
+        )
+    ask("compaction", lambda: compaction(flags.rounds))
     for batch in flags.batch:
         for model in flags.models:
             if batch == 1024 and model != flags.models[0]:

@@ -1,13 +1,14 @@
-"""How many images a second and core we read, next to PIL, other decoders and tf.data; how exactly.
+"""How fast and how exactly we read images, next to PIL, other decoders and tf.data.
 
     python -m benchmarks.input_pipeline --images=256
 
 JPEGs of the size of ImageNet's, made from photographs of scikit-image, are read through
 `open_source("folder", ...)`, so the real reader is timed; the files stay in the page cache, so the
-disk is not. All loaders take the same random crops. DeiT was trained on Pillow's antialiased bicubic
-pixels, so next to its speed each loader has its distance from them: the pick needs both.
+disk is not. "Per core and s" is per second of processor time, over all threads: the figure that a
+busy machine disturbs least. All loaders take the same random crops. DeiT was trained on Pillow's
+antialiased bicubic pixels, so each loader has its distance from them: the pick needs both.
 
-What is compared besides Pillow, where it is installed:
+What is compared where it is installed:
 `pip install opencv-python-headless simplejpeg tensorflow-cpu` (simplejpeg is libjpeg-turbo).
 """
 
@@ -94,19 +95,16 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def write_jpegs(root: Path, count: int) -> Jpegs:
-    """`count` files, at the one quality that brings their mean size nearest to ImageNet's."""
+    """`count` files, of two neighbouring qualities that bring the mean size to ImageNet's."""
     made = list(photographs(count))
     sample = [image for _, image in made[: 4 * len(PHOTOGRAPHS)]]
-
-    def excess(quality: int) -> float:
-        return abs(np.mean([len(_jpeg(image, quality)) for image in sample]) - MEAN_BYTES)
-
-    quality = min(range(90, 101), key=excess)
-    paths, boxes, flips = [], [], []
+    means = {q: np.mean([len(_jpeg(image, q)) for image in sample]) for q in range(85, 100)}
+    quality = max((q for q, mean in means.items() if mean <= MEAN_BYTES), default=85)
+    paths, boxes, flips, written = [], [], [], 0
     for index, (name, image) in enumerate(made):
         path = root / "train" / name / f"{index:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_jpeg(image, quality))
+        written += path.write_bytes(_jpeg(image, quality + (written < MEAN_BYTES * index)))
         rng = _rng(index)
         paths.append(path)
         boxes.append(_random_box(WIDTH, HEIGHT, rng, CROP_FLIP.scale, CROP_FLIP.ratio))
@@ -151,7 +149,9 @@ def _torchvision_decoder() -> Decode:
 
 def _cut(image: Picture, box: Box) -> Pixels:
     left, top, width, height = box
-    return np.asarray(image)[top : top + height, left : left + width]
+    if isinstance(image, Image.Image):
+        return np.array(image.crop((left, top, left + width, top + height)))
+    return image[top : top + height, left : left + width]
 
 
 def _pil_resizer(size: int) -> Resize:
@@ -182,7 +182,7 @@ def _torch_resizer(size: int) -> Resize:
     torch.set_num_threads(1)
 
     def resize(image: Picture, box: Box) -> Pixels:
-        part = torch.from_numpy(_cut(np.array(image), box)).permute(2, 0, 1)[None]
+        part = torch.from_numpy(_cut(image, box)).permute(2, 0, 1)[None]
         part = F.interpolate(part, (size, size), mode="bicubic", antialias=True)
         return part[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -229,39 +229,27 @@ def installed(makers: Mapping[str, Callable[[], Any]], skipped: dict[str, str]) 
 # -- Loaders: one image after the other.
 
 
-def plain(jpegs: Jpegs, size: int) -> Load:
+def plain(jpegs: Jpegs, size: int, index: int) -> Pixels:
     """The loop that one writes first."""
-
-    def load(index: int) -> Pixels:
-        left, top, width, height = jpegs.boxes[index]
-        image = Image.open(jpegs.paths[index]).convert("RGB")
-        image = image.crop((left, top, left + width, top + height))
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-        if jpegs.flips[index]:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.array(image)
-
-    return load
+    left, top, width, height = jpegs.boxes[index]
+    image = Image.open(jpegs.paths[index]).convert("RGB")
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if jpegs.flips[index]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)
 
 
-def ours_alone(jpegs: Jpegs, size: int) -> Load:
+def ours_alone(jpegs: Jpegs, size: int, index: int) -> Pixels:
     """Our functions, without the threads around them."""
-
-    def load(index: int) -> Pixels:
-        rng = _rng(index)
-        return random_flip(random_resized_crop(open_image(jpegs.paths[index]), size, rng), rng)
-
-    return load
+    rng = _rng(index)
+    return random_flip(random_resized_crop(open_image(jpegs.paths[index]), size, rng), rng)
 
 
-def paired(jpegs: Jpegs, decode: Decode, resize: Resize) -> Load:
+def paired(jpegs: Jpegs, decode: Decode, resize: Resize, index: int) -> Pixels:
     """A decoder with a resizer."""
-
-    def load(index: int) -> Pixels:
-        pixels = resize(decode(jpegs.paths[index].read_bytes()), jpegs.boxes[index])
-        return np.ascontiguousarray(pixels[:, ::-1]) if jpegs.flips[index] else pixels
-
-    return load
+    pixels = resize(decode(jpegs.paths[index].read_bytes()), jpegs.boxes[index])
+    return np.ascontiguousarray(pixels[:, ::-1]) if jpegs.flips[index] else pixels
 
 
 def grey_levels(pixels: Iterable[Pixels], reference: Sequence[Pixels]) -> float:
@@ -287,21 +275,14 @@ def our_training(
     assert sum(len(made["image"]) for made in batches) == count
 
 
-def our_evaluation(images: Any, batch: int) -> None:
-    """Reads all of `images` as evaluation does."""
-    for _ in pipeline.eval_batches({"image": images}, batch):
-        pass
-
-
-def tf_dataset(
-    jpegs: Jpegs, size: int, batch: int, threads: int, count: int, antialias: bool
-) -> Any:
-    """tf.data, decoding only what is cropped; `antialias` is off in most people's code."""
+def tf_dataset(jpegs: Jpegs, size: int, batch: int, exact: bool, threads: int, count: int) -> Any:
+    """tf.data, decoding only the crop: as most people write it, or `exact`, as Pillow does."""
     import tensorflow as tf
 
     def load(path: Any, box: Any, flip: Any) -> Any:
-        image = tf.image.decode_and_crop_jpeg(tf.io.read_file(path), box, channels=3)
-        image = tf.image.resize(image, (size, size), "bicubic", antialias=antialias)
+        dct = "INTEGER_ACCURATE" if exact else ""  # the default is fast
+        image = tf.image.decode_and_crop_jpeg(tf.io.read_file(path), box, 3, dct_method=dct)
+        image = tf.image.resize(image, (size, size), "bicubic", antialias=exact)
         image = tf.saturate_cast(tf.round(image), tf.uint8)
         return tf.cond(flip, lambda: image[:, ::-1], lambda: image)
 
@@ -313,11 +294,6 @@ def tf_dataset(
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     return data.prefetch(2).with_options(options)
-
-
-def _read(batches: Iterable[Any]) -> None:
-    for _ in batches:
-        pass
 
 
 # -- What is timed.
@@ -362,11 +338,15 @@ def timed_loaders(jpegs: Jpegs, size: int, count: int, skipped: dict[str, str]) 
     resizers = installed(
         {k: functools.partial(make, size) for k, make in RESIZERS.items()}, skipped
     )
-    loaders = {PLAIN: plain(jpegs, size), OURS: ours_alone(jpegs, size)}
+    loaders: dict[str, Load] = {
+        PLAIN: functools.partial(plain, jpegs, size),
+        OURS: functools.partial(ours_alone, jpegs, size),
+    }
     for decoder, resizer in PAIRS:
         if decoder in decoders and resizer in resizers:
-            load = paired(jpegs, decoders[decoder], resizers[resizer])
-            loaders[f"{decoder} + {resizer}"] = load
+            loaders[f"{decoder} + {resizer}"] = functools.partial(
+                paired, jpegs, decoders[decoder], resizers[resizer]
+            )
     everything = range(len(jpegs.paths))
     reference = [loaders[PLAIN](index) for index in everything]
     for name, load in loaders.items():
@@ -375,24 +355,22 @@ def timed_loaders(jpegs: Jpegs, size: int, count: int, skipped: dict[str, str]) 
 
     contents = [path.read_bytes() for path in jpegs.paths[:count]]
     for name, decode in decoders.items():
-
-        def decode_all(decode: Decode = decode) -> None:
-            for content in contents:
-                decode(content)
-
-        yield Timed("decode only", name, decode_all, count)
-
-    decode = _pil_decoder()
-    pictures = [decode(content) for content in contents]
+        alone = functools.partial(_decode, decode, contents)
+        yield Timed("decode only", name, functools.partial(_each, alone, count), count)
+    pictures = [open_image(content) for content in contents]
     arrays = [np.array(picture) for picture in pictures]
     for name, resize in resizers.items():
         shown = pictures if name == "PIL bicubic" else arrays  # what its decoder gives
+        alone = functools.partial(_resize, resize, shown, jpegs.boxes)
+        yield Timed("resize only", name, functools.partial(_each, alone, count), count)
 
-        def resize_all(resize: Resize = resize, shown: list[Picture] = shown) -> None:
-            for picture, box in zip(shown, jpegs.boxes, strict=False):
-                resize(picture, box)
 
-        yield Timed("resize only", name, resize_all, count)
+def _decode(decode: Decode, contents: Sequence[bytes], index: int) -> Picture:
+    return decode(contents[index])
+
+
+def _resize(resize: Resize, shown: Sequence[Picture], boxes: Sequence[Box], index: int) -> Pixels:
+    return resize(shown[index], boxes[index])
 
 
 def _each(load: Load, count: int) -> None:
@@ -403,34 +381,36 @@ def _each(load: Load, count: int) -> None:
 def timed_pipelines(
     jpegs: Jpegs, variant: Variant, batch: int, batches: int, skipped: dict[str, str]
 ) -> Iterator[Timed]:
-    """Ours and tf.data, with 1, 2 and all cores' worth of threads; each reads `batches` a thread."""
+    """Ours and tf.data; each thread has `batches` to read."""
     size, cores = variant.backbone.image_size, len(os.sched_getaffinity(0))
+    several = [(threads, threads * batches * batch) for threads in sorted({1, 2, cores})]
     wanted = Wanted(size, str(jpegs.root), variant.norm, variant.crop_pct)
     deit = dataclasses.replace(wanted, augment=DEIT)
     for name, asked in (("ours, crop + flip", wanted), ("ours, DeiT's augmentation", deit)):
         source = open_source("folder", asked)
-        for threads in sorted({1, 2, cores}):
-            count = threads * batches * batch
+        for threads, count in several:
             call = functools.partial(our_training, source, asked.augment, batch, threads, count)
-            yield Timed("pipelines", name, call, count, threads, None if asked is deit else 0.0)
+            yield Timed("pipelines", name, call, count, threads)
 
-    count = min(len(jpegs.paths) // batch or 1, cores * batches) * batch
+    count = min(len(jpegs.paths) // batch, cores * batches) * batch
     images, _, _ = open_source("folder", wanted).load("train", count, 0)
-    call = functools.partial(our_evaluation, images, batch)
+    call = functools.partial(_read, lambda: pipeline.eval_batches({"image": images}, batch))
     yield Timed("pipelines", "ours, evaluation", call, count, image_files.THREADS)
 
-    load = plain(jpegs, size)
-    reference = [load(index) for index in range(len(jpegs.paths))]
-    for name, antialias in (("tf.data, bicubic", False), ("tf.data, bicubic antialiased", True)):
-        make = functools.partial(tf_dataset, jpegs, size, batch, antialias=antialias)
-        whole = installed({name: functools.partial(make, 1, len(reference))}, skipped)
-        if name in whole:
-            pixels = (image for part in whole[name].as_numpy_iterator() for image in part)
-            off = grey_levels(pixels, reference)
-            for threads in sorted({1, 2, cores}):
-                count = threads * batches * batch
-                call = functools.partial(_read, make(threads, count))
+    reference = [plain(jpegs, size, index) for index in range(len(jpegs.paths))]
+    for name, exact in (("tf.data", False), ("tf.data, as exact as Pillow", True)):
+        make = functools.partial(tf_dataset, jpegs, size, batch, exact)
+        once = installed({name: functools.partial(make, 1, len(reference))}, skipped).get(name)
+        if once is not None:
+            off = grey_levels((x for part in once.as_numpy_iterator() for x in part), reference)
+            for threads, count in several:
+                call = functools.partial(_read, functools.partial(iter, make(threads, count)))
                 yield Timed("pipelines", name, call, count, threads, off)
+
+
+def _read(batches: Callable[[], Iterable[Any]]) -> None:
+    for _ in batches():
+        pass
 
 
 # -- The report.
@@ -503,6 +483,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=4, help="for each thread, a call")
     parser.add_argument("--rounds", type=int, default=9)
     flags = parser.parse_args(argv)
+    if flags.images < flags.batch:
+        parser.error("--images must fill a --batch")
     variant = get_variant(flags.model)
     size = variant.backbone.image_size
     skipped: dict[str, str] = {}

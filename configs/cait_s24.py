@@ -20,5 +20,4 @@ def get_config(arg=None):
     config = imagenet(default_config())
     config.name = "cait_s24"
     config.model.name = "cait_s24"
-    config.model.policy_token = "learned"
     return runlocal(config) if arg.runlocal else config

@@ -22,7 +22,7 @@ def get_config(arg=None):
     if arg.size not in models:
         raise UsageError(f"size={arg.size} is not in Table 4: use 384 or 224")
     config = imagenet(default_config())
-    config.name = f"deit_b_{arg.size}_interpreters"
+    config.name = "deit_b_384" if arg.size == 384 else "deit_b_224_interpreters"
     config.model.name = models[arg.size]
     config.curriculum = "interpreters"
     return runlocal(config) if arg.runlocal else config

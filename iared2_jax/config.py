@@ -55,7 +55,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.num_classes = 1000  # 0: as many as the data has
     config.model.groups = 3  # D equal groups
     config.model.group_sizes = ()  # or the blocks of each of the D, e.g. (2, 4, 6)
-    config.model.policy_token = "cls"  # "cls" | "learned" (CaiT has no CLS in its groups)
+    # "cls" | "learned"; "": "cls", but "learned" for a backbone without CLS in its groups (CaiT).
+    config.model.policy_token = ""
     config.model.interpreter_heads = 0  # 0: the variant's own
     config.model.scale = True  # divide the interpreter's logits by sqrt(head width)
     config.model.init_bias = 0.0  # added to them: 0 starts at a score of 0.5
@@ -270,7 +271,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     if not is_variant(config.model.name):  # timm's names are names, too
         one_of("model.name", VARIANTS)
     one_of("model.dtype", DTYPES)
-    one_of("model.policy_token", POLICY_TOKENS)
+    one_of("model.policy_token", ("", *POLICY_TOKENS))
     one_of("reward_denominator", REWARD_DENOMINATORS)
     one_of("train_execution", TRAIN_EXECUTIONS)
     one_of("log_prob_reduction", LOG_PROB_REDUCTIONS)

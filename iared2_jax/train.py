@@ -39,7 +39,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "name": config.model.name,
         "num_classes": config_lib.num_classes(config),
         "groups": config_lib.model_groups(config),
-        "policy_token": config.model.policy_token,
+        "policy_token": config.model.policy_token or None,
         "scale": config.model.scale,
         "init_bias": config.model.init_bias,
     }

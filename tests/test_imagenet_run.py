@@ -16,11 +16,16 @@ from iared2_jax.data.imagenet import prepare
 from iared2_jax.models.iared2 import KEEP_ALL
 from tests import oracles
 
+try:
+    from benchmarks import peers
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+    missing_torch = peers.missing()
+except ImportError as error:
+    missing_torch = str(error)
+
+
+def train_and_resume(folder):
     """deit_s:runlocal on a small prepared ImageNet: stopped in its fourth phase, and resumed."""
-    folder = tmp_path_factory.mktemp("imagenet")
     write_tars(folder)  # with the CMYK and the PNG special case
     prepare(folder, folder / "data")
     command = [
@@ -43,8 +48,8 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.timeout(900)
-def test_six_phases_stopped_and_resumed(finished):
-    run, first, second = finished
+def test_from_the_tars_through_six_phases_to_a_file_that_timm_loads(tmp_path):
+    run, first, second = train_and_resume(tmp_path)
     assert "stopped by a signal, state saved" in first
     assert "resuming at step" in second
     assert not any(line.startswith("interpreter 1") for line in second.splitlines())
@@ -55,20 +60,16 @@ def test_six_phases_stopped_and_resumed(finished):
     assert 0 <= results["iared2"]["top1"] <= 1
     assert (run / "figures" / "heatmaps.png").stat().st_size > 10_000
     assert "segmentation" not in results  # nobody has masks of these
+    if missing_torch is None:
+        loaded_by_timm(run / "weights.safetensors")
 
 
-@pytest.mark.timeout(900)
-def test_what_was_trained_is_what_timm_loads(finished):
-    run, _, _ = finished
-    torch = pytest.importorskip("torch")
-    from benchmarks import peers
-
-    if peers.missing():
-        pytest.skip(peers.missing())
+def loaded_by_timm(path):
+    import torch
     from safetensors.torch import load_file
 
-    module, variables = load_model(run / "weights.safetensors")
-    state = load_file(run / "weights.safetensors")
+    module, variables = load_model(path)
+    state = load_file(path)
     model = peers.timm().create_model("deit_small_patch16_224", pretrained=False).eval()
     report = model.load_state_dict(state, strict=False)
     assert not report.missing_keys

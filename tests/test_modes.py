@@ -58,6 +58,7 @@ def test_explain_writes_next_to_the_pictures(checkpoint, pictures, caplog):
         *("cat.png", "cat.heatmap.png", "cat.hierarchy.png"),
     }
     assert "left out:" in caplog.text
+    assert "has no interpreters: they are fresh, and their scores mean nothing" in caplog.text
     assert "broken.jpg is damaged" in caplog.text
     with Image.open(pictures / "cat.heatmap.png") as image:
         assert np.asarray(image).std() > 10

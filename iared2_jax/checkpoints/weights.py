@@ -24,8 +24,10 @@ from iared2_jax.checkpoints.layouts import Layout, Recipe, recognise, timm_name,
 from iared2_jax.checkpoints.tensors import read_tensors
 from iared2_jax.errors import UsageError
 from iared2_jax.models.backbone import Backbone
+from iared2_jax.models.cait import CaiT
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.registry import VARIANTS, create_module, init_variables
+from iared2_jax.models.vit import ViT
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,9 @@ def load_weights(module: IARed2, source: str | Path, *, seed: int = 0) -> dict[s
         filled with, a tensor finds no place, a shape differs, or a value is not finite.
 
     Example:
-      >>> module, _ = iared2_jax.create_model("vit_micro")
-      >>> variables = iared2_jax.load_weights(module, "vit_micro")
+      >>> variables = load_weights(create_module("vit_micro"), "vit_micro")
+      >>> sorted(variables["params"])
+      ['backbone', 'interpreter_1', 'interpreter_2', 'interpreter_3']
     """
     tensors, _ = read_tensors(source)
     layout = recognise(tensors)
@@ -179,9 +182,19 @@ def load_model(
         options = {**known, **options}
     name = name or known_name or _variant_of(source, tensors)
     if "num_classes" not in options:
-        options["num_classes"] = _num_classes(tensors)
+        options["num_classes"] = num_classes_of(tensors)
+    warn_if_untrained(source, tensors)
     module = create_module(name, **options)
     return module, load_weights(module, source, seed=seed)
+
+
+def warn_if_untrained(source: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Says that there are no interpreters in what was read, so that nobody believes random ones."""
+    if not any(name.startswith("interpreters.") for name in tensors):
+        log.warning(
+            "%s has no interpreters: they are fresh, and their scores mean nothing before training "
+            "(configs/folder.py, curriculum interpreters)", source
+        )  # fmt: skip
 
 
 def _variant_of(source: str | Path, tensors: Mapping[str, np.ndarray]) -> str:
@@ -199,7 +212,9 @@ def _variant_of(source: str | Path, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _has_shapes_of(backbone: Backbone, layout: Layout, tensors: Mapping[str, np.ndarray]) -> bool:
-    """By some parameters that together tell depth, widths, grid and kind."""
+    """By some parameters that together tell depth, widths, grid and kind, of our own backbones."""
+    if not isinstance(backbone, ViT | CaiT):
+        return False
     d, last = backbone.embed_dim, f"block_{backbone.depth - 1}/mlp/fc1/kernel"
     expected = {
         "pos_embed": (1, backbone.num_prefix + backbone.num_patches, d),
@@ -217,12 +232,8 @@ def _has_shapes_of(backbone: Backbone, layout: Layout, tensors: Mapping[str, np.
     return True
 
 
-def num_classes_of(source: str | Path) -> int | None:
-    """Of the head in a weights file; None if it has no head that we know."""
-    return _num_classes(read_tensors(source)[0])
-
-
-def _num_classes(tensors: Mapping[str, np.ndarray]) -> int | None:
+def num_classes_of(tensors: Mapping[str, np.ndarray]) -> int | None:
+    """Of the head among a file's tensors; None if there is no head that we know."""
     layout = recognise(tensors)
     names = layout.recipe("backbone/head/bias").names if layout else ()
     return int(tensors[names[0]].shape[0]) if names and names[0] in tensors else None

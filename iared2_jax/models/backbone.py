@@ -42,6 +42,9 @@ class BlockFlops(NamedTuple):
 class Backbone(Protocol):
     """A linen module with these attributes and methods.
 
+    `num_classes`, `dtype` and `attention_kernel` must be fields, for `clone`; others may be what
+    they like.
+
     Attributes:
       image_size, num_classes, embed_dim, num_heads, depth: as everywhere; depth counts the blocks
         that groups are made of.
@@ -68,8 +71,9 @@ class Backbone(Protocol):
     def run_block(
         self, index: int, x: Float[Array, "b t d"], layout: Layout
     ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"] | None]:
-        """Block `index` (from 0) over tokens that lie as `layout` says; its CLS attention, if any.
+        """Block `index` (from 0) over tokens that lie as `layout` says.
 
+        With a prefix, also its CLS query's attention, as `layout.attend` returns it; without, None.
         Dropped tokens must not change the others: attention is the only place where tokens meet.
         """
 

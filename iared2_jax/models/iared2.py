@@ -63,6 +63,12 @@ class IARed2(nn.Module):
         return len(self.group_sizes)
 
     def setup(self):
+        if sum(self.group_sizes) != self.backbone.depth:
+            raise ValueError(
+                f"group_sizes {self.group_sizes} must add up to the depth {self.backbone.depth}"
+            )
+        if self.policy_token == "cls" and not self.backbone.num_prefix:
+            raise ValueError('without a prefix token, policy_token must be "learned"')
         self.interpreters = [
             Interpreter(
                 self.interpreter_heads,

@@ -259,7 +259,9 @@ def init_variables(module: IARed2, seed: int = 0) -> dict[str, Any]:
 
     def draw(path, shape: jax.ShapeDtypeStruct) -> Array:
         name = "/".join(str(entry.key) for entry in path)
-        distribution = next(fn for pattern, fn in _INITIAL if re.search(pattern, name))
+        distribution = next((fn for pattern, fn in _INITIAL if re.search(pattern, name)), None)
+        if distribution is None:
+            raise ValueError(f"no initial distribution is known for {name}: use module.init")
         return jnp.asarray(distribution(rng, shape.shape), shape.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -345,7 +345,8 @@ def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
     shapes = np.array(plan.shapes, float)[_used(plan, lengths)]
     per_block = plan.rows // plan.blocks
     linear = vit.block_flops(shapes[..., 0]).linear
-    attention = per_block * vit.block_flops(shapes[..., 1:]).attention.sum(-1)
+    attention = vit.block_flops(shapes[..., 1:]).attention + np.zeros_like(shapes[..., 1:])
+    attention = per_block * attention.sum(-1)
     return float((linear + attention).sum(-1).mean())
 
 

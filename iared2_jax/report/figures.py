@@ -42,12 +42,12 @@ def draw_comparison(
         fine-tuned model the paper's baseline is the backbone as it was before.
     """
     images = normalize(jnp.asarray(pixels), norm)
-    attention = raw_attention(module, attention_variables or variables, images)[block]
-    columns = {
-        "input": None,
-        f"raw attention\n({'last block' if block < 0 else f'block {block}'})": to_heatmap(
-            attention, pixels.shape[1]
-        ),
+    columns = {"input": None}
+    maps = raw_attention(module, attention_variables or variables, images)
+    if maps:  # a backbone may have none
+        shown = "last block" if block < 0 else f"block {block}"
+        columns[f"raw attention\n({shown})"] = to_heatmap(maps[block], pixels.shape[1])
+    columns |= {
         f"ours\n(group {group})": explain(module, variables, images, group, thresholds),
     }
     figure, axes = _grid(len(pixels), list(columns))

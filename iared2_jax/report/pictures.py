@@ -7,7 +7,8 @@ import ml_collections
 import numpy as np
 
 from iared2_jax import train
-from iared2_jax.checkpoints.weights import num_classes_of
+from iared2_jax.checkpoints.tensors import read_tensors
+from iared2_jax.checkpoints.weights import num_classes_of, warn_if_untrained
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.errors import UsageError
 from iared2_jax.models.registry import get_variant
@@ -55,7 +56,9 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     paths = pictures_in(Path(config.data.path))
     config = config.copy_and_resolve_references()
     config.unlock()
-    config.model.num_classes = config.model.num_classes or num_classes_of(config.weights)
+    tensors, _ = read_tensors(config.weights)
+    warn_if_untrained(config.weights, tensors)
+    config.model.num_classes = config.model.num_classes or num_classes_of(tensors)
     module, variables = train.build_model(config)
     variant = get_variant(config.model.name)
     done = []

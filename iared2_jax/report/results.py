@@ -137,8 +137,10 @@ def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     def dense_pass(variables, images, batch):
         logits, out = subject.module.apply(variables, images, execution="dense")
-        attention = jnp.stack([a.mean(1) for a in out["attention"]], 1) if wanted else logits
-        return {"logits": logits, "attention": attention}
+        found = {"logits": logits}
+        if wanted and out["attention"]:
+            found["attention"] = jnp.stack([maps.mean(1) for maps in out["attention"]], axis=1)
+        return found
 
     seen = subject.collect(subject.compiled(dense_pass), subject.original)
     figures = {
@@ -146,7 +148,7 @@ def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         **dict(evaluate.cost(subject.module, None)),
         "confusions": evaluate.confusions(seen["logits"], subject.labels, subject.class_names),
     }
-    if not wanted:
+    if "attention" not in seen:
         return figures, {}
     # Without CLS in its groups (CaiT), the blocks are the class-attention blocks.
     blocks = range(seen["attention"].shape[1])
