@@ -21,7 +21,13 @@ import jax
 import ml_collections
 import pytest
 
+from iared2_jax.ragged import planner
+
 ROOT = Path(__file__).parent.parent
+
+# Plans need not be the best here: fewer shapes and candidates to compile, and no other logits.
+planner.MAX_SHAPES["cpu"] = 6
+planner.FINALISTS = 1
 
 # Compiling takes longer than hypothesis allows an example by default.
 hypothesis.settings.register_profile(

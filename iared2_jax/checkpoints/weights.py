@@ -75,7 +75,7 @@ def load_weights(module: IARed2, source: str | Path, *, seed: int = 0) -> dict[s
     loaded = {}
     for path, recipe in recipes.items():
         value = _made(source, recipe, tensors)
-        if path == "backbone/pos_embed":
+        if path == "backbone/pos_embed" and value.ndim == 3:
             value = resize_positions(value, module.backbone.num_prefix, module.backbone.num_patches)
         if value.shape == fresh[path].shape:
             loaded[path] = jnp.asarray(value, fresh[path].dtype)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Loop bodies of a program, over all groups: more shapes waste less on padding and compile longer.
 MAX_SHAPES = {"cpu": 28, "gpu": 16}
 _BATCHES = 256  # drawn from the sample, to see what sub-batches need
-_FINALISTS = 3
+FINALISTS = 3  # layouts that are timed in all groups, with all their shapes
 _ROUNDS = 5, 25  # of timing, at least and at most
 _SECONDS = 2.0  # of timing, if that is between the two
 
@@ -262,7 +262,7 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
     work = counts.mean(0) * question.module.group_sizes * (counts.std(0) + 0.1)
     first = int(np.argmax(work)) + 1
     timed = time(first, _candidates(question, keep, first, limit=3), rounds=1)
-    alike = {(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:_FINALISTS]}
+    alike = {(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:FINALISTS]}
     limits = _limits(question, keep)
     chosen: list[GroupPlan] = []
     total = 0.0
