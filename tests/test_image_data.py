@@ -54,6 +54,20 @@ def test_training_batches_depend_only_on_their_place(folder, augment):
         np.testing.assert_allclose(batches[0]["target"].sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_batches_of_one(folder, hosts):
+    source = opened(folder)
+    alone = iter(train_batches(source, 8, 16, seed=1))
+    shares = [iter(train_batches(source, 8, 16, 1, host=h, hosts=hosts)) for h in range(hosts)]
+    for _ in range(8):  # across the end of an epoch
+        expected = next(alone)
+        parts = [next(share) for share in shares]
+        for key, values in expected.items():
+            np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), values)
+    with pytest.raises(ValueError, match="cannot have its share"):
+        train_batches(source, 8, 0, 1, host=0, hosts=3)
+
+
 def test_an_epoch_shows_every_image_once(folder):
     source = opened(folder, augment=NONE)
     size = source.epoch_size

@@ -83,6 +83,22 @@ def test_bfloat16_keeps_the_answer(name, tmp_path):
     assert same[clear].all()
 
 
+def test_npz_with_all_blocks_in_one_array(tmp_path):
+    """big_vision's scanned models; and an optimizer's state beside the weights is no weight."""
+    name = "vit_s16, big_vision"
+    tensors = oracles.weights_for(STORED[name]["shapes"])
+    blocks = {key: value for key, value in tensors.items() if "encoderblock_0/" in key}
+    scanned = {key: value for key, value in tensors.items() if "encoderblock_" not in key}
+    for key in blocks:
+        both = [tensors[key.replace("_0/", f"_{i}/", 1)] for i in range(2)]
+        scanned[key.replace("encoderblock_0", "encoderblock")] = np.stack(both)
+    scanned["opt/state/step"] = np.array(7)
+    np.savez(tmp_path / "w.npz", **scanned)
+    module = shortened("vit_s16", 2)
+    logits, _ = answers(module, load_weights(module, tmp_path / "w.npz"), oracles.images_for(224))
+    assert_close(logits, STORED[name]["logits"])
+
+
 # -- Ours.
 
 

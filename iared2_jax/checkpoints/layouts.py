@@ -5,6 +5,7 @@ can tell both what is missing and what was left over. Facts: each project's own 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -57,6 +58,16 @@ def _transposed(x: np.ndarray) -> np.ndarray:
 def _from_conv(x: np.ndarray) -> np.ndarray:
     """PyTorch's [d, 3, p, q] to [(p q 3), d]."""
     return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """All axes but the last in one."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _columns(x: np.ndarray) -> np.ndarray:
+    """All axes but the first in one."""
+    return x.reshape(x.shape[0], -1)
 
 
 def _joined(*parts: np.ndarray) -> np.ndarray:
@@ -162,59 +173,70 @@ def _hugging_face(prefix: str, names: Collection[str]) -> Layout:
 # -- vision_transformer's and big_vision's .npz: Flax arrays, heads apart.
 
 
+class _NpzStyle(NamedTuple):
+    """Of a file: what its names begin with; whose they are; whether all blocks lie in one array."""
+
+    prefix: str
+    big_vision: bool
+    scanned: bool
+
+    def module(self, ours: str) -> str:
+        """What a module of a block is called: big_vision counts the modules anew."""
+        attention, norm2, mlp = (0, 1, 0) if self.big_vision else (1, 2, 3)
+        return {
+            "norm1": "LayerNorm_0",
+            "norm2": f"LayerNorm_{norm2}",
+            "attn": f"MultiHeadDotProductAttention_{attention}",
+            "mlp/fc1": f"MlpBlock_{mlp}/Dense_0",
+            "mlp/fc2": f"MlpBlock_{mlp}/Dense_1",
+        }.get(ours, ours)
+
+    def outside(self, ours: str) -> str:
+        """What lies outside of the blocks is called."""
+        # big_vision adds positions before it joins CLS.
+        joined = "Transformer/posembed_input/pos_embedding"
+        return {
+            "cls_token": "cls",
+            "pos_embed": "pos_embedding" if self.big_vision else joined,
+            "patch_embed": "embedding",
+            "norm": "Transformer/encoder_norm",
+        }.get(ours, ours)
+
+
 def _npz(prefix: str, names: Collection[str]) -> Layout:
-    # big_vision adds positions before it joins CLS, and counts the modules of a block anew.
     big_vision = f"{prefix}pos_embedding" in names
-    positions = "pos_embedding" if big_vision else "Transformer/posembed_input/pos_embedding"
-    attention, norm2, mlp = (0, 1, 0) if big_vision else (1, 2, 3)
     scanned = f"{prefix}Transformer/encoderblock/LayerNorm_0/scale" in names
-    modules = {
-        "norm1": "LayerNorm_0",
-        "norm2": f"LayerNorm_{norm2}",
-        "attn": f"MultiHeadDotProductAttention_{attention}",
-        "mlp/fc1": f"MlpBlock_{mlp}/Dense_0",
-        "mlp/fc2": f"MlpBlock_{mlp}/Dense_1",
-    }
-    outside = {
-        "cls_token": "cls",
-        "pos_embed": positions,
-        "patch_embed": "embedding",
-        "norm": "Transformer/encoder_norm",
-        "head": "head",
-    }
+    style = _NpzStyle(prefix, big_vision, scanned)
+    name = "big_vision" if big_vision else "vision_transformer"
+    return Layout(name, functools.partial(_npz_recipe, style), r"opt/state/.*")
 
-    def recipe(path: str) -> Recipe:
-        """By block, module and leaf."""
-        path = path.removeprefix("backbone/")
-        match = re.fullmatch(r"block_(\d+)/(.+)/(kernel|bias|scale)", path)
-        if match is None:
-            module, _, leaf = path.rpartition("/")
-            name = outside.get(module or path, module) + (f"/{leaf}" if module else "")
-            flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-            return Recipe((prefix + name,), flat if path == "patch_embed/kernel" else _same)
-        index, module, leaf = int(match[1]), match[2], match[3]
-        block = f"{prefix}Transformer/encoderblock{'' if scanned else f'_{index}'}/"
 
-        def of_block(x):
-            """Scanned blocks lie in one array."""
-            return x[index] if scanned else x
+def _npz_recipe(style: _NpzStyle, path: str) -> Recipe:
+    path = path.removeprefix("backbone/")
+    match = re.fullmatch(r"block_(\d+)/(.+)/(kernel|bias|scale)", path)
+    if match:
+        return _npz_block_recipe(style, int(match[1]), match[2], match[3])
+    module, _, leaf = path.rpartition("/")
+    name = f"{style.outside(module)}/{leaf}" if module else style.outside(leaf)
+    return Recipe((style.prefix + name,), _rows if path == "patch_embed/kernel" else _same)
 
-        if module == "attn/qkv":
-            parts = tuple(f"{block}{modules['attn']}/{p}/{leaf}" for p in ("query", "key", "value"))
-            rows = 1 if leaf == "kernel" else 0  # [d, heads, e], or [heads, e]
 
-            def together(*parts):
-                """Heads of one kind next to each other, then the kinds."""
-                blocks = [of_block(x) for x in parts]
-                return _joined(*(x.reshape(*x.shape[:rows], -1) for x in blocks))
+def _npz_block_recipe(style: _NpzStyle, index: int, module: str, leaf: str) -> Recipe:
+    block = f"{style.prefix}Transformer/encoderblock{'' if style.scanned else f'_{index}'}"
 
-            return Recipe(parts, together)
-        if module == "attn/proj":
-            out = (lambda x: of_block(x).reshape(-1, x.shape[-1])) if leaf == "kernel" else of_block
-            return Recipe((f"{block}{modules['attn']}/out/{leaf}",), out)
-        return Recipe((f"{block}{modules.get(module, module)}/{leaf}",), of_block)
+    def of_block(x: np.ndarray) -> np.ndarray:
+        return x[index] if style.scanned else x
 
-    return Layout("big_vision" if big_vision else "vision_transformer", recipe)
+    if module == "attn/qkv":
+        parts = (f"{block}/{style.module('attn')}/{p}/{leaf}" for p in ("query", "key", "value"))
+        # [d, heads, e] or [heads, e]: heads of one kind next to each other, then the kinds.
+        flat = _columns if leaf == "kernel" else np.ravel
+        return Recipe(tuple(parts), lambda *parts: _joined(*(flat(of_block(x)) for x in parts)))
+    if module == "attn/proj":
+        name = f"{block}/{style.module('attn')}/out/{leaf}"
+        flat = _rows if leaf == "kernel" else _same
+        return Recipe((name,), lambda x: flat(of_block(x)))
+    return Recipe((f"{block}/{style.module(module)}/{leaf}",), of_block)
 
 
 _MARKS: tuple[tuple[str, Callable[[str, Collection[str]], Layout]], ...] = (

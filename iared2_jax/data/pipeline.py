@@ -24,22 +24,36 @@ def train_batches(
     seed: int,
     threads: int = 2,
     mix: Mix | None = None,
+    host: int = 0,
+    hosts: int = 1,
 ) -> grain.IterDataset:
     """Batches of training examples: batch i holds examples first + i B .. first + (i + 1) B - 1.
 
     Example k is a pure function of (seed, k), so a run that stopped after n examples goes on with
     `first_example=n`, and no state of the iterator has to be saved. With `mix`, a batch is one of
-    (seed, its first example) and the batch size.
+    (seed, its first example, the batch size and the host).
+
+    Args:
+      batch_size: B, over all hosts.
+      mix: mixes a host's rows of a batch (see `mixing`).
+      host, hosts: this host gets rows host B / hosts and on of every batch; B / hosts of them.
+
+    Raises:
+      ValueError: the hosts do not divide the batch.
     """
+    rows, rest = divmod(batch_size, hosts)
+    if rest or not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts} cannot have its share of {batch_size} examples")
 
     def example(index: int) -> dict[str, np.ndarray]:
-        return source.train_example(seed, first_example + index)
+        batch, row = divmod(index, rows)
+        return source.train_example(seed, first_example + batch * batch_size + host * rows + row)
 
     def mixed(index: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng((seed, first_example + index * batch_size, _MIXING))
-        return mix(batch, rng)
+        first = first_example + index * batch_size + host * rows
+        return mix(batch, np.random.default_rng((seed, first, _MIXING)))
 
-    dataset = grain.MapDataset.range(0, _ENDLESS).map(example).batch(batch_size)
+    dataset = grain.MapDataset.range(0, _ENDLESS).map(example).batch(rows)
     if mix is not None:
         dataset = dataset.map_with_index(mixed)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
