@@ -1,14 +1,20 @@
 """My own pictures, my own checkpoint: a lighter model, or an explanation.
 
 The folder has train/<class>/*.jpg and val/<class>/*.jpg (or .png). Weights are anything that
-`iared2_jax.load_weights` reads; for other classes than yours the head starts anew, and is trained
-with the blocks (train_head).
-Expected: depends on your data; the report compares with the dense model you started from.
-Hardware: one GPU for DeiT-S at these batches; on a CPU with hundreds of pictures, hours.
+`iared2_jax.load_weights` reads. If they are for your classes, one command:
 
     python -m iared2_jax.main --config=configs/folder.py --workdir=runs/mine \
       --config.data.path=<folder> --config.model.name=deit_s --config.weights=<checkpoint>
 
+If they are for other classes (ImageNet's, say), fine-tune them first; an interpreter that is
+rewarded by an untrained head learns to drop everything:
+
+    python -m iared2_jax.main --config=configs/folder.py --workdir=runs/dense \
+      --config.data.path=<folder> --config.weights=<checkpoint> --config.curriculum=supervised
+    ... then as above, with --config.weights=runs/dense/weights.safetensors
+
+Expected: depends on your data; the report compares with the dense model you started from.
+Hardware: one GPU for DeiT-S at these batches; on a CPU with hundreds of pictures, hours.
 Only evaluate, or only explain (a folder of pictures without classes will do):
 
     ... --config.mode=eval
@@ -30,6 +36,8 @@ def get_config(arg=None):
     config.data.eval_split = "val"
     config.data.eval_size = 0  # all
     config.train_head = True
-    for phase in (config.interpreter, config.backbone):
+    for phase in (config.interpreter, config.backbone, config.supervised):
         phase.batch_size = 64
+    config.supervised.epochs = 20.0
+    config.supervised.learning_rate = 5e-5  # fine-tuning
     return runlocal(config) if arg.runlocal else config

@@ -155,6 +155,7 @@ RESUMABLE = (
     "mode",
     "data.threads",
     "data.path",
+    "data.bad_share",
     "max_bad_steps",
     "log_every",
     "checkpoint_every",

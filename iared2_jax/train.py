@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from iared2_jax import config as config_lib
 from iared2_jax.capacities import measure_capacities, recalled
 from iared2_jax.checkpoints import weights
 from iared2_jax.checkpoints.run import RunCheckpoints
+from iared2_jax.checkpoints.tensors import read_tensors
 from iared2_jax.data.augment import AugmentOptions
 from iared2_jax.data.pipeline import mixing, shard_batch, train_batches
 from iared2_jax.errors import NonFiniteError, UsageError
@@ -53,7 +55,10 @@ def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, An
     dtype = jnp.dtype(config.model.dtype)
     module = registry.create_module(**model_options(config), dtype=dtype)
     if source := config_lib.weights_of(config):
-        return module, weights.load_weights(module, source, seed=config.seed)
+        # An interpreter's reward, and an evaluation, need answers that mean something.
+        fresh_head = config.mode == "train" and config.curriculum == "supervised"
+        loaded = weights.load_weights(module, source, seed=config.seed, fresh_head=fresh_head)
+        return module, loaded
     return module, registry.init_variables(module, config.seed)
 
 
@@ -66,7 +71,7 @@ def claimed(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
         use, or holds another run's config.
     """
     config_lib.validate(config, jax.device_count())
-    # Traced, not run: weights that do not fit are refused before anything compiles.
+    # Traced, so that nothing is put on a device: weights that do not fit are refused at once.
     jax.eval_shape(lambda: build_model(config)[1])
     with contextlib.ExitStack() as held:
         try:
@@ -90,6 +95,8 @@ def _adopt_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes config.json into a workdir; refuses one that holds another run's."""
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.flatten(config)))
+    # A path may change, for data that moved; what is there may not.
+    mine["data found"] = config_lib.source_of(config).fingerprint
     try:
         theirs = json.loads(path.read_text()) if path.exists() else mine
     except ValueError as error:
@@ -239,13 +246,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any] | None:
-    """The evaluation and report of `config.weights`, untrained; None if a signal stopped it."""
+    """The evaluation and report of `config.weights`, into <workdir>/eval; no weights are written.
+
+    Returns:
+      The results; None if a signal stopped it.
+    """
     from iared2_jax.report.results import evaluate_run
 
-    workdir = Path(workdir)
+    workdir = Path(workdir) / "eval"
+    shutil.rmtree(workdir, ignore_errors=True)  # of an evaluation before
     with Stop() as stop, claimed(config, workdir):
         _, variables = build_model(config)
-        return evaluate_run(config, workdir, variables["params"], stop)
+        weights.warn_if_untrained(config.weights, read_tensors(config.weights)[0])
+        return evaluate_run(config, workdir, variables["params"], stop, write_weights=False)
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:

@@ -15,6 +15,7 @@ from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
 from iared2_jax.data.sources import Wanted, open_source
 from iared2_jax.errors import UsageError
+from iared2_jax.train import claimed
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,24 @@ def test_a_config_opens_its_data_as_its_model_wants_them(cache):
     assert pixels[:2].shape == (2, 224, 224, 3)
     assert set(labels) <= set(range(10))
     assert source_of(config) is source  # opened once
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(folder, tmp_path):
+    config = load_config("folder", "model=deit_ti,runlocal")
+    config.data.path = str(folder)
+    config.interpreter.batch_size = config.backbone.batch_size = 8
+    with claimed(config, tmp_path / "run"):
+        pass
+    moved = folder.rename(tmp_path / "moved")
+    config.data.path = str(moved)
+    with claimed(config, tmp_path / "run"):
+        pass
+    shutil.copytree(moved, tmp_path / "other")
+    next((tmp_path / "other" / "train" / "3").iterdir()).unlink()
+    config.data.path = str(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"data found \('48 images of 10 classes"):  # noqa: SIM117
+        with claimed(config, tmp_path / "run"):
+            pass
 
 
 @pytest.mark.parametrize(

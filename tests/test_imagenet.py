@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from iared2_jax.data import imagenet
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -437,7 +437,7 @@ def test_a_flipped_byte_names_its_shard(copy):
     content[1000] ^= 255  # within the first records, which are compressed
     shard.write_bytes(content)
     records = imagenet.open_prepared(copy, "train")
-    with pytest.raises(RuntimeError, match="is damaged: copy it again") as caught:
+    with pytest.raises(DataError, match="is damaged: copy it again") as caught:
         list(records)
     assert str(shard) in str(caught.value)
 

@@ -54,13 +54,13 @@ def test_explain_writes_next_to_the_pictures(checkpoint, pictures, caplog):
     assert explain(*arguments) == 0
     written = {path.name for path in pictures.iterdir()} - {"broken.jpg"}
     assert written == {
-        *("astronaut.jpg", "astronaut.heatmap.png", "astronaut.hierarchy.png"),
-        *("cat.png", "cat.heatmap.png", "cat.hierarchy.png"),
+        *("astronaut.jpg", "astronaut.jpg.heatmap.png", "astronaut.jpg.hierarchy.png"),
+        *("cat.png", "cat.png.heatmap.png", "cat.png.hierarchy.png"),
     }
     assert "left out:" in caplog.text
     assert "has no interpreters: they are fresh, and their scores mean nothing" in caplog.text
     assert "broken.jpg is damaged" in caplog.text
-    with Image.open(pictures / "cat.heatmap.png") as image:
+    with Image.open(pictures / "cat.png.heatmap.png") as image:
         assert np.asarray(image).std() > 10
     # A second call explains the same pictures, not what the first one wrote.
     assert [path.name for path in pictures_in(pictures)] == [
@@ -96,8 +96,9 @@ def test_eval_prints_accuracy_cost_and_confusions(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Accuracy and cost, 200 images" in out
     assert "What is taken for what, most often" in out
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
     assert results["dense"]["top1"] > 0.9  # the shipped weights, not random ones
     wrong = sum(pair["images"] for pair in results["dense"]["confusions"])
     assert 0 < wrong <= 200 * (1 - results["dense"]["top1"]) + 1e-6
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["eval"]
+    assert not (tmp_path / "run" / "eval" / "weights.safetensors").exists()

@@ -1,6 +1,5 @@
 """Weights in and out: other people's files give their own numbers, ours come back bitwise."""
 
-import json
 import logging
 import sys
 
@@ -170,6 +169,8 @@ def test_another_class_count_starts_the_head_anew_and_says_so(tmp_path, caplog):
     )
     kernel = fresh["params"]["backbone"]["head"]["kernel"]
     np.testing.assert_array_equal(loaded["head"]["kernel"], kernel)
+    with pytest.raises(UsageError, match="is for 7 classes, the data have 10: train a head first"):
+        load_weights(module, tmp_path / "w.safetensors", fresh_head=False)
     np.testing.assert_array_equal(loaded["cls_token"], variables["params"]["backbone"]["cls_token"])
 
 
@@ -181,6 +182,8 @@ def test_positions_are_resized_with_the_image(tmp_path):
     loaded = load_weights(larger, tmp_path / "w.safetensors")["params"]["backbone"]["pos_embed"]
     kept = variables["params"]["backbone"]["pos_embed"]
     assert loaded.shape == (1, 577, 192)
+    # A command checks its weights within a trace, before anything is written.
+    jax.eval_shape(lambda: load_weights(larger, tmp_path / "w.safetensors"))
     np.testing.assert_array_equal(loaded[:, 0], kept[:, 0])
     # A field that is linear in space stays so, but for the border.
     ramp = np.broadcast_to(np.arange(14.0, dtype=np.float32)[:, None, None], (14, 14, 3))
@@ -313,4 +316,19 @@ def test_the_metadata_says_which_model_it_is(micro, tmp_path):
     assert read_tensors(tmp_path / "w.safetensors")[1] == {"create_model": options}
     assert "interpreters.1.q.weight" in load_file(tmp_path / "w.safetensors")
     assert load_model(tmp_path / "w.safetensors")[0].group_sizes == (2, 2, 2)
-    assert json.dumps(options)
+
+
+def test_interpreters_are_not_put_into_another_model(micro, tmp_path):
+    """Shapes alone would let them."""
+    _, variables = micro
+    options = {"name": "vit_micro", "num_classes": 10, "groups": [4, 1, 1], "init_bias": 1.0}
+    path = tmp_path / "w.safetensors"
+    save_weights(variables, path, {"create_model": options})
+    with pytest.raises(UsageError, match=r"group_sizes=\(4, 1, 1\), but this model"):
+        load_weights(create_module("vit_micro"), path)
+    with pytest.raises(UsageError, match=r"init_bias=1\.0, but this model has 0\.0"):
+        load_weights(create_module("vit_micro", groups=(4, 1, 1)), path)
+    load_weights(create_module("vit_micro", groups=(4, 1, 1), init_bias=1.0), path)
+    assert load_model(path, "vit_micro")[0].init_bias == 1.0
+    save_weights(variables, path, {"create_model": options}, interpreters=False)
+    load_weights(create_module("vit_micro"), path)  # a backbone is a backbone

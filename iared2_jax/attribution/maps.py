@@ -1,13 +1,15 @@
 """Maps over an image: per-patch values, and the heatmaps they are shown and judged as."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.data.images import eval_transform, normalize, open_image
 from iared2_jax.models.iared2 import IARed2, Thresholds
@@ -31,7 +33,9 @@ def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b 
     if module.norm is None:
         raise ValueError("the module has no norm: how its pixels are normalised is not known")
     size = module.backbone.image_size
-    pixels = [eval_transform(open_image(path), size, module.crop_pct) for path in paths]
+    pixels = [
+        eval_transform(open_image(path), size, module.crop_pct, name=str(path)) for path in paths
+    ]
     return normalize(np.stack(pixels), module.norm)
 
 
@@ -70,11 +74,30 @@ def explain(
     if not hasattr(images, "shape"):
         images = read_images(module, images)
 
-    @jax.jit
-    def scores(variables, images):
-        return module.apply(variables, images, thresholds)[1]["scores"][group - 1]
+    out = _masked(module, variables, images, jnp.asarray(thresholds, jnp.float32))
+    return to_heatmap(out["scores"][group - 1], images.shape[1])
 
-    return to_heatmap(scores(variables, images), images.shape[1])
+
+def keep_masks(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    images: Float[Array, "b height width 3"],
+    thresholds: Thresholds = 0.5,
+) -> list[Bool[Array, "b n"]]:
+    """Which patches each group's blocks see."""
+    return _masked(module, variables, images, jnp.asarray(thresholds, jnp.float32))["keep"]
+
+
+@functools.partial(jax.jit, static_argnums=0)  # compiled once per model, not once per picture
+def _masked(module: IARed2, variables, images, thresholds):
+    out = module.apply(variables, images, thresholds)[1]
+    return {name: out[name] for name in ("scores", "keep")}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _raw_attention(module: IARed2, variables, images):
+    _, out = module.apply(variables, images, execution="dense")
+    return [maps.mean(axis=1) for maps in out["attention"]]
 
 
 def raw_attention(
@@ -84,10 +107,4 @@ def raw_attention(
 
     The paper's "raw attention" is entry 1 (Block_1, counted from 0).
     """
-
-    @jax.jit
-    def attention(variables, images):
-        _, out = module.apply(variables, images, execution="dense")
-        return [block.mean(axis=1) for block in out["attention"]]
-
-    return attention(variables, images)
+    return _raw_attention(module, variables, images)

@@ -7,7 +7,7 @@ can tell both what is missing and what was left over. Facts: each project's own 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,18 @@ class Layout:
     name: str
     recipe: Callable[[str], Recipe]
     unused: str = r"(?!)"
+
+
+def taken_apart(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same tensors; blocks that lie in one array (big_vision's scanned models) one by one."""
+    apart: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        if "Transformer/encoderblock/" in name:
+            for index, block in enumerate(value):
+                apart[name.replace("/encoderblock/", f"/encoderblock_{index}/")] = block
+        else:
+            apart[name] = value
+    return apart
 
 
 def recognise(names: Collection[str]) -> Layout | None:
@@ -174,11 +186,10 @@ def _hugging_face(prefix: str, names: Collection[str]) -> Layout:
 
 
 class _NpzStyle(NamedTuple):
-    """Of a file: what its names begin with; whose they are; whether all blocks lie in one array."""
+    """Of a file: what its names begin with, and whose they are."""
 
     prefix: str
     big_vision: bool
-    scanned: bool
 
     def module(self, ours: str) -> str:
         """What a module of a block is called: big_vision counts the modules anew."""
@@ -205,8 +216,7 @@ class _NpzStyle(NamedTuple):
 
 def _npz(prefix: str, names: Collection[str]) -> Layout:
     big_vision = f"{prefix}pos_embedding" in names
-    scanned = f"{prefix}Transformer/encoderblock/LayerNorm_0/scale" in names
-    style = _NpzStyle(prefix, big_vision, scanned)
+    style = _NpzStyle(prefix, big_vision)
     name = "big_vision" if big_vision else "vision_transformer"
     return Layout(name, functools.partial(_npz_recipe, style), r"opt/state/.*")
 
@@ -222,21 +232,16 @@ def _npz_recipe(style: _NpzStyle, path: str) -> Recipe:
 
 
 def _npz_block_recipe(style: _NpzStyle, index: int, module: str, leaf: str) -> Recipe:
-    block = f"{style.prefix}Transformer/encoderblock{'' if style.scanned else f'_{index}'}"
-
-    def of_block(x: np.ndarray) -> np.ndarray:
-        return x[index] if style.scanned else x
-
+    block = f"{style.prefix}Transformer/encoderblock_{index}"
     if module == "attn/qkv":
         parts = (f"{block}/{style.module('attn')}/{p}/{leaf}" for p in ("query", "key", "value"))
         # [d, heads, e] or [heads, e]: heads of one kind next to each other, then the kinds.
         flat = _columns if leaf == "kernel" else np.ravel
-        return Recipe(tuple(parts), lambda *parts: _joined(*(flat(of_block(x)) for x in parts)))
+        return Recipe(tuple(parts), lambda *parts: _joined(*(flat(x) for x in parts)))
     if module == "attn/proj":
         name = f"{block}/{style.module('attn')}/out/{leaf}"
-        flat = _rows if leaf == "kernel" else _same
-        return Recipe((name,), lambda x: flat(of_block(x)))
-    return Recipe((f"{block}/{style.module(module)}/{leaf}",), of_block)
+        return Recipe((name,), _rows if leaf == "kernel" else _same)
+    return Recipe((f"{block}/{style.module(module)}/{leaf}",), _same)
 
 
 _MARKS: tuple[tuple[str, Callable[[str, Collection[str]], Layout]], ...] = (

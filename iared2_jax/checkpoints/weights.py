@@ -20,21 +20,32 @@ from flax import traverse_util
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
-from iared2_jax.checkpoints.layouts import Layout, Recipe, recognise, timm_name, to_timm
+from iared2_jax.checkpoints.layouts import (
+    Layout,
+    Recipe,
+    recognise,
+    taken_apart,
+    timm_name,
+    to_timm,
+)
 from iared2_jax.checkpoints.tensors import read_tensors
 from iared2_jax.errors import UsageError
 from iared2_jax.models.backbone import Backbone
 from iared2_jax.models.cait import CaiT
 from iared2_jax.models.iared2 import IARed2
-from iared2_jax.models.registry import VARIANTS, create_module, init_variables
+from iared2_jax.models.registry import VARIANTS, create_module, get_variant, init_variables
 from iared2_jax.models.vit import ViT
 
 log = logging.getLogger(__name__)
 
+# What a file of ours says of its model, beside what shapes tell.
+_TOLD = ("group_sizes", "policy_token", "interpreter_heads", "scale", "init_bias", "norm")
 _NEAREST = 10  # names that a failure lists
 
 
-def load_weights(module: IARed2, source: str | Path, *, seed: int = 0) -> dict[str, Any]:
+def load_weights(
+    module: IARed2, source: str | Path, *, seed: int = 0, fresh_head: bool = True
+) -> dict[str, Any]:
     """Variables for `module` with the weights of a file, whoever wrote it.
 
     Read are timm's ViT, DeiT and CaiT, DeiT's and CaiT's own .pth, transformers' ViT and DeiT,
@@ -47,20 +58,23 @@ def load_weights(module: IARed2, source: str | Path, *, seed: int = 0) -> dict[s
       source: see `checkpoints.tensors.read_tensors`: a file, a folder, "hf://owner/name", or the
         name of shipped weights.
       seed: of whatever is left fresh.
+      fresh_head: whether the head may be left fresh, with a warning; else that is an error, too.
 
     Returns:
       {"params": ..}, float32.
 
     Raises:
       UsageError: the file cannot be read or is of no known kind; a parameter finds nothing to be
-        filled with, a tensor finds no place, a shape differs, or a value is not finite.
+        filled with, a tensor finds no place, a shape differs, or a value is not finite; or a file
+        of ours says that its interpreters belong to another model than this.
 
     Example:
       >>> variables = load_weights(create_module("vit_micro"), "vit_micro")
       >>> sorted(variables["params"])
       ['backbone', 'interpreter_1', 'interpreter_2', 'interpreter_3']
     """
-    tensors, _ = read_tensors(source)
+    tensors, metadata = read_tensors(source)
+    tensors = taken_apart(tensors)
     layout = recognise(tensors)
     if layout is None:
         raise UsageError(
@@ -69,7 +83,9 @@ def load_weights(module: IARed2, source: str | Path, *, seed: int = 0) -> dict[s
         )
     fresh = traverse_util.flatten_dict(init_variables(module, seed)["params"], sep="/")
     recipes = {path: layout.recipe(path) for path in fresh}
-    if not any(name.startswith("interpreters.") for name in tensors):
+    if has_interpreters(tensors):
+        _check_metadata(source, module, metadata.get("create_model"))
+    else:
         recipes = {p: recipe for p, recipe in recipes.items() if not p.startswith("interpreter_")}
     _check_names(source, layout, tensors, recipes)
     loaded = {}
@@ -85,9 +101,35 @@ def load_weights(module: IARed2, source: str | Path, *, seed: int = 0) -> dict[s
                 f"{path}, but this model's is {list(fresh[path].shape)}"
             )
     anew = [path for path in recipes if path not in loaded]
+    if anew and not fresh_head:
+        raise UsageError(
+            f"{source} is for {num_classes_of(tensors)} classes, the data have "
+            f"{module.backbone.num_classes}: train a head first (--config.curriculum=supervised), "
+            "and start from the weights.safetensors of that run"
+        )
     if anew:
         log.warning("%s is for other classes: %s start anew", source, " and ".join(anew))
     return {"params": traverse_util.unflatten_dict({**fresh, **loaded}, sep="/")}
+
+
+def has_interpreters(tensors: Iterable[str]) -> bool:
+    """Whether a file of ours has more than the backbone; of others' files none has."""
+    return any(name.startswith("interpreters.") for name in tensors)
+
+
+def _check_metadata(source, module: IARed2, known: Mapping[str, Any] | None) -> None:
+    """Shapes do not tell groups, heads or normalisation, but the same weights would mean others."""
+    if known is None:
+        return
+    known = {key: value for key, value in known.items() if key not in ("seed", "dtype")}
+    theirs = create_module(**known)
+    for field in _TOLD:
+        mine, other = getattr(module, field), getattr(theirs, field)
+        if mine != other and None not in (mine, other):
+            raise UsageError(
+                f"{source} was trained with {field}={other}, but this model has {mine}: set "
+                "config.model accordingly, or use iared2_jax.load_model"
+            )
 
 
 def _check_names(source, layout: Layout, tensors, recipes) -> None:
@@ -151,7 +193,8 @@ def resize_positions(
         return positions
     if n != side:
         grid = grid.reshape(1, n, n, width)
-        grid = np.asarray(jax.image.resize(grid, (1, side, side, width), "cubic"))
+        with jax.ensure_compile_time_eval():  # weights are also checked within a trace
+            grid = np.asarray(jax.image.resize(grid, (1, side, side, width), "cubic"))
     return np.concatenate([prefix, grid.reshape(1, num_patches, width)], axis=1)
 
 
@@ -175,10 +218,11 @@ def load_model(
       96
     """
     tensors, metadata = read_tensors(source)
+    tensors = taken_apart(tensors)
     known = dict(metadata.get("create_model", {}))
     seed = options.pop("seed", known.pop("seed", 0))
     known_name = known.pop("name", None)
-    if name is None or name == known_name:
+    if known_name and (name is None or get_variant(name) is get_variant(known_name)):
         options = {**known, **options}
     name = name or known_name or _variant_of(source, tensors)
     if "num_classes" not in options:
@@ -190,7 +234,7 @@ def load_model(
 
 def warn_if_untrained(source: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Says that there are no interpreters in what was read, so that nobody believes random ones."""
-    if not any(name.startswith("interpreters.") for name in tensors):
+    if not has_interpreters(tensors):
         log.warning(
             "%s has no interpreters: they are fresh, and their scores mean nothing before training "
             "(configs/folder.py, curriculum interpreters)", source

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from iared2_jax.errors import UsageError, nearest
+from iared2_jax.errors import DataError, UsageError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ class Folder(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         name = self._files[index]
-        content = (self._path / name).read_bytes()
+        try:
+            content = (self._path / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self._path / name} cannot be read ({error.strerror})") from error
         return {"image": content, "label": self._labels[index], "file_name": name}
 
 

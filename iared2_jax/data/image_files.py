@@ -19,6 +19,7 @@ from iared2_jax.data.images import (
     random_flip,
     random_resized_crop,
 )
+from iared2_jax.errors import DataError
 
 if TYPE_CHECKING:
     from iared2_jax.data.sources import Wanted
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BAD_IN_A_ROW = 100  # unreadable images that end a run whatever the share
+_EXAMPLE = 2  # sets an example's randomness apart from its epoch's order (and from mixing)
 THREADS = 8  # that decode evaluation images
 
 
@@ -34,7 +36,7 @@ class BadImages:
 
     def __init__(self, share: float, total: int):
         self._allowed = max(1, int(share * total)) if share else 0
-        self._names: set[str] = set()
+        self._rows: set[int] = set()
         self._in_a_row = 0
         self._lock = threading.Lock()
 
@@ -42,7 +44,7 @@ class BadImages:
         """One was readable."""
         self._in_a_row = 0
 
-    def bad(self, name: str, error: BadImage) -> None:
+    def bad(self, row: int, error: DataError) -> None:
         """One was not; warns once for each.
 
         Raises:
@@ -50,12 +52,12 @@ class BadImages:
         """
         with self._lock:
             self._in_a_row += 1
-            if name not in self._names:
-                self._names.add(name)
+            if row not in self._rows:
+                self._rows.add(row)
                 log.warning("training image %s: another takes its place", error)
-            if len(self._names) > self._allowed or self._in_a_row >= BAD_IN_A_ROW:
+            if len(self._rows) > self._allowed or self._in_a_row >= BAD_IN_A_ROW:
                 raise BadImage(
-                    f"{len(self._names)} training images cannot be used, the last one because "
+                    f"{len(self._rows)} training images cannot be used, the last one because "
                     f"{error}: mend them, or raise config.data.bad_share"
                 ) from error
 
@@ -84,15 +86,16 @@ class ImageFiles:
         place, _ = repeated_example(k, size, augment.repeats)
         order = _shuffled(size, seed, epoch)
         while True:
-            record = self._records[int(order[place])]
+            row = int(order[place])
             try:
+                record = self._records[row]
                 image = open_image(record["image"], record["file_name"])
                 break
-            except BadImage as error:
-                self._bad.bad(record["file_name"], error)
+            except DataError as error:
+                self._bad.bad(row, error)
                 place = (place + 1) % size
         self._bad.good()
-        rng = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((seed, index, _EXAMPLE))
         pixels = self._augmented(image, rng)
         return {"image": pixels, "label": np.int32(record["label"])}
 
@@ -134,7 +137,8 @@ class EvalImages:
     def _pixels(self, row: int) -> np.ndarray:
         record = self._records[row]
         image = open_image(record["image"], record["file_name"])
-        return eval_transform(image, self._wanted.image_size, self._wanted.crop_pct)
+        wanted = self._wanted
+        return eval_transform(image, wanted.image_size, wanted.crop_pct, name=record["file_name"])
 
     def labels(self) -> np.ndarray:
         """Of all of them."""

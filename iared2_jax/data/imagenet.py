@@ -34,7 +34,7 @@ from PIL import Image
 from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as stock
 
-from iared2_jax.errors import UsageError, nearest
+from iared2_jax.errors import DataError, UsageError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ class Records(Sequence):
             record = self._source[index]
         except RuntimeError as error:  # array_record's; it does not say where
             shard = self._shards[bisect.bisect_right(self._ends, index)]
-            raise RuntimeError(f"shard {shard} is damaged: {_NEW_COPY}") from error
+            raise DataError(f"shard {shard} is damaged: {_NEW_COPY}") from error
         return {
             "image": record["image"],
             "label": int(record["label"]),

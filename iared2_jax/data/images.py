@@ -97,7 +97,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def eval_transform(
-    image: Image.Image, size: int, crop_pct: float, interpolation: str = "bicubic"
+    image: Image.Image,
+    size: int,
+    crop_pct: float,
+    interpolation: str = "bicubic",
+    name: str = "the image",
 ) -> UInt8[np.ndarray, "size size 3"]:
     """The centre of an RGB image as timm evaluates it: the shorter edge resized, then a crop.
 
@@ -109,6 +113,7 @@ def eval_transform(
       size: side of the result, px.
       crop_pct: share of the shorter edge that is kept, from the model's timm config.
       interpolation: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
+      name: what errors call the image.
 
     Returns:
       The pixels, 0..255.
@@ -128,7 +133,7 @@ def eval_transform(
     long = int(short * max(image.size) / min(image.size))
     if short * long > MAX_PIXELS:
         raise BadImage(
-            f"an image of {image.width} x {image.height} pixels cannot be resized to"
+            f"{name} of {image.width} x {image.height} pixels cannot be resized to"
             f" {short} x {long}, more than the {MAX_PIXELS / 1e6:g} million pixels allowed"
         )
     image = image.resize((short, long) if image.width <= image.height else (long, short), method)

@@ -3,6 +3,7 @@
 Scenes of Cluttered MNIST as JPEG files; the digits take the names of ImageNet's first ten classes.
 """
 
+import contextlib
 import io
 import logging
 import tarfile
@@ -70,23 +71,35 @@ def small_imagenet() -> Path:
         log.info("making a small imagenet2012 in %s", folder)
         imagenet.log.setLevel(logging.ERROR)  # it would warn that these tars are not whole
         try:
-            with tempfile.TemporaryDirectory() as tars:
-                write_official_tars(Path(tars))
-                imagenet.prepare(Path(tars), folder)
+            with _made_whole(folder) as draft:
+                write_official_tars(draft)
+                imagenet.prepare(draft, draft)
         finally:
             imagenet.log.setLevel(logging.NOTSET)
     return folder
 
 
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A draft that becomes `folder` at the end, unless another process was quicker."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+        content = Path(draft) / "content"
+        content.mkdir()
+        yield content
+        with contextlib.suppress(OSError):  # it is there and not empty
+            content.rename(folder)
+
+
 def small_folder() -> Path:
     """A folder with train/<digit>/*.jpg and val/<digit>/*.jpg, in the cache."""
     folder = cache_folder() / "small" / "folder"
-    if not (folder / "whole").is_file():
+    if not folder.is_dir():
         log.info("making a small folder of images in %s", folder)
-        for split, of_scenes, count in (("train", "train", TRAIN), ("val", "test", VALIDATION)):
-            for number, (digit, image) in enumerate(scenes(of_scenes, count)):
-                path = folder / split / str(digit) / f"{number:04d}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(image)
-        (folder / "whole").touch()
+        with _made_whole(folder) as draft:
+            for split, of_scenes, count in (("train", "train", TRAIN), ("val", "test", VALIDATION)):
+                for number, (digit, image) in enumerate(scenes(of_scenes, count)):
+                    path = draft / split / str(digit) / f"{number:04d}.jpg"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(image)
     return folder

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from iared2_jax.attribution.maps import explain, raw_attention, to_heatmap
+from iared2_jax.attribution.maps import explain, keep_masks, raw_attention, to_heatmap
 from iared2_jax.data.images import normalize
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.typing import Norm
@@ -70,7 +69,7 @@ def draw_hierarchy(
 ) -> Path:
     """Figure 4: what each group still sees, with the share of patches kept on each image."""
     images = normalize(jnp.asarray(pixels), norm)
-    masks = jax.jit(lambda v, x: module.apply(v, x, thresholds)[1]["keep"])(variables, images)
+    masks = keep_masks(module, variables, images, thresholds)
     titles = ["input", *(f"group {group}" for group in range(1, module.num_groups + 1))]
     figure, axes = _grid(len(pixels), titles)
     size = pixels.shape[1]

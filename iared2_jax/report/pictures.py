@@ -2,16 +2,16 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import ml_collections
-import numpy as np
 
 from iared2_jax import train
 from iared2_jax.checkpoints.tensors import read_tensors
-from iared2_jax.checkpoints.weights import num_classes_of, warn_if_untrained
+from iared2_jax.checkpoints.weights import load_model, num_classes_of, warn_if_untrained
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.errors import UsageError
-from iared2_jax.models.registry import get_variant
+from iared2_jax.models.iared2 import IARed2
 from iared2_jax.report.figures import draw_comparison, draw_hierarchy
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ def pictures_in(folder: Path) -> list[Path]:
 def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     """Writes <picture>.heatmap.png and <picture>.hierarchy.png beside every picture of data.path.
 
-    The model is config.model with config.weights; the heatmaps are the scores of the second group
-    (Fig. 3), the hierarchy what each group still sees (Fig. 4). A picture that cannot be read is
-    named, and left out.
+    The model is what a file of ours says it is, else config.model with config.weights. The heatmaps
+    are the scores of the second group (Fig. 3), the hierarchy what each group still sees (Fig. 4).
+    A picture that cannot be read is named, and left out.
 
     Returns:
       The pictures that were explained.
@@ -53,23 +53,20 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     Raises:
       UsageError: no folder, no pictures, or weights that do not fit; BadImage if none was readable.
     """
+    if not config.data.path:
+        raise UsageError("config.mode=explain needs config.data.path: which folder of pictures?")
     paths = pictures_in(Path(config.data.path))
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    tensors, _ = read_tensors(config.weights)
-    warn_if_untrained(config.weights, tensors)
-    config.model.num_classes = config.model.num_classes or num_classes_of(tensors)
-    module, variables = train.build_model(config)
-    variant = get_variant(config.model.name)
+    module, variables = _model(config)
     done = []
     for path in paths:
         try:
-            picture = open_image(path)
+            pixels = eval_transform(
+                open_image(path), module.backbone.image_size, module.crop_pct, name=str(path)
+            )
         except BadImage as error:
             log.warning("left out: %s", error)
             continue
-        pixels = eval_transform(picture, module.backbone.image_size, variant.crop_pct)[None]
-        _draw(config, module, variables, np.asarray(pixels), path)
+        _draw(module, variables, pixels[None], path, config.threshold)
         done.append(path)
         log.info("%s: written beside it", path)
     if not done:
@@ -77,17 +74,27 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     return done
 
 
-def _draw(config, module, variables, pixels, path: Path) -> None:
-    norm = get_variant(config.model.name).norm
-    heatmap, hierarchy = (path.with_name(path.stem + ending) for ending in _WRITTEN)
+def _model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, Any]]:
+    tensors, metadata = read_tensors(config.weights)
+    if "create_model" in metadata:
+        return load_model(config.weights)
+    warn_if_untrained(config.weights, tensors)
+    config = config.copy_and_resolve_references().unlock()
+    classes = config.model.num_classes or num_classes_of(tensors)
+    config.model.num_classes = classes or 1  # no kind of weights we know: loading will say so
+    return train.build_model(config)
+
+
+def _draw(module, variables, pixels, path: Path, threshold: float) -> None:
+    heatmap, hierarchy = (path.with_name(path.name + ending) for ending in _WRITTEN)
     draw_comparison(
         module,
         variables,
         pixels,
-        norm,
+        module.norm,
         heatmap,
         group=min(2, module.num_groups),
         block=1 if module.backbone.num_prefix else -1,
-        thresholds=config.threshold,
+        thresholds=threshold,
     )
-    draw_hierarchy(module, variables, pixels, norm, hierarchy, thresholds=config.threshold)
+    draw_hierarchy(module, variables, pixels, module.norm, hierarchy, thresholds=threshold)

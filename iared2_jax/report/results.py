@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import platform
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from iared2_jax.checkpoints.weights import save_weights
 from iared2_jax.config import flatten, source_of, weights_of
 from iared2_jax.data.image_files import EvalImages
 from iared2_jax.data.images import normalize
+from iared2_jax.files import write_json
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.models.registry import get_variant
 from iared2_jax.reduction.selectors import random_like
@@ -74,11 +74,12 @@ def evaluate_run(
     workdir: Path,
     params: dict[str, Any],
     stop: Stop | None = None,
+    write_weights: bool = True,
 ) -> dict[str, Any] | None:
-    """Evaluates trained parameters against the dense backbone they started from.
+    """Evaluates trained parameters against the dense backbone that `config.weights` has.
 
-    Writes into the workdir: results.json, report.html, figures/*.png, weights.safetensors; prints
-    the tables.
+    Writes into the workdir: results.json, report.html, figures/*.png, and weights.safetensors if
+    asked; prints the tables.
 
     Returns:
       The results as written; None if `stop` was requested on the way (nothing is written then).
@@ -88,6 +89,8 @@ def evaluate_run(
         results = _measure(subject)
     except evaluate.Interrupted:
         return None
+    if write_weights:
+        _write_weights(subject, results, workdir)
     _write(subject, results, workdir)
     return results
 
@@ -222,7 +225,7 @@ def _speed(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _write(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
+def _write_weights(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
     config = subject.config
     best = results.get("iared2", results["dense"])
     metadata = {
@@ -235,12 +238,16 @@ def _write(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
     save_weights(
         subject.trained, workdir / "weights.safetensors", metadata, interpreters=subject.reduces
     )
+
+
+def _write(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
+    config = subject.config
     drawn = _draw(subject, workdir) if subject.reduces and config.eval.figures else {}
     made = tables.tables(results)
     footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     tables.write_html(workdir / "report.html", f"IA-RED²: {config.name}", made, drawn, footer)
     # Last, so that results.json says that everything else is there.
-    (workdir / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(workdir / "results.json", results)
     print("\n\n".join(tables.as_text(table) for table in made), flush=True)
     log.info("results.json, report.html and figures are in %s", workdir)
 
