@@ -292,7 +292,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         )
     if config.mode != "explain":
         _check_data(config)
-    if config.mode != "train" and not config.weights:
+    if config.mode != "train" and not weights_of(config):
         raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
     if not config.weights and config.curriculum != "supervised" and config.data.name not in MADE:
         raise UsageError(

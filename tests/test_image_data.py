@@ -181,6 +181,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(folder, tmp_path):
         ({"data.augment.repeats": 0}, "config.data.augment.repeats=0 must be at least 1"),
         ({"mode": "evaluate"}, "config.mode='evaluate' is unknown"),
         ({"mode": "eval", "weights": ""}, "config.mode=eval needs config.weights"),
+        ({"mode": "eval", "weights": "scratch"}, "config.mode=eval needs config.weights"),
     ],
 )
 def test_data_that_cannot_be_used_are_refused(cache, changes, says):
