@@ -4,7 +4,7 @@ Not in the paper: the recipe of its Table 2 on a backbone that was trained in an
 are normalised to -1 .. 1, as these weights expect.
 Expected: nothing published to compare with; AugReg's own ViT-S/16 at 224 px has 81.4 top-1
 (vit_small_patch16_224 in timm). Not run at this scale yet.
-Hardware: as configs/deit_s.py, which is the same size.
+Hardware and time: as configs/deit_s.py, which is the same size.
 
     python -m iared2_jax.main --config=configs/vit_augreg_s16.py --workdir=runs/vit_augreg_s16 \
       --config.data.path=<prepared ImageNet> --config.weights=<vit_small_patch16_224, or its .npz>

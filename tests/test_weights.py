@@ -50,8 +50,6 @@ def assert_close(actual, expected, limit=1e-4):
 
 @pytest.mark.parametrize("family", oracles.FAMILIES, ids=lambda family: family.name)
 def test_parity_with_what_others_answered(family, tmp_path):
-    if family.kind == "pth":
-        pytest.importorskip("torch")  # to write one; tests/test_pth.py reads without
     kept = STORED[family.name]
     backbone = VARIANTS[family.variant].backbone
     module = shortened(family.variant, family.stored_depth or backbone.depth)
@@ -62,6 +60,11 @@ def test_parity_with_what_others_answered(family, tmp_path):
     assert len(blocks) == len(kept["blocks"])
     for block, expected in zip(blocks, kept["blocks"], strict=True):
         assert_close(oracles.probe(block), expected)
+    if family.kind == "timm":  # out again as it came in
+        out = timm_tensors(variables, interpreters=False)
+        assert out.keys() == kept["shapes"].keys()
+        for name, value in oracles.weights_for(kept["shapes"]).items():
+            np.testing.assert_array_equal(out[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["deit_ti, timm", "cait_xxs24, timm"])
