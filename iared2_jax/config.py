@@ -132,15 +132,15 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config for a look at the machinery: two small steps of every phase, random weights."""
     config.weights = "scratch"
     config.data.path = "small"
-    config.data.eval_size = 8
+    config.data.eval_size = 4
     for phase in (config.interpreter, config.backbone, config.supervised):
-        phase.batch_size = 4
+        phase.batch_size = 2
         phase.epochs = 0.0
         phase.steps = 2
     config.log_every = 1
     config.keep_checkpoints = 1
-    config.eval.batch_size = 4
-    config.eval.figures = 2
+    config.eval.batch_size = 2
+    config.eval.figures = 1
     config.eval.speed_batch = 0  # planning takes longer than all the rest
     return config
 
