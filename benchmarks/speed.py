@@ -26,7 +26,7 @@ from benchmarks.workload import SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
 from iared2_jax.ragged import Accelerated, Plan, planner
 from iared2_jax.ragged.engine import Job, run_dense, sub_batch_sizes
-from iared2_jax.ragged.planner import Question
+from iared2_jax.ragged.question import Question
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 

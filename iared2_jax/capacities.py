@@ -16,7 +16,6 @@ from iared2_jax.files import write_json
 from iared2_jax.losses import Batch, Capacities
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
-from iared2_jax.typing import Norm
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ STEP = 8  # capacities are multiples of it
 
 
 def measure_capacities(
-    module: IARed2, params: dict[str, Any], phase: Phase, batches: Iterator[Batch], norm: Norm
+    module: IARed2, params: dict[str, Any], phase: Phase, batches: Iterator[Batch]
 ) -> Capacities:
     """Slots for the masks that are fixed in `phase`: of groups 1..group, or before, if it learns.
 
@@ -37,7 +36,7 @@ def measure_capacities(
 
     @jax.jit
     def counts(params, images):
-        _, out = module.apply({"params": params}, normalize(images, norm), phase.thresholds)
+        _, out = module.apply({"params": params}, normalize(images, module.norm), phase.thresholds)
         return jnp.stack([keep.sum(-1) for keep in out["keep"]], axis=1)
 
     seen: list[np.ndarray] = []

@@ -2,22 +2,17 @@
 
 import ast
 import dataclasses
-import math
 import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-from ml_collections import config_dict
 
 from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
-from iared2_jax.data.sources import MADE, OPENERS, Source, Wanted, open_source
+from iared2_jax.data.sources import Source, Wanted, open_source
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.interpreter import POLICY_TOKENS
-from iared2_jax.models.registry import VARIANTS, get_variant, is_variant, split_into_groups
-from iared2_jax.optim import OPTIMIZERS
-from iared2_jax.reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
+from iared2_jax.models.registry import get_variant
 
 MODES = ("train", "eval", "explain")
 CURRICULA = ("iared2", "interpreters", "supervised")
@@ -252,88 +247,24 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return dict(walk(config, ""))
 
 
-def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
-    """Refuses a config that cannot mean anything, before anything is compiled.
-
-    Raises:
-      UsageError: one sentence that names the key, its value and what would do.
-    """
-    _check_keys(config)
-    _check_numbers(config)
-    flat = flatten(config)
-
-    def one_of(key, choices):
-        if flat[key] not in choices:
-            raise UsageError(f"config.{key}={flat[key]!r} is unknown{nearest(flat[key], choices)}")
-
-    one_of("curriculum", CURRICULA)
-    one_of("mode", MODES)
-    one_of("data.name", OPENERS)
-    if not is_variant(config.model.name):  # timm's names are names, too
-        one_of("model.name", VARIANTS)
-    one_of("model.dtype", DTYPES)
-    one_of("model.policy_token", ("", *POLICY_TOKENS))
-    one_of("reward_denominator", REWARD_DENOMINATORS)
-    one_of("train_execution", TRAIN_EXECUTIONS)
-    one_of("log_prob_reduction", LOG_PROB_REDUCTIONS)
-
-    groups = model_groups(config)
-    if not isinstance(groups, int) and len(groups) != config.model.groups:
-        raise UsageError(
-            f"config.model.groups={config.model.groups}, but config.model.group_sizes="
-            f"{list(groups)} lists {len(groups)}: change group_sizes, or empty it with "
-            "--config.model.group_sizes=()"
-        )
-    sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
-    if len(config.tau) not in (1, len(sizes)):
-        raise UsageError(
-            f"config.tau has {len(config.tau)} values for {len(sizes)} groups: "
-            f"give 1 or {len(sizes)}"
-        )
-    if config.mode != "explain":
-        _check_data(config)
-    if config.mode != "train" and not weights_of(config):
-        raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
-    if not config.weights and config.curriculum != "supervised" and config.data.name not in MADE:
-        raise UsageError(
-            "config.weights is empty, but interpreters need a trained backbone: name its file "
-            '(--config.weights=deit_small.safetensors), or "scratch" if you mean it'
-        )
-    kinds = {"iared2": ("interpreter", "backbone"), "interpreters": ("interpreter",)}
-    for kind in kinds.get(config.curriculum, ("supervised",)):
-        _check_phase(kind, config[kind], device_count)
-
-
-def _check_data(config: ml_collections.ConfigDict) -> None:
-    source = source_of(config)
-    if config.data.eval_split not in source.splits:
-        raise UsageError(
-            f"config.data.eval_split={config.data.eval_split!r} is unknown"
-            f"{nearest(config.data.eval_split, source.splits)}"
-        )
-    if config.model.num_classes not in (0, source.num_classes):
-        raise UsageError(
-            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
-            f"{source.num_classes} classes: set --config.model.num_classes={source.num_classes}"
-        )
-
-
 def source_of(config: ml_collections.ConfigDict) -> Source:
     """The config's dataset, opened, as its model wants it."""
     variant = get_variant(config.model.name)
-    augment = {
-        key: tuple(value) if isinstance(value, list | tuple) else value
-        for key, value in config.data.augment.items()
-    }
     wanted = Wanted(
         image_size=variant.backbone.image_size,
         path=config.data.path,
         norm=variant.norm,
         crop_pct=variant.crop_pct,
-        augment=AugmentOptions(**augment),
+        augment=augment_of(config),
         bad_share=config.data.bad_share,
     )
     return open_source(config.data.name, wanted)
+
+
+def augment_of(config: ml_collections.ConfigDict) -> AugmentOptions:
+    """Of the training images."""
+    options = config.data.augment.items()
+    return AugmentOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options})
 
 
 def num_classes(config: ml_collections.ConfigDict) -> int:
@@ -344,73 +275,3 @@ def num_classes(config: ml_collections.ConfigDict) -> int:
 def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:
     """What `create_model` takes as `groups`."""
     return tuple(config.model.group_sizes) or config.model.groups
-
-
-def _check_keys(config: ml_collections.ConfigDict) -> None:
-    known = flatten(default_config())
-    given = flatten(config)
-    for key in given:
-        if key not in known:
-            raise UsageError(f"config.{key} is not an option{nearest(key, known)}")
-    for key in known:
-        if key not in given:
-            raise UsageError(f"config.{key} is missing: start from config.default_config()")
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-    flat = flatten(config)
-    pairs = ("data.augment.scale", "data.augment.ratio")
-    for key, kinds in (
-        ("tau", (int, float)), ("model.group_sizes", (int,)), *((p, (int, float)) for p in pairs)
-    ):  # fmt: skip
-        if any(type(item) not in kinds for item in flat[key]):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise UsageError(f"config.{key}={flat[key]} must hold only {names}")
-    for key, value in flat.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UsageError(f"config.{key}={value} is not a finite number")
-            if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
-                raise UsageError(f"config.{key}={value} must not be negative")
-    for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints", "rollouts",
-                "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
-                "data.threads"):  # fmt: skip
-        if flat[key] < 1:
-            raise UsageError(f"config.{key}={flat[key]} must be at least 1")
-    for key in ("ema_decay", "label_smoothing", "data.bad_share"):
-        if flat[key] >= 1:
-            raise UsageError(f"config.{key}={flat[key]} must be below 1")
-    for key in ("data.augment.erasing", "data.augment.flip"):
-        if flat[key] > 1:
-            raise UsageError(f"config.{key}={flat[key]} must be at most 1")
-    for key in pairs:
-        if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1]:
-            raise UsageError(f"config.{key}={flat[key]} must be (least, greatest), above 0")
-    for key in ("seed", "data.seed"):
-        if flat[key] >= 2**32:
-            raise UsageError(f"config.{key}={flat[key]} must be below 2**32")
-    if not 0 < config.threshold < 1:
-        raise UsageError(f"config.threshold={config.threshold} must be between 0 and 1")
-
-
-def _check_phase(kind: str, phase: config_dict.ConfigDict, device_count: int) -> None:
-    if (phase.steps > 0) == (phase.epochs > 0):
-        raise UsageError(
-            f"config.{kind}.steps={phase.steps} and config.{kind}.epochs={phase.epochs}: "
-            "exactly one of the two must be above 0"
-        )
-    if phase.learning_rate == 0:
-        raise UsageError(f"config.{kind}.learning_rate=0.0 would train nothing")
-    if phase.optimizer not in OPTIMIZERS:
-        raise UsageError(
-            f"config.{kind}.optimizer={phase.optimizer!r} is unknown"
-            f"{nearest(phase.optimizer, OPTIMIZERS)}"
-        )
-    if phase.accumulate < 1 or phase.batch_size < 1:
-        raise UsageError(f"config.{kind}: batch_size and accumulate must be at least 1")
-    rows = device_count * phase.accumulate
-    if phase.batch_size % rows:
-        raise UsageError(
-            f"config.{kind}.batch_size={phase.batch_size} must be a multiple of {rows} "
-            f"({device_count} devices x {phase.accumulate} micro-batches)"
-        )

@@ -18,16 +18,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import ml_collections
 
 from iared2_jax import config as config_lib
-from iared2_jax.errors import CheckpointError, NonFiniteError, UsageError, nearest
+from iared2_jax.command import Parser, exit_code
+from iared2_jax.errors import UsageError, nearest
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # one line, like every other mistake
-        raise UsageError(message)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m iared2_jax.main",
         description=__doc__,
         epilog="Any option of the config: --config.KEY=VALUE, e.g. --config.interpreter.steps=50; "
@@ -66,17 +62,15 @@ def run(argv: Sequence[str] | None = None) -> int:
     # Our own progress, and from others only what matters.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("iared2_jax").setLevel(logging.INFO)
-    try:
+
+    def command() -> None:
+        """What the flags say."""
         config, workdir = parse(sys.argv[1:] if argv is None else argv)
         from iared2_jax import train  # slow to import: after the flags
 
         train.run(config, workdir)
-    except (UsageError, NonFiniteError, CheckpointError) as error:
-        print("iared2_jax:", " ".join(str(error).split()), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_code(command)
 
 
 if __name__ == "__main__":

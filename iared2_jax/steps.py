@@ -17,7 +17,6 @@ from jaxtyping import PRNGKeyArray
 from iared2_jax import optim
 from iared2_jax.data.images import normalize
 from iared2_jax.losses import LOSSES, Batch, Capacities, Metrics, Params, Task
-from iared2_jax.models import registry
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.phases import Phase
 
@@ -83,13 +82,12 @@ def make_train_step(
         batch that does not fit is computed again, masked, and shows in metrics["overflow"].
     """
     optimizer = optim.make_optimizer(phase.options, phase.steps)
-    norm = registry.get_variant(config.model.name).norm
     task = Task(module, config, phase, capacities)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = {**batch, "image": normalize(batch["image"], norm)}
+        batch = {**batch, "image": normalize(batch["image"], module.norm)}
         grads, metrics = _fitting_gradients(task, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         trainable, frozen = optim.partition(state.params, phase.trains, module.group_sizes)

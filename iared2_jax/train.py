@@ -20,7 +20,7 @@ from iared2_jax.capacities import measure_capacities, recalled
 from iared2_jax.checkpoints import weights
 from iared2_jax.checkpoints.run import RunCheckpoints
 from iared2_jax.checkpoints.tensors import read_tensors
-from iared2_jax.data.augment import AugmentOptions
+from iared2_jax.config_checks import validate
 from iared2_jax.data.pipeline import mixing, shard_batch, train_batches
 from iared2_jax.errors import NonFiniteError, UsageError
 from iared2_jax.files import write_json
@@ -33,6 +33,8 @@ from iared2_jax.signals import Stop
 from iared2_jax.steps import TrainState, data_mesh, enter_phase, initial_state, make_train_step
 
 log = logging.getLogger(__name__)
+
+Model = tuple[IARed2, dict[str, Any]]  # module and variables
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return options
 
 
-def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, Any]]:
+def build_model(config: ml_collections.ConfigDict) -> Model:
     """The config's model with the parameters it starts from: `config.weights`, else scratch."""
     dtype = jnp.dtype(config.model.dtype)
     module = registry.create_module(**model_options(config), dtype=dtype)
@@ -63,16 +65,18 @@ def build_model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, An
 
 
 @contextlib.contextmanager
-def claimed(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
+def claimed(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[Model]:
     """The workdir as this run's own while the block lasts; all is checked before it is written.
+
+    Yields:
+      The model that the config starts from (`build_model`).
 
     Raises:
       UsageError: the config or its weights cannot be used, or the workdir cannot be written, is in
         use, or holds another run's config.
     """
-    config_lib.validate(config, jax.device_count())
-    # Traced, so that nothing is put on a device: weights that do not fit are refused at once.
-    jax.eval_shape(lambda: build_model(config)[1])
+    validate(config, jax.device_count())
+    model = build_model(config)  # weights that do not fit are refused before anything compiles
     with contextlib.ExitStack() as held:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,7 @@ def claimed(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[None]:
             raise UsageError(
                 f"workdir {workdir} cannot be written ({error.strerror}): give another --workdir"
             ) from error
-        yield
+        yield model
 
 
 def _adopt_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -128,14 +132,16 @@ def train(
       NonFiniteError: too many non-finite steps in a row. The last good checkpoint is kept.
       CheckpointError: no checkpoint could be written, or none of those there is whole.
     """
-    with claimed(config, Path(workdir)):
-        return _train(config, Path(workdir), stop or Stop())
+    with claimed(config, Path(workdir)) as model:
+        return _train(config, Path(workdir), stop or Stop(), model)
 
 
-def _train(config: ml_collections.ConfigDict, workdir: Path, stop: Stop) -> TrainState:
+def _train(
+    config: ml_collections.ConfigDict, workdir: Path, stop: Stop, model: Model
+) -> TrainState:
     # -- Model, phases, state ------------------------------------------------------------------
     mesh = data_mesh()
-    module, variables = build_model(config)
+    module, variables = model  # whose buffers the first step takes over
     plan = phases(config, module.group_sizes)
     sharding = NamedSharding(mesh, P())
 
@@ -199,7 +205,7 @@ def _batches(
     """The phase's batches, from that example of the run on."""
     mix = None
     if phase.kind != "interpreter":  # whose reward is for the right answer, which must be one
-        augment = AugmentOptions(**config.data.augment)
+        augment = config_lib.augment_of(config)
         mix = mixing(augment, module.backbone.num_classes, config.label_smoothing)
     source, options = config_lib.source_of(config), phase.options
     return iter(
@@ -213,12 +219,11 @@ def _capacities(
     """Patch slots for gathered training; None where it is masked, or there is nothing to drop."""
     if config.train_execution != "gathered" or phase.kind == "supervised":
         return None
-    norm = registry.get_variant(config.model.name).norm
 
     def measure():
         """From the phase's own first images, so that a resumed run would count the same."""
         batches = _batches(config, module, phase, phase.first_example)
-        return measure_capacities(module, params, phase, batches, norm)
+        return measure_capacities(module, params, phase, batches)
 
     return recalled(workdir / "capacities.json", phase, measure)
 
@@ -237,7 +242,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     if config.mode == "explain":
         from iared2_jax.report.pictures import explain_pictures
 
-        config_lib.validate(config, jax.device_count())
+        validate(config, jax.device_count())
         explain_pictures(config)
     elif config.mode == "eval":
         evaluate(config, workdir)
@@ -255,8 +260,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str
 
     workdir = Path(workdir) / "eval"
     shutil.rmtree(workdir, ignore_errors=True)  # of an evaluation before
-    with Stop() as stop, claimed(config, workdir):
-        _, variables = build_model(config)
+    with Stop() as stop, claimed(config, workdir) as (_, variables):
         weights.warn_if_untrained(config.weights, read_tensors(config.weights)[0])
         return evaluate_run(config, workdir, variables["params"], stop, write_weights=False)
 
@@ -266,8 +270,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     from iared2_jax.report.results import evaluate_run  # evaluation is the room above this one
 
     workdir = Path(workdir)
-    with Stop() as stop, claimed(config, workdir):
-        state = _train(config, workdir, stop)
+    with Stop() as stop, claimed(config, workdir) as model:
+        state = _train(config, workdir, stop, model)
         if not stop.requested:
             evaluate_run(config, workdir, state.eval_params, stop)
         if stop.requested:

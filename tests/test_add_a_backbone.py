@@ -15,7 +15,7 @@ from iared2_jax.models import registry
 from iared2_jax.models.backbone import Backbone
 from iared2_jax.models.flops import count_flops
 from iared2_jax.models.iared2 import KEEP_ALL, IARed2
-from iared2_jax.ragged import GroupPlan, Plan, planner
+from iared2_jax.ragged import GroupPlan, Plan, question
 
 N, BATCH = 16, 8  # the toy's patches, the page's images
 PLAN = Plan(
@@ -37,7 +37,7 @@ def page(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("page"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         # Timing the layouts takes half a minute: here is a plan.
-        patch.setattr(planner, "cached_plan", lambda question, folder: PLAN)
+        patch.setattr(question, "cached_plan", lambda asked, folder: PLAN)
         # So large that scores differ and attention attends.
         fresh = registry.init_variables
         larger = lambda *args: jax.tree.map(lambda x: 8 * x, fresh(*args))  # noqa: E731

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from iared2_jax.config import source_of, validate
+from iared2_jax.config import source_of
+from iared2_jax.config_checks import validate
 from iared2_jax.data import small
 from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
 from iared2_jax.data.images import BadImage, eval_transform, open_image

@@ -20,7 +20,8 @@ from iared2_jax.ragged import GroupPlan, Plan, planner
 from iared2_jax.ragged.accelerate import Accelerated, per_group
 from iared2_jax.ragged.engine import Job, run_group, run_ragged
 from iared2_jax.ragged.plan import _cuts, choose_shapes, needs
-from iared2_jax.ragged.planner import MAX_SHAPES, Question
+from iared2_jax.ragged.planner import MAX_SHAPES
+from iared2_jax.ragged.question import Question
 from iared2_jax.reduction.gather import partition, take_tokens
 from iared2_jax.reduction.layout import packed
 

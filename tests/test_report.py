@@ -10,7 +10,7 @@ from PIL import Image
 
 from iared2_jax import load_model
 from iared2_jax.checkpoints.tensors import read_tensors
-from iared2_jax.config import validate
+from iared2_jax.config_checks import validate
 from iared2_jax.evaluate import accuracy, collect, cost, kept_tokens
 from iared2_jax.models.flops import count_flops
 from iared2_jax.models.registry import create_module

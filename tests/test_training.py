@@ -176,9 +176,7 @@ def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, ba
     phases_ = plan_of(tiny_config, "iared2")
 
     def measure(phase):
-        return measure_capacities(
-            module, variables["params"], phase, itertools.repeat(batch), registry.HALF_NORM
-        )
+        return measure_capacities(module, variables["params"], phase, itertools.repeat(batch))
 
     images = normalize(batch["image"], registry.HALF_NORM)
     _, out = module.apply(variables, images, phases_[3].thresholds)

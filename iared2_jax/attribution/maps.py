@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from iared2_jax.data.images import eval_transform, normalize, open_image
 from iared2_jax.models.iared2 import IARed2, Thresholds
@@ -30,13 +30,24 @@ def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b 
       BadImage: a file cannot be read as an image.
       ValueError: the module does not say how; those of `create_model` and `load_model` do.
     """
-    if module.norm is None:
-        raise ValueError("the module has no norm: how its pixels are normalised is not known")
     size = module.backbone.image_size
     pixels = [
         eval_transform(open_image(path), size, module.crop_pct, name=str(path)) for path in paths
     ]
-    return normalize(np.stack(pixels), module.norm)
+    return normalized(module, np.stack(pixels))
+
+
+def normalized(
+    module: IARed2, pixels: UInt8[Array, "b height width 3"]
+) -> Float[Array, "b height width 3"]:
+    """Pixels 0..255 as the model's weights expect them.
+
+    Raises:
+      ValueError: the module does not say how; those of `create_model` and `load_model` do.
+    """
+    if module.norm is None:
+        raise ValueError("the module has no norm: how its pixels are normalised is not known")
+    return normalize(pixels, module.norm)
 
 
 def explain(

@@ -39,6 +39,10 @@ class Folder(Sequence):
     def __len__(self) -> int:
         return len(self._files)
 
+    def label(self, index: int) -> int:
+        """Without reading the image."""
+        return self._labels[index]
+
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = index.__index__()
         if not 0 <= index < len(self):

@@ -63,7 +63,10 @@ class BadImages:
 
 
 class ImageFiles:
-    """Records {"image": bytes, "label", "file_name"} of a split, made into pixels."""
+    """Records {"image": bytes, "label", "file_name"} of a split, made into pixels.
+
+    A split also has `class_names`, and `label(i)`, for less than a whole record where it can.
+    """
 
     def __init__(self, records: Sequence, wanted: "Wanted"):
         self._records, self._wanted = records, wanted
@@ -104,7 +107,8 @@ class ImageFiles:
         pixels = random_resized_crop(image, wanted.image_size, rng, augment.scale, augment.ratio)
         pixels = random_flip(pixels, rng, augment.flip)
         if augment.rand_augment:
-            pixels = np.array(rand_augment(Image.fromarray(pixels), rng))
+            grey = tuple(round(255 * mean) for mean in wanted.norm[0])  # where there is no image
+            pixels = np.array(rand_augment(Image.fromarray(pixels), rng, fill=grey))
         if augment.erasing:
             pixels = random_erasing(pixels, rng, wanted.norm, augment.erasing)
         return pixels
@@ -143,7 +147,7 @@ class EvalImages:
     def labels(self) -> np.ndarray:
         """Of all of them."""
         with ThreadPoolExecutor(THREADS) as pool:
-            labels = pool.map(lambda row: self._records[row]["label"], self._rows.tolist())
+            labels = pool.map(self._records.label, self._rows.tolist())
             return np.fromiter(labels, np.int32, len(self))
 
 

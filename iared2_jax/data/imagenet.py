@@ -9,7 +9,6 @@ its shuffle outgrows 1 GB. Here the tars are indexed first, and the shards writt
 their final order: images are read where they lie, and there is no temporary copy.
 """
 
-import argparse
 import bisect
 import contextlib
 import dataclasses
@@ -34,6 +33,7 @@ from PIL import Image
 from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as stock
 
+from iared2_jax.command import Parser, exit_code
 from iared2_jax.errors import DataError, UsageError, nearest
 
 log = logging.getLogger(__name__)
@@ -276,6 +276,10 @@ class Records(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def label(self, index: int) -> int:
+        """A record is read as a whole, its label too."""
+        return self[index]["label"]
+
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = index.__index__()
         if not 0 <= index < len(self):
@@ -353,25 +357,20 @@ def open_prepared(data_dir: Path, split: str) -> Records:
     return Records(source, tuple(s.filename for s in shards), tuple(ends), class_names())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(message)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
-    parser = _Parser(prog=COMMAND.partition(" --")[0], description=__doc__.splitlines()[0])
+    parser = Parser(prog=COMMAND.partition(" --")[0], description=__doc__.splitlines()[0])
     parser.add_argument("--tars", type=Path, required=True, help="where the official tars are")
     parser.add_argument("--data_dir", type=Path, required=True, help="TFDS' folder, to be filled")
-    try:
+
+    def command() -> None:
+        """What the flags say."""
         flags = parser.parse_args(argv)
         prepare(flags.tars, flags.data_dir)
-    except UsageError as error:
-        print("iared2_jax:", " ".join(str(error).split()), file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(command)
 
 
 if __name__ == "__main__":

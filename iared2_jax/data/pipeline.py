@@ -66,6 +66,7 @@ def mixing(augment: AugmentOptions, num_classes: int, smoothing: float) -> Mix |
         return None
 
     def mix(batch: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Images with each other, labels likewise."""
         images, targets = mixup_cutmix(
             batch["image"],
             batch["label"],

@@ -18,9 +18,10 @@ from jaxtyping import Float
 from iared2_jax.errors import UsageError
 from iared2_jax.models.iared2 import IARed2, Thresholds
 from iared2_jax.ragged import planner
+from iared2_jax.ragged import question as question_lib
 from iared2_jax.ragged.engine import Job, run_masked, run_ragged, sub_batch_sizes
 from iared2_jax.ragged.plan import Plan
-from iared2_jax.ragged.planner import Question
+from iared2_jax.ragged.question import Question
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
 
@@ -283,17 +284,17 @@ def accelerate(
         images=images,
         devices=devices,
     )
-    folder = planner.cache_folder(cache_dir)
+    folder = question_lib.cache_folder(cache_dir)
     programs = folder / "programs" if folder else None
     if plan is not None:
         plan.check(question.batch_size, question.most_tokens)
     else:
-        plan = planner.cached_plan(question, folder)
+        plan = question_lib.cached_plan(question, folder)
     if plan is not None:
         return Accelerated(question, plan, programs)
     with _programs_kept(programs):
         run = _fastest(question, planner.plan_groups(question))
-    planner.keep_plan(question, run.plan, folder)
+    question_lib.keep_plan(question, run.plan, folder)
     return run
 
 

@@ -16,6 +16,7 @@ from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.ragged import planner
 from iared2_jax.ragged.accelerate import Accelerated, accelerate, per_group
 from iared2_jax.ragged.engine import Job
+from iared2_jax.ragged.question import Question
 from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
 
@@ -163,6 +164,7 @@ def _measure_fn(module, variables, images, labels, batch_size) -> Measure:
     truth = run(KEEP_ALL)[0] if labels is None else np.asarray(labels)
 
     def measure(threshold: float) -> tuple[BudgetPoint, np.ndarray]:
+        """One setting of the dial."""
         answers, keep, scores = run(threshold)
         counts = keep.sum(-1)
         point = BudgetPoint(
@@ -236,7 +238,8 @@ def speed_meter(
 
     @functools.cache
     def speed_of(thresholds: tuple[float, ...]) -> float:
-        question = planner.Question(
+        """In shapes that suit these thresholds' counts."""
+        question = Question(
             job=Job(module),
             variables=variables,
             batch_size=batch_size,

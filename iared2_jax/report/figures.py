@@ -4,15 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
-from iared2_jax.attribution.maps import explain, keep_masks, raw_attention, to_heatmap
-from iared2_jax.data.images import normalize
+from iared2_jax.attribution.maps import (
+    explain,
+    keep_masks,
+    normalized,
+    raw_attention,
+    to_heatmap,
+)
 from iared2_jax.models.iared2 import IARed2, Thresholds
-from iared2_jax.typing import Norm
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch
@@ -22,7 +25,6 @@ def draw_comparison(
     module: IARed2,
     variables: Mapping[str, Any],
     pixels: UInt8[np.ndarray, "b h w 3"],
-    norm: Norm,
     path: str | Path,
     *,
     group: int = 2,
@@ -34,13 +36,12 @@ def draw_comparison(
 
     Args:
       pixels: images at the model's size.
-      norm: mean and standard deviation that the model's images are normalised with.
       group: of the scores; the paper shows the second.
       block: of the raw attention, from 0, or -1 for the last; the paper takes Block_1.
       attention_variables: the backbone whose attention is shown; by default `variables`. For a
         fine-tuned model the paper's baseline is the backbone as it was before.
     """
-    images = normalize(jnp.asarray(pixels), norm)
+    images = normalized(module, pixels)
     columns = {"input": None}
     maps = raw_attention(module, attention_variables or variables, images)
     if maps:  # a backbone may have none
@@ -62,13 +63,12 @@ def draw_hierarchy(
     module: IARed2,
     variables: Mapping[str, Any],
     pixels: UInt8[np.ndarray, "b h w 3"],
-    norm: Norm,
     path: str | Path,
     *,
     thresholds: Thresholds = 0.5,
 ) -> Path:
     """Figure 4: what each group still sees, with the share of patches kept on each image."""
-    images = normalize(jnp.asarray(pixels), norm)
+    images = normalized(module, pixels)
     masks = keep_masks(module, variables, images, thresholds)
     titles = ["input", *(f"group {group}" for group in range(1, module.num_groups + 1))]
     figure, axes = _grid(len(pixels), titles)

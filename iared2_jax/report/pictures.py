@@ -9,6 +9,7 @@ import ml_collections
 from iared2_jax import train
 from iared2_jax.checkpoints.tensors import read_tensors
 from iared2_jax.checkpoints.weights import load_model, num_classes_of, warn_if_untrained
+from iared2_jax.data.folder import EXTENSIONS
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.errors import UsageError
 from iared2_jax.models.iared2 import IARed2
@@ -16,7 +17,6 @@ from iared2_jax.report.figures import draw_comparison, draw_hierarchy
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
 _WRITTEN = (".heatmap.png", ".hierarchy.png")
 
 
@@ -91,10 +91,9 @@ def _draw(module, variables, pixels, path: Path, threshold: float) -> None:
         module,
         variables,
         pixels,
-        module.norm,
         heatmap,
         group=min(2, module.num_groups),
         block=1 if module.backbone.num_prefix else -1,
         thresholds=threshold,
     )
-    draw_hierarchy(module, variables, pixels, module.norm, hierarchy, thresholds=threshold)
+    draw_hierarchy(module, variables, pixels, hierarchy, thresholds=threshold)

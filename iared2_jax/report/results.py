@@ -20,11 +20,9 @@ from iared2_jax.data.image_files import EvalImages
 from iared2_jax.data.images import normalize
 from iared2_jax.files import write_json
 from iared2_jax.models.iared2 import IARed2
-from iared2_jax.models.registry import get_variant
 from iared2_jax.reduction.selectors import random_like
 from iared2_jax.report import figures, tables
 from iared2_jax.signals import Stop
-from iared2_jax.typing import Norm
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,6 @@ class Subject:
     trained: dict[str, Any]
     original: dict[str, Any]
     reduces: bool
-    norm: Norm
     pixels: np.ndarray | EvalImages
     labels: np.ndarray
     truth: np.ndarray | None
@@ -59,7 +56,7 @@ class Subject:
 
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
         """`fn(variables, images, batch)`, jitted, with the images normalised on the device."""
-        return jax.jit(lambda v, batch: fn(v, normalize(batch["pixels"], self.norm), batch))
+        return jax.jit(lambda v, batch: fn(v, normalize(batch["pixels"], self.module.norm), batch))
 
     def collect(self, fn, variables, **more: np.ndarray) -> dict[str, np.ndarray]:
         """A compiled `fn` over the whole evaluation set."""
@@ -108,7 +105,6 @@ def _subject(config, params, stop) -> Subject:
         trained=trained,
         original=initial if weights_of(config) and reduces else trained,
         reduces=reduces,
-        norm=get_variant(config.model.name).norm,
         pixels=pixels,
         labels=labels,
         truth=truth,
@@ -207,7 +203,7 @@ def _speed(subject: Subject) -> dict[str, Any]:
     """Images per second of one batch; the ragged plan is made with other images than the timed."""
     config, n = subject.config, subject.config.eval.speed_batch
     pixels = subject.pixels[: n + SPEED_SAMPLE]
-    images = np.asarray(normalize(jnp.asarray(pixels), subject.norm))
+    images = np.asarray(normalize(jnp.asarray(pixels), subject.module.norm))
     figures = evaluate.throughput(
         subject.module,
         subject.original,
@@ -259,7 +255,6 @@ def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
         module,
         subject.trained,
         shown,
-        subject.norm,
         workdir / "figures" / "heatmaps.png",
         group=min(2, module.num_groups),
         block=1 if module.backbone.num_prefix else -1,  # CaiT: its last class attention
@@ -270,7 +265,6 @@ def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
         module,
         subject.trained,
         shown,
-        subject.norm,
         workdir / "figures" / "hierarchy.png",
         thresholds=config.threshold,
     )
