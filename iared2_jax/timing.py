@@ -20,20 +20,31 @@ class Timing(NamedTuple):
 Name = TypeVar("Name")
 
 
-def interleaved(variants: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, Timing]:
+def interleaved(
+    variants: Mapping[Name, Callable[[], object]],
+    rounds: int | tuple[int, int],
+    seconds: float = 0.0,
+) -> dict[Name, Timing]:
     """Times every variant once per round, in alternating order; a warm-up round is dropped.
 
     Each call is waited for. Compare variants only within one call of this function: the machine's
     speed drifts, but all variants drift together.
+
+    Args:
+      rounds: how many; or at least and at most, and as many as begin within `seconds` in between.
     """
+    least, most = (rounds, rounds) if isinstance(rounds, int) else rounds
     names = list(variants)
-    seconds: dict[Name, list[float]] = {name: [] for name in names}
-    for index in range(rounds + 1):
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    begun = time.perf_counter()
+    for index in range(most + 1):
+        if index == 1:
+            begun = time.perf_counter()  # the warm-up may have compiled
+        elif index > least and time.perf_counter() - begun > seconds:
+            break
         for name in names if index % 2 else reversed(names):
             start = time.perf_counter()
             jax.block_until_ready(variants[name]())
-            seconds[name].append(time.perf_counter() - start)
-    quartiles = {
-        name: np.percentile(times[1:], (50, 25, 75, 95)) for name, times in seconds.items()
-    }
+            times[name].append(time.perf_counter() - start)
+    quartiles = {name: np.percentile(seen[1:], (50, 25, 75, 95)) for name, seen in times.items()}
     return {name: Timing(*(float(q) for q in values)) for name, values in quartiles.items()}

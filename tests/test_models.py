@@ -232,11 +232,13 @@ def test_rollouts_from_the_middle_equal_the_whole():
 def test_interpreter_is_equation_1(policy_token):
     heads, width = 3, 12
     interpreter = Interpreter(heads, policy_token, scale=True, init_bias=0.25)
-    patches = jax.random.normal(jax.random.key(0), (2, 5, width))
-    cls = jax.random.normal(jax.random.key(1), (2, width))
-    variables = interpreter.init(jax.random.key(2), patches, cls)
+    prefix = 2 if policy_token == "cls" else 0
+    tokens = jax.random.normal(jax.random.key(0), (2, prefix + 5, width))
+    cls, patches = tokens[:, 0], tokens[:, prefix:]
+    variables = interpreter.init(jax.random.key(2), tokens, prefix)
     params = variables["params"]
-    scores = informative_scores(interpreter.apply(variables, patches, cls))
+    params["k"]["bias"] = jax.random.normal(jax.random.key(3), (width,))
+    scores = informative_scores(interpreter.apply(variables, tokens, prefix))
 
     def norm(x):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)

@@ -85,8 +85,7 @@ class IARed2(nn.Module):
 
     def interpret(self, group: int, x: Float[Array, "b t d"]) -> Float[Array, "b n h"]:
         """The group's per-head logits for the patch tokens of `x`."""
-        prefix = self.backbone.num_prefix
-        return self.interpreters[group - 1](x[:, prefix:], x[:, 0] if prefix else None)
+        return self.interpreters[group - 1](x, self.backbone.num_prefix)
 
     def run_blocks(
         self, group: int, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None

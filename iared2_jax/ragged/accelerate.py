@@ -22,7 +22,6 @@ from iared2_jax.ragged import question as question_lib
 from iared2_jax.ragged.engine import Job, run_masked, run_ragged, sub_batch_sizes
 from iared2_jax.ragged.plan import Plan
 from iared2_jax.ragged.question import Question
-from iared2_jax.timing import interleaved
 from iared2_jax.typing import Array
 
 _KEPT_PENDING = 32  # usage counts that may still be on the device
@@ -83,8 +82,10 @@ class Accelerated:
             of_sample = of_sample[: self.batch_size]
         self._thresholds = self._per_image(of_sample)
         self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
-        self._pending: list[list[jax.Array]] = []
-        self._used: list[np.ndarray] = []
+        nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self._rows)
+        self._overflow = [nothing] * module.num_groups
+        self._pending: list[jax.Array] = []
+        self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
         execute = run_ragged if plan.groups else run_masked
 
         def forward(variables, images, thresholds, size):
@@ -92,8 +93,10 @@ class Accelerated:
             first = jax.lax.axis_index("data") * images.shape[0]
             real = jnp.clip(size - first, 0, images.shape[0])
             logits, out = execute(question.job, plan, variables, images, thresholds, real)
-            used = [counts[None] for counts in out.pop("shapes_used", [])]
-            return logits, out, used
+            # Every array that a program returns costs a call 4 us.
+            del out["overflow"]
+            used = jnp.concatenate([jnp.zeros(0, jnp.int32), *out.pop("shapes_used", [])])
+            return logits, out, used[None]
 
         sharded = jax.shard_map(
             forward,
@@ -152,6 +155,7 @@ class Accelerated:
                 images = np.asarray(images, np.float32)
             images = jax.device_put(images, self._rows)
         logits, out, used = self.compiled(self._variables, images, given, real)
+        out["overflow"] = list(self._overflow)
         self._count(used)
         if size < self.batch_size:
             logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
@@ -166,21 +170,19 @@ class Accelerated:
             and x.sharding.is_equivalent_to(self._rows, x.ndim)
         )
 
-    def _count(self, used: list[jax.Array]) -> None:
+    def _count(self, used: jax.Array) -> None:
         self._pending.append(used)
         if len(self._pending) > _KEPT_PENDING:  # the oldest are long finished: nothing waits
             self._fold(self._pending[: _KEPT_PENDING // 2])
             del self._pending[: _KEPT_PENDING // 2]
 
-    def _fold(self, pending: list[list[jax.Array]]) -> None:
+    def _fold(self, pending: list[jax.Array]) -> None:
         for used in pending:
-            counts = [np.asarray(group).sum(axis=0, dtype=np.int64) for group in used]
-            known = self._used or [np.zeros_like(group) for group in counts]
-            self._used = [a + b for a, b in zip(known, counts, strict=True)]
+            self._used += np.asarray(used).sum(axis=0)  # over the devices
 
     def forget_usage(self) -> None:
         """Starts `usage` anew."""
-        self._pending, self._used = [], []
+        self._pending, self._used = [], np.zeros_like(self._used)
 
     @property
     def usage(self) -> list[dict[str, Any]]:
@@ -193,7 +195,9 @@ class Accelerated:
         self._fold(self._pending)
         self._pending = []
         report = []
-        for group, used in zip(self.plan.groups, self._used, strict=False):
+        ends = np.cumsum([len(group.shapes) for group in self.plan.groups])
+        for group, end in zip(self.plan.groups, ends, strict=True):
+            used = self._used[end - len(group.shapes) : end]
             shapes = {shape: int(n) for shape, n in zip(group.shapes, used, strict=True)}
             report.append(
                 {
@@ -305,19 +309,22 @@ def _fastest(question: Question, ragged: Plan) -> Accelerated:
     def masked(rows):
         return dataclasses.replace(ragged, groups=(), masked_rows=rows)
 
-    def measured(plans):
-        """The compiled plans, and the seconds each takes."""
-        runs = {name: Accelerated(question, plan) for name, plan in plans.items()}
+    def measured(runs):
+        """The seconds that each takes."""
         calls = {name: functools.partial(run, images) for name, run in runs.items()}
-        timings = interleaved(calls, planner.rounds_for(calls))
-        return runs, {name: timing.median for name, timing in timings.items()}
+        return {name: timing.median for name, timing in planner.timed_together(calls).items()}
 
     whole, *parts = sub_batch_sizes(question.batch_size, question.platform)
-    plans = {"ragged": ragged, "masked": masked(whole)}
-    runs, seconds = measured(plans)
+    runs = {
+        name: Accelerated(question, plan)
+        for name, plan in {"ragged": ragged, "masked": masked(whole)}.items()
+    }
+    seconds = measured(runs)
     if seconds["ragged"] > 0.8 * seconds["masked"]:  # close: masks may gain from sub-batches, too
-        plans |= {f"masked, {rows} at a time": masked(rows) for rows in parts[:2]}
-        runs, seconds = measured(plans)
+        runs |= {
+            f"masked, {rows} at a time": Accelerated(question, masked(rows)) for rows in parts[:2]
+        }
+        seconds = measured(runs)
     best = runs[min(seconds, key=seconds.get)]
     best.plan = dataclasses.replace(best.plan, measured=seconds)
     best.forget_usage()

@@ -27,6 +27,9 @@ from iared2_jax.typing import Array
 
 State = dict[str, Array]
 
+# (job, variables, group, tokens, layout) -> tokens and each block's CLS attention.
+BlocksFn = Callable[..., tuple[Array, list[Array]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -164,7 +167,8 @@ def run_dense(
 
 def sub_batch_sizes(batch_size: int, platform: str) -> list[int]:
     """Images at a time that may be fastest, largest first: a CPU's caches hold only a few."""
-    sizes = {max(1, batch_size // divisor) for divisor in (1, 2, 4, 8)}
+    divisors = (1, 2, 4) if platform == "cpu" else (1, 2, 4, 8)
+    sizes = {max(1, batch_size // divisor) for divisor in divisors}
     if platform == "cpu":
         sizes |= {size for size in (4, 8) if size < batch_size}
     return sorted(sizes, reverse=True)
@@ -245,6 +249,7 @@ def run_group(
     keep: Bool[Array, "b n"],
     places: Int[Array, "b n"],
     switch: bool = False,
+    run_blocks: BlocksFn | None = None,
 ) -> tuple[State, Int[Array, "b n"], Int[Array, " shapes"]]:
     """One group over all its sub-batches.
 
@@ -253,6 +258,7 @@ def run_group(
       keep: which grid tokens go on.
       places: where in its row of the buffer each of them is, after the prefix.
       switch: see `Plan`.
+      run_blocks: in place of `all_blocks`.
 
     Returns:
       The state, the first places of its rows overwritten; where each of the kept tokens is now;
@@ -282,7 +288,8 @@ def run_group(
         x, layout = _enter(rows_of(state["tokens"]), sources, turns.lengths[chunk], plan, shape)
         if job.equal_counts:
             layout = EVERY_TOKEN  # no padding, so no masks
-        new = _run_blocks(job, variables, group, x, layout, wanted=state.keys())
+        x, attention = (run_blocks or all_blocks)(job, variables, group, x, layout)
+        new = _new_state(job, variables, group, layout.spread(x), attention, wanted=state.keys())
         return {name: put(state[name], new[name]) if name in new else state[name] for name in state}
 
     used = turns.stops - turns.starts
@@ -299,10 +306,27 @@ def run_group(
     return state, new_places, used
 
 
-def _run_blocks(job: Job, variables, group: int, x, layout: Layout, wanted) -> State:
-    """A sub-batch through the group's blocks: its tokens, and what the next group decides by."""
-    x, attention = job.module.apply(variables, group, x, layout, method="run_layout")
-    x = layout.spread(x)
+def all_blocks(job: Job, variables, group: int, x: Array, layout: Layout):
+    """A sub-batch through the group's blocks: its tokens, and each block's CLS attention."""
+    return job.module.apply(variables, group, x, layout, method="run_layout")
+
+
+def first_block_repeated(job: Job, variables, group: int, x: Array, layout: Layout):
+    """The time of `all_blocks`, from one block in a loop: to be timed, it is compiled sooner."""
+    sizes = job.module.group_sizes
+
+    def block(x):
+        method = lambda m, *args: m.backbone.run_block(*args)  # noqa: E731
+        return job.module.apply(variables, sum(sizes[: group - 1]), x, layout, method=method)
+
+    like = jax.eval_shape(block, x)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
+    x, row = jax.lax.fori_loop(0, sizes[group - 1], lambda _, last: block(last[0]), (x, empty))
+    return x, [] if row is None else [row] * sizes[group - 1]
+
+
+def _new_state(job: Job, variables, group: int, x: Array, attention, wanted) -> State:
+    """The sub-batch's tokens, and what the next group decides by."""
     new = {"tokens": x}
     prefix = job.module.backbone.num_prefix
     if group < job.module.num_groups:

@@ -11,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.errors import UsageError
-from iared2_jax.ragged.engine import run_group, sub_batch_sizes
+from iared2_jax.ragged.engine import first_block_repeated, run_group, sub_batch_sizes
 from iared2_jax.ragged.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
 from iared2_jax.ragged.question import Question
 from iared2_jax.reduction.gather import partition
-from iared2_jax.timing import interleaved
+from iared2_jax.timing import Timing, interleaved
 
 log = logging.getLogger(__name__)
 
 # Loop bodies of a program, over all groups: more shapes waste less on padding and compile longer.
 MAX_SHAPES = {"cpu": 28, "gpu": 16}
+# Of a group's share of them, if it is packed: a list wastes little, and its bodies compile longer.
+_PACKED_SHARE = 0.6
 _BATCHES = 256  # drawn from the sample, to see what sub-batches need
-FINALISTS = 3  # layouts that are timed in all groups, with all their shapes
-_ROUNDS = 5, 25  # of timing, at least and at most
-_SECONDS = 2.0  # of timing, if that is between the two
+FINALISTS = 2  # layouts that are timed in all groups, with all their shapes
+_ROUNDS = 3, 25  # of timing, at least and at most
+_SECONDS = 1.5  # of timing, if that is between the two
 
 
 def plan_groups(question: Question) -> Plan:
@@ -122,7 +124,8 @@ def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) ->
                 continue  # one image's list is its row
             blocks = _blocks(question, rows) if kind == "packed" else 1
             needed = needs(batches, rows, blocks).reshape(-1, 1 + blocks)
-            shapes = choose_shapes(kind, needed, rows, most, limit - 1, step)
+            share = max(2, round(_PACKED_SHARE * limit)) if kind == "packed" else limit
+            shapes = choose_shapes(kind, needed, rows, most, share - 1, step)
             plans.append(GroupPlan(kind, rows, shapes))
     return plans
 
@@ -216,14 +219,15 @@ def _time_group(
         """One call of the group in this plan."""
 
         def run(variables, state, keep, places):
-            return run_group(job, plan, variables, group, state, keep, places, _switch(question))[0]
+            ask = job, plan, variables, group, state, keep, places, _switch(question)
+            return run_group(*ask, run_blocks=first_block_repeated)[0]
 
         return functools.partial(jax.jit(run), question.variables, state, *keep_places)
 
     counts = keep[:, group - 1].sum(-1) + vit.num_prefix
     lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
     calls = {plan: timed(_only_used(plan, lengths)) for plan in plans}
-    timings = interleaved(calls, rounds or rounds_for(calls))
+    timings = interleaved(calls, rounds) if rounds else timed_together(calls)
     # One batch was timed. It may suit a plan's shapes by luck: go by what batches cost in the mean.
     batches = counts[_draw(question, keep, _BATCHES)]
     return {
@@ -232,10 +236,9 @@ def _time_group(
     }
 
 
-def rounds_for(calls: Mapping[Any, Callable[[], object]]) -> int:
-    """Of timing them all: more where they are quick."""
-    once = sum(timing.median for timing in interleaved(calls, 1).values())
-    return int(np.clip(_SECONDS / once, *_ROUNDS))
+def timed_together(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, Timing]:
+    """Interleaved; more rounds where they are quick."""
+    return interleaved(calls, _ROUNDS, _SECONDS)
 
 
 def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
