@@ -62,7 +62,8 @@ def measure(
         _assert_same_logits(timed, images, calls["timm eager"])
         variants |= {name: Variant(call, "peer") for name, call in calls.items()}
     errors = _errors(timed, images, variants)
-    timings = interleaved({name: variant.call for name, variant in variants.items()}, rounds)
+    calls = {name: variant.call for name, variant in variants.items()}
+    timings = interleaved(calls, (rounds, 300), seconds=10, primed=planner.QUICK)
     return _report(timed, variants, timings, errors, skipped)
 
 

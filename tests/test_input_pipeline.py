@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("skimage.data")
 
-from benchmarks import input_pipeline
+from benchmarks import decoders, input_pipeline
 from benchmarks.input_pipeline import CLOSE, OURS, PLAIN
 
 
@@ -46,7 +46,7 @@ def test_the_reference_is_pillow_and_ours_is_exactly_it(result):
 def test_what_is_not_installed_has_a_reason(result):
     timed = {row["name"] for row in result["decode_only"] + result["resize_only"]}
     timed |= {row["name"] for row in result["pipelines"]}
-    every = {*input_pipeline.DECODERS, *input_pipeline.RESIZERS, "tf.data"}
+    every = {*decoders.DECODERS, *decoders.RESIZERS, "tf.data"}
     assert every <= timed | result["skipped"].keys()
     assert not timed & result["skipped"].keys()
     assert all(": " in reason for reason in result["skipped"].values())

@@ -18,7 +18,13 @@ from iared2_jax.models.iared2 import KEEP_ALL, IARed2
 from iared2_jax.models.vit import ViT
 from iared2_jax.ragged import GroupPlan, Plan, planner
 from iared2_jax.ragged.accelerate import Accelerated, per_group
-from iared2_jax.ragged.engine import Job, run_group, run_ragged
+from iared2_jax.ragged.engine import (
+    Job,
+    all_blocks,
+    first_block_repeated,
+    run_group,
+    run_ragged,
+)
 from iared2_jax.ragged.plan import _cuts, choose_shapes, needs
 from iared2_jax.ragged.planner import MAX_SHAPES
 from iared2_jax.ragged.question import Question
@@ -450,6 +456,33 @@ def test_cuts_waste_least(values, limit):
     cuts = _cuts(np.array(values), limit)
     assert len(cuts) <= limit
     assert waste(cuts) == min(waste([*way, distinct[-1]]) for way in ways)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("cait", [False, True])
+def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
+    module, variables = model(1, policy_token="learned" if cait else "cls", cait=cait)
+    backbone = dict(variables["params"]["backbone"])
+    backbone["block_1"] = backbone["block_0"]
+    variables = {"params": {**variables["params"], "backbone": backbone}}
+    b, prefix = 4, module.backbone.num_prefix
+    most = prefix + N
+    tokens = jax.random.normal(jax.random.key(0), (b, most, module.backbone.embed_dim))
+    keep = jax.random.bernoulli(jax.random.key(1), 0.6, (b, N))
+    places = jnp.broadcast_to(jnp.arange(N), (b, N))
+    plan = GroupPlan(kind, b, ((b * most, most),))
+
+    def run(blocks):
+        state = {"tokens": tokens}
+        job = Job(module)
+        return run_group(job, plan, variables, 1, state, keep, places, run_blocks=blocks)[0]
+
+    expected, actual = run(all_blocks)["tokens"], run(first_block_repeated)["tokens"]
+    survivors = jnp.arange(most) < prefix + keep.sum(1, keepdims=True)
+    assert_close(
+        jnp.where(survivors[..., None], actual, 0), jnp.where(survivors[..., None], expected, 0)
+    )
+    assert not np.allclose(expected, tokens)
 
 
 def test_kernels_are_einsum_on_a_cpu():

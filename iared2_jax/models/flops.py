@@ -32,7 +32,8 @@ def count_flops(
     """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
 
     Blocks cost what the backbone's `block_flops` says for kept + prefix tokens; an interpreter that
-    is handed m patches costs (m + 1) d^2 + m d.
+    is handed m patches costs (m + 1) d^2 + m d, as in the paper (ours needs less, see
+    `models.interpreter.Keys`).
 
     Args:
       model: a variant's name, or a module.

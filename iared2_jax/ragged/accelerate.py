@@ -58,6 +58,7 @@ class Accelerated:
     Attributes:
       plan: how it runs; print it.
       batch_size: images per call, over all devices.
+      sharding: of the images; those that have it already are not copied.
       compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
     """
 
@@ -75,14 +76,14 @@ class Accelerated:
         mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
         )
-        self._rows, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self.sharding, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         self._variables = jax.device_put(question.variables, self._everywhere)
         of_sample = question.thresholds
         if of_sample.ndim == 2:
             of_sample = of_sample[: self.batch_size]
         self._thresholds = self._per_image(of_sample)
         self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
-        nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self._rows)
+        nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
         self._overflow = [nothing] * module.num_groups
         self._pending: list[jax.Array] = []
         self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
@@ -106,7 +107,7 @@ class Accelerated:
             check_vma=False,  # the loops start from constants, which vary over no axis
         )
         shape = (self.batch_size, *self._image_shape)
-        images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._rows)
+        images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.sharding)
         lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
         with _programs_kept(programs):
             self.compiled = lowered.compile()
@@ -120,7 +121,7 @@ class Accelerated:
         if values.ndim == 2:
             values = np.pad(values, ((0, self.batch_size - len(values)), (0, 0)))
         values = np.broadcast_to(values, (self.batch_size, self._num_groups))
-        return jax.device_put(values, self._rows)
+        return jax.device_put(values, self.sharding)
 
     def __call__(
         self, images: Float[Array, "b height width 3"], thresholds: Thresholds | None = None
@@ -153,7 +154,7 @@ class Accelerated:
         if not self._in_place(images, (self.batch_size, *self._image_shape)):
             if images.dtype != np.float32:
                 images = np.asarray(images, np.float32)
-            images = jax.device_put(images, self._rows)
+            images = jax.device_put(images, self.sharding)
         logits, out, used = self.compiled(self._variables, images, given, real)
         out["overflow"] = list(self._overflow)
         self._count(used)
@@ -167,7 +168,7 @@ class Accelerated:
             isinstance(x, jax.Array)
             and x.shape == shape
             and x.dtype == jnp.float32
-            and x.sharding.is_equivalent_to(self._rows, x.ndim)
+            and x.sharding.is_equivalent_to(self.sharding, x.ndim)
         )
 
     def _count(self, used: jax.Array) -> None:
@@ -304,27 +305,26 @@ def accelerate(
 
 def _fastest(question: Question, ragged: Plan) -> Accelerated:
     """The ragged plan as a whole, or masked execution where that is faster."""
-    images = planner.example_batch(question)
 
     def masked(rows):
-        return dataclasses.replace(ragged, groups=(), masked_rows=rows)
+        return Accelerated(question, dataclasses.replace(ragged, groups=(), masked_rows=rows))
 
-    def measured(runs):
-        """The seconds that each takes."""
+    def measured():
+        """The seconds that each run takes."""
         calls = {name: functools.partial(run, images) for name, run in runs.items()}
         return {name: timing.median for name, timing in planner.timed_together(calls).items()}
 
     whole, *parts = sub_batch_sizes(question.batch_size, question.platform)
-    runs = {
-        name: Accelerated(question, plan)
-        for name, plan in {"ragged": ragged, "masked": masked(whole)}.items()
-    }
-    seconds = measured(runs)
+    runs = {"ragged": Accelerated(question, ragged), "masked": masked(whole)}
+    images = jax.device_put(planner.example_batch(question), runs["ragged"].sharding)
+    seconds = measured()
     if seconds["ragged"] > 0.8 * seconds["masked"]:  # close: masks may gain from sub-batches, too
-        runs |= {
-            f"masked, {rows} at a time": Accelerated(question, masked(rows)) for rows in parts[:2]
-        }
-        seconds = measured(runs)
+        runs |= {f"masked, {rows} at a time": masked(rows) for rows in parts[:2]}
+        seconds = measured()
+    if question.platform == "cpu" and seconds["ragged"] < planner.QUICK:
+        # There, branches take one core for what loops do in two, but less time to be passed by.
+        runs["by branches"] = Accelerated(question, dataclasses.replace(ragged, switch=True))
+        seconds = measured()
     best = runs[min(seconds, key=seconds.get)]
     best.plan = dataclasses.replace(best.plan, measured=seconds)
     best.forget_usage()

@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 MAX_SHAPES = {"cpu": 28, "gpu": 16}
 # Of a group's share of them, if it is packed: a list wastes little, and its bodies compile longer.
 _PACKED_SHARE = 0.6
+_IDLE_TURN = 16e-6  # seconds that a shape costs a batch that does not use it; of a 1 ms model
 _BATCHES = 256  # drawn from the sample, to see what sub-batches need
 FINALISTS = 2  # layouts that are timed in all groups, with all their shapes
-_ROUNDS = 3, 25  # of timing, at least and at most
+_ROUNDS = 3, 200  # of timing, at least and at most
 _SECONDS = 1.5  # of timing, if that is between the two
+QUICK = 0.02  # seconds of a call below which it is as fast as it gets only when repeated
 
 
 def plan_groups(question: Question) -> Plan:
@@ -108,26 +110,60 @@ def _kernels(question: Question) -> list[str]:
     return ["einsum", "cudnn"]
 
 
-def _candidates(question: Question, keep: np.ndarray, group: int, limit: int) -> list[GroupPlan]:
-    """Every kind of layout and sub-batch size for one group, in at most `limit` best shapes."""
-    most = question.most_tokens[group - 1]
+def _layouts(question: Question) -> list[tuple[str, int]]:
+    """Every kind of layout with every sub-batch size that may be fastest."""
     sizes = sub_batch_sizes(question.batch_size, question.platform)
-    if question.job.keep_ratios is not None:  # all rows alike: one shape, nothing to pack
-        return [GroupPlan("padded", rows, ((rows * most, most),)) for rows in sizes]
+    if question.job.keep_ratios is not None:  # all rows alike: nothing to pack
+        return [("padded", rows) for rows in sizes]
+    # One image's list is its row.
+    return [(kind, rows) for kind in KINDS for rows in sizes if kind == "padded" or rows > 1]
+
+
+def _laid_out(
+    question: Question, keep: np.ndarray, group: int, layout: tuple[str, int], count: int
+) -> GroupPlan:
+    """A group in this layout, in at most `count` shapes: those that waste least on the sample."""
+    kind, rows = layout
+    most = question.most_tokens[group - 1]
+    blocks = _blocks(question, rows) if kind == "packed" else 1
+    if count == 1 or question.job.keep_ratios is not None:
+        return GroupPlan(kind, rows, ((rows * most, *(most,) * blocks),))
+    lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
+    needed = needs(lengths[_draw(question, keep, _BATCHES)], rows, blocks)
+    step = _step(question, most)
+    shapes = choose_shapes(kind, needed.reshape(-1, 1 + blocks), rows, most, count - 1, step)
+    return GroupPlan(kind, rows, shapes)
+
+
+def _candidates(
+    question: Question,
+    keep: np.ndarray,
+    group: int,
+    limit: int,
+    layouts: Sequence[tuple[str, int]] | None = None,
+) -> list[GroupPlan]:
+    """One group in every layout, or in some, in at most `limit` shapes each."""
+    counts = {"padded": limit, "packed": min(limit, max(2, round(_PACKED_SHARE * limit)))}
+    return [
+        _laid_out(question, keep, group, layout, counts[layout[0]])
+        for layout in layouts or _layouts(question)
+    ]
+
+
+def _thinned(
+    question: Question, keep: np.ndarray, group: int, plan: GroupPlan, seconds: float
+) -> GroupPlan:
+    """The same layout in fewer shapes, if what they waste costs less than turns that none takes."""
     lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
     batches = lengths[_draw(question, keep, _BATCHES)]
-    step = _step(question, most)
-    plans = []
-    for kind in KINDS:
-        for rows in sizes:
-            if kind == "packed" and rows == 1:
-                continue  # one image's list is its row
-            blocks = _blocks(question, rows) if kind == "packed" else 1
-            needed = needs(batches, rows, blocks).reshape(-1, 1 + blocks)
-            share = max(2, round(_PACKED_SHARE * limit)) if kind == "packed" else limit
-            shapes = choose_shapes(kind, needed, rows, most, share - 1, step)
-            plans.append(GroupPlan(kind, rows, shapes))
-    return plans
+    cost = functools.partial(_cost, lengths=batches, vit=question.module.backbone)
+
+    def expected(fewer: GroupPlan) -> float:
+        return seconds * cost(fewer) / cost(plan) + _IDLE_TURN * len(fewer.shapes)
+
+    counts = range(1, len(plan.shapes))
+    fewer = [_laid_out(question, keep, group, (plan.kind, plan.rows), n) for n in counts]
+    return min([plan, *fewer], key=expected)
 
 
 def _step(question: Question, most: int) -> int:
@@ -163,16 +199,15 @@ def _plan_groups(question: Question, keep: np.ndarray, kernel: str) -> tuple[Pla
     work = counts.mean(0) * question.module.group_sizes * (counts.std(0) + 0.1)
     first = int(np.argmax(work)) + 1
     timed = time(first, _candidates(question, keep, first, limit=3), rounds=1)
-    alike = {(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:FINALISTS]}
+    alike = [(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:FINALISTS]]
     limits = _limits(question, keep)
     chosen: list[GroupPlan] = []
     total = 0.0
     for group in groups:
-        plans = _candidates(question, keep, group, limits[group - 1])
-        finalists = [plan for plan in plans if (plan.kind, plan.rows) in alike]
-        seconds = time(group, finalists)
-        chosen.append(min(seconds, key=seconds.get))
-        total += seconds[chosen[-1]]
+        seconds = time(group, _candidates(question, keep, group, limits[group - 1], alike))
+        best = min(seconds, key=seconds.get)
+        chosen.append(_thinned(question, keep, group, best, seconds[best]))
+        total += seconds[best]
     plan = Plan(
         question.batch_size,
         tuple(chosen),
@@ -238,7 +273,7 @@ def _time_group(
 
 def timed_together(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, Timing]:
     """Interleaved; more rounds where they are quick."""
-    return interleaved(calls, _ROUNDS, _SECONDS)
+    return interleaved(calls, _ROUNDS, _SECONDS, primed=QUICK)
 
 
 def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
@@ -265,24 +300,23 @@ def uniform_plan(question: Question, kind: str, rows: int) -> Plan:
     Raises:
       UsageError: it is not among the candidates.
     """
-    keep = _keep_of_sample(question)
-    groups = []
-    for number, limit in enumerate(_limits(question, keep), start=1):
-        offered = _candidates(question, keep, number, limit)
-        groups += [plan for plan in offered if (plan.kind, plan.rows) == (kind, rows)]
-    if len(groups) != question.module.num_groups:
+    if (kind, rows) not in _layouts(question):
         raise UsageError(f"{kind} with {rows} rows is no candidate for {question.batch_size}")
+    keep = _keep_of_sample(question)
+    groups = [
+        _candidates(question, keep, group, limit, [(kind, rows)])[0]
+        for group, limit in enumerate(_limits(question, keep), start=1)
+    ]
     return Plan(question.batch_size, tuple(groups), switch=_switch(question), key=question.key())
 
 
 def reshaped(question: Question, plan: Plan) -> Plan:
     """The same layouts, in the shapes that the images of `question` need."""
     keep = _keep_of_sample(question)
-    limits = _limits(question, keep)
-    groups = []
-    for number, group in enumerate(plan.groups, start=1):
-        offered = _candidates(question, keep, number, limits[number - 1])
-        groups += [p for p in offered if (p.kind, p.rows) == (group.kind, group.rows)]
+    groups = [
+        _laid_out(question, keep, number, (group.kind, group.rows), len(group.shapes))
+        for number, group in enumerate(plan.groups, start=1)
+    ]
     return dataclasses.replace(plan, groups=tuple(groups), key=question.key(), measured={})
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax import files
+from iared2_jax.errors import UsageError
 from iared2_jax.models.iared2 import IARed2
 from iared2_jax.ragged.engine import Job
 from iared2_jax.ragged.plan import Plan
@@ -104,7 +105,11 @@ def cached_plan(question: Question, folder: Path | None) -> Plan | None:
     """The plan that was kept for the same question."""
     if folder is None or not _path(question, folder).is_file():
         return None
-    plan = Plan.load(_path(question, folder))
+    try:
+        plan = Plan.load(_path(question, folder))
+    except UsageError as error:  # of another version: planned anew, and replaced
+        log.warning("%s", error)
+        return None
     return plan if plan.key == json.loads(json.dumps(question.key())) else None
 
 
