@@ -271,7 +271,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xscale="log", xlabel="batch", ylabel="speed over the fastest dense", title=dtype)
     axes.set_xticks(batches, batches)
     axes.minorticks_off()
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
