@@ -8,6 +8,7 @@ none is begun after `--minutes`. On a machine without a GPU it only shows that i
 `python -m benchmarks.gpu_suite --models deit_ti --batch 2 --rounds 1`.
 """
 
+import functools
 import os
 import time
 import traceback
@@ -26,6 +27,11 @@ from iared2_jax.reduction.gather import partition, take_tokens
 from iared2_jax.timing import interleaved
 
 
+def _called(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A compiled call. What a function closes over instead, XLA may compute while compiling."""
+    return functools.partial(jax.jit(fn), *args)
+
+
 def cudnn_attention(tokens: int, rounds: int) -> dict[str, Any]:
     """cuDNN's attention against the einsum: without and with lengths; largest errors, seconds."""
     images = 64 if jax.default_backend() == "gpu" else 2
@@ -35,15 +41,15 @@ def cudnn_attention(tokens: int, rounds: int) -> dict[str, Any]:
     lengths = jnp.asarray(np.random.default_rng(0).integers(1, tokens + 1, images), jnp.int32)
     valid = jnp.arange(tokens) < lengths[:, None]
     fns = {
-        "einsum": jax.jit(lambda: attend(q, k, v, None)[0]),
-        "cudnn": jax.jit(lambda: attend_cudnn(q, k, v, None)[0]),
-        "einsum, lengths": jax.jit(lambda: attend(q, k, v, valid)[0]),
-        "cudnn, lengths": jax.jit(lambda: attend_cudnn(q, k, v, lengths)[0]),
+        "einsum": _called(attend, q, k, v, None),
+        "cudnn": _called(attend_cudnn, q, k, v, None),
+        "einsum, lengths": _called(attend, q, k, v, valid),
+        "cudnn, lengths": _called(attend_cudnn, q, k, v, lengths),
     }
     real = np.asarray(valid)[:, None, :, None]
 
     def error(one, other, where):
-        difference = np.asarray(fns[one](), np.float32) - np.asarray(fns[other](), np.float32)
+        difference = np.asarray(fns[one]()[0] - fns[other]()[0], np.float32)
         return float(np.abs(np.where(where, difference, 0)).max())
 
     return {
@@ -62,19 +68,18 @@ def compaction(rounds: int) -> dict[str, float]:
     scores = jnp.asarray(rng.random((b, 196)), jnp.float32)
     slots = partition(keep)[0][:, :144]
 
-    def plain(x):
+    def ours(x, slots):
+        return (take_tokens(x, slots) ** 2).sum()
+
+    def derived(x, slots):
         return (jnp.take_along_axis(x, slots[..., None], 1) ** 2).sum()
 
-    fns = {
-        "partition": jax.jit(lambda: partition(keep)),
-        "top_k": jax.jit(lambda: jax.lax.top_k(scores, 144)),
-        "argsort": jax.jit(lambda: jnp.argsort(scores, axis=1)),
-        "gradient, ours": jax.jit(jax.grad(lambda x: (take_tokens(x, slots) ** 2).sum())),
-        "gradient, derived": jax.jit(jax.grad(plain)),
-    }
     calls = {
-        name: (lambda fn=fn: fn(tokens)) if name.startswith("gradient") else fn
-        for name, fn in fns.items()
+        "partition": _called(partition, keep),
+        "top_k": _called(lambda x: jax.lax.top_k(x, 144), scores),
+        "argsort": _called(lambda x: jnp.argsort(x, axis=1), scores),
+        "gradient, ours": _called(jax.grad(ours), tokens, slots),
+        "gradient, derived": _called(jax.grad(derived), tokens, slots),
     }
     return {name: 1e3 * t.median for name, t in interleaved(calls, rounds).items()}
 
@@ -85,7 +90,7 @@ def ceilings(rounds: int) -> dict[str, float]:
     n = 8192 if on_gpu else 1024
     a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
     x = jnp.zeros((1 << (29 if on_gpu else 22),), jnp.float32)
-    product, copy = jax.jit(lambda: a @ a), jax.jit(lambda: x + 1)
+    product, copy = _called(jnp.matmul, a, a), _called(lambda x: x + 1, x)
     t = interleaved({"matmul": product, "copy": copy}, rounds)
     return {
         "matmul_tflops": 2 * n**3 / t["matmul"].median / 1e12,

@@ -5,8 +5,8 @@ way (fewer tokens, nearly the same accuracy, scores that point at the object), i
 Everything that differs from the paper's recipe is set below; what was tried: docs/decisions.md.
 
 Measured on the 2,000 test scenes, seed 0: 0.55 points of top-1 lost, 58.3% of the dense full FLOPs,
-random masks 43 points worse. Seeds 1, 2, 3: 0.3 / 0.6 / 1.3 points, 75 / 55 / 64%; another processor's
-rounding counts as another seed.
+random masks 43 points worse. Seeds 1, 2, 3: 0.3 / 0.6 / 1.3 points, 75 / 55 / 64%. The rounding of
+another processor is as good as another seed.
 Hardware: 2 CPU cores, under 8 minutes with the installation.
 
     python -m iared2_jax.main --config=configs/cluttered_mnist.py --workdir=runs/cluttered_mnist

@@ -27,7 +27,7 @@ _IDLE_TURN = 16e-6  # seconds that a shape costs a batch that does not use it; o
 _BATCHES = 256  # drawn from the sample, to see what sub-batches need
 FINALISTS = 2  # layouts that are timed in all groups, with all their shapes
 _ROUNDS = 3, 200  # of timing, at least and at most
-_SECONDS = 1.5  # of timing, if that is between the two
+SECONDS = 0.5  # of timing, if that is between the two
 QUICK = 0.02  # seconds of a call below which it is as fast as it gets only when repeated
 
 
@@ -273,7 +273,7 @@ def _time_group(
 
 def timed_together(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, Timing]:
     """Interleaved; more rounds where they are quick."""
-    return interleaved(calls, _ROUNDS, _SECONDS, primed=QUICK)
+    return interleaved(calls, _ROUNDS, SECONDS, primed=QUICK)
 
 
 def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
