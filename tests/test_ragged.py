@@ -27,7 +27,7 @@ from iared2_jax.ragged.engine import (
 )
 from iared2_jax.ragged.plan import _cuts, choose_shapes, needs
 from iared2_jax.ragged.planner import MAX_SHAPES
-from iared2_jax.ragged.question import Question
+from iared2_jax.ragged.question import Question, cached_plan, keep_plan
 from iared2_jax.reduction.gather import partition, take_tokens
 from iared2_jax.reduction.layout import packed
 
@@ -358,6 +358,23 @@ def test_a_plan_is_pinned_and_saved(tmp_path):
     run = iared2_jax.accelerate(module, variables, 3, plan=plan)
     assert run.plan is plan
     assert_same(run(some_images(3)), module.apply(variables, some_images(3), 0.5))
+
+
+@pytest.mark.parametrize(
+    "content", ["not JSON", '{"batch_size": 2, "groups": [], "of": "tomorrow"}']
+)
+def test_a_cached_plan_that_cannot_be_read_is_made_anew(content, tmp_path, caplog):
+    module, variables = model(2)
+    asked = question(module, variables, 2)
+    plan = Plan(2, masked_rows=2, key=asked.key())
+    keep_plan(asked, plan, tmp_path)
+    assert cached_plan(asked, tmp_path).masked_rows == 2
+    (file,) = (tmp_path / "plans").glob("*.json")
+    file.write_text(content)
+    assert cached_plan(asked, tmp_path) is None
+    assert "a new one replaces it" in caplog.text
+    keep_plan(asked, plan, tmp_path)
+    assert cached_plan(asked, tmp_path).masked_rows == 2
 
 
 def test_a_masked_plan_says_so():

@@ -193,7 +193,7 @@ def resize_positions(
         return positions
     if n != side:
         grid = grid.reshape(1, n, n, width)
-        with jax.ensure_compile_time_eval():  # weights are also checked within a trace
+        with jax.ensure_compile_time_eval():  # the caller may be tracing
             grid = np.asarray(jax.image.resize(grid, (1, side, side, width), "cubic"))
     return np.concatenate([prefix, grid.reshape(1, num_patches, width)], axis=1)
 

@@ -240,6 +240,25 @@ def _take_turns(plan: GroupPlan, lengths: Int[Array, " b"], equal_counts: bool) 
     return _Turns(order, lengths, shape_of, starts, stops, as_they_come)
 
 
+def all_blocks(job: Job, variables, group: int, x: Array, layout: Layout):
+    """A sub-batch through the group's blocks: its tokens, and each block's CLS attention."""
+    return job.module.apply(variables, group, x, layout, method="run_layout")
+
+
+def first_block_repeated(job: Job, variables, group: int, x: Array, layout: Layout):
+    """The time of `all_blocks`, from one block in a loop: to be timed, it is compiled sooner."""
+    sizes = job.module.group_sizes
+
+    def block(x):
+        method = lambda m, *args: m.backbone.run_block(*args)  # noqa: E731
+        return job.module.apply(variables, sum(sizes[: group - 1]), x, layout, method=method)
+
+    like = jax.eval_shape(block, x)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
+    x, row = jax.lax.fori_loop(0, sizes[group - 1], lambda _, last: block(last[0]), (x, empty))
+    return x, [] if row is None else [row] * sizes[group - 1]
+
+
 def run_group(
     job: Job,
     plan: GroupPlan,
@@ -249,7 +268,7 @@ def run_group(
     keep: Bool[Array, "b n"],
     places: Int[Array, "b n"],
     switch: bool = False,
-    run_blocks: BlocksFn | None = None,
+    run_blocks: BlocksFn = all_blocks,
 ) -> tuple[State, Int[Array, "b n"], Int[Array, " shapes"]]:
     """One group over all its sub-batches.
 
@@ -258,7 +277,7 @@ def run_group(
       keep: which grid tokens go on.
       places: where in its row of the buffer each of them is, after the prefix.
       switch: see `Plan`.
-      run_blocks: in place of `all_blocks`.
+      run_blocks: `all_blocks`, or what takes their time.
 
     Returns:
       The state, the first places of its rows overwritten; where each of the kept tokens is now;
@@ -288,7 +307,7 @@ def run_group(
         x, layout = _enter(rows_of(state["tokens"]), sources, turns.lengths[chunk], plan, shape)
         if job.equal_counts:
             layout = EVERY_TOKEN  # no padding, so no masks
-        x, attention = (run_blocks or all_blocks)(job, variables, group, x, layout)
+        x, attention = run_blocks(job, variables, group, x, layout)
         new = _new_state(job, variables, group, layout.spread(x), attention, wanted=state.keys())
         return {name: put(state[name], new[name]) if name in new else state[name] for name in state}
 
@@ -304,25 +323,6 @@ def run_group(
         for start, stop, body in zip(turns.starts, turns.stops, bodies, strict=True):
             state = jax.lax.fori_loop(start, stop, body, state)
     return state, new_places, used
-
-
-def all_blocks(job: Job, variables, group: int, x: Array, layout: Layout):
-    """A sub-batch through the group's blocks: its tokens, and each block's CLS attention."""
-    return job.module.apply(variables, group, x, layout, method="run_layout")
-
-
-def first_block_repeated(job: Job, variables, group: int, x: Array, layout: Layout):
-    """The time of `all_blocks`, from one block in a loop: to be timed, it is compiled sooner."""
-    sizes = job.module.group_sizes
-
-    def block(x):
-        method = lambda m, *args: m.backbone.run_block(*args)  # noqa: E731
-        return job.module.apply(variables, sum(sizes[: group - 1]), x, layout, method=method)
-
-    like = jax.eval_shape(block, x)
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
-    x, row = jax.lax.fori_loop(0, sizes[group - 1], lambda _, last: block(last[0]), (x, empty))
-    return x, [] if row is None else [row] * sizes[group - 1]
 
 
 def _new_state(job: Job, variables, group: int, x: Array, attention, wanted) -> State:

@@ -84,6 +84,12 @@ def _draw(question: Question, keep: np.ndarray, batches: int, seed: int = 0) -> 
     return np.random.default_rng(seed).integers(0, len(keep), (batches, question.batch_size))
 
 
+def _lengths(question: Question, keep: np.ndarray, group: int) -> np.ndarray:
+    """Tokens, prefix included, that images keep in a group, in batches drawn from the sample."""
+    counts = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
+    return counts[_draw(question, keep, _BATCHES)]
+
+
 def _kernels(question: Question) -> list[str]:
     """Attention kernels that work here: cuDNN's is tried against the einsum first."""
     half = jnp.dtype(question.module.backbone.dtype).itemsize == 2
@@ -128,8 +134,7 @@ def _laid_out(
     blocks = _blocks(question, rows) if kind == "packed" else 1
     if count == 1 or question.job.keep_ratios is not None:
         return GroupPlan(kind, rows, ((rows * most, *(most,) * blocks),))
-    lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
-    needed = needs(lengths[_draw(question, keep, _BATCHES)], rows, blocks)
+    needed = needs(_lengths(question, keep, group), rows, blocks)
     step = _step(question, most)
     shapes = choose_shapes(kind, needed.reshape(-1, 1 + blocks), rows, most, count - 1, step)
     return GroupPlan(kind, rows, shapes)
@@ -154,9 +159,8 @@ def _thinned(
     question: Question, keep: np.ndarray, group: int, plan: GroupPlan, seconds: float
 ) -> GroupPlan:
     """The same layout in fewer shapes, if what they waste costs less than turns that none takes."""
-    lengths = keep[:, group - 1].sum(-1) + question.module.backbone.num_prefix
-    batches = lengths[_draw(question, keep, _BATCHES)]
-    cost = functools.partial(_cost, lengths=batches, vit=question.module.backbone)
+    lengths = _lengths(question, keep, group)
+    cost = functools.partial(_cost, lengths=lengths, vit=question.module.backbone)
 
     def expected(fewer: GroupPlan) -> float:
         return seconds * cost(fewer) / cost(plan) + _IDLE_TURN * len(fewer.shapes)
@@ -259,12 +263,11 @@ def _time_group(
 
         return functools.partial(jax.jit(run), question.variables, state, *keep_places)
 
-    counts = keep[:, group - 1].sum(-1) + vit.num_prefix
     lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
     calls = {plan: timed(_only_used(plan, lengths)) for plan in plans}
     timings = interleaved(calls, rounds) if rounds else timed_together(calls)
     # One batch was timed. It may suit a plan's shapes by luck: go by what batches cost in the mean.
-    batches = counts[_draw(question, keep, _BATCHES)]
+    batches = _lengths(question, keep, group)
     return {
         plan: timing.median * _cost(plan, batches, vit) / _cost(plan, lengths[None], vit)
         for plan, timing in timings.items()

@@ -107,8 +107,8 @@ def cached_plan(question: Question, folder: Path | None) -> Plan | None:
         return None
     try:
         plan = Plan.load(_path(question, folder))
-    except UsageError as error:  # of another version: planned anew, and replaced
-        log.warning("%s", error)
+    except UsageError as error:
+        log.warning("the cached plan cannot be used, a new one replaces it: %s", error)
         return None
     return plan if plan.key == json.loads(json.dumps(question.key())) else None
 
