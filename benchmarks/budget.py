@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks import common
 from benchmarks.workload import evaluation_images
 from iared2_jax import count_flops
-from iared2_jax.ragged import BudgetPoint, budget_curve, with_speed
+from iared2_jax.fast_inference import BudgetPoint, budget_curve, with_speed
 from iared2_jax.report.tables import as_text
 
 

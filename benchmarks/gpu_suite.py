@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks import common, peers, speed, train_cost
 from benchmarks.workload import synthetic
-from iared2_jax.models.backbone import attend, attend_cudnn
-from iared2_jax.reduction.gather import partition, take_tokens
+from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.compaction import kept_first, take_tokens
 
 
 def _called(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -66,7 +66,7 @@ def compaction(rounds: int) -> dict[str, float]:
     tokens = jnp.asarray(rng.standard_normal((b, 196, 384)), jnp.float32)
     keep = jnp.asarray(rng.random((b, 196)) < 0.7)
     scores = jnp.asarray(rng.random((b, 196)), jnp.float32)
-    slots = partition(keep)[0][:, :144]
+    slots = kept_first(keep)[0][:, :144]
 
     def ours(x, slots):
         return (take_tokens(x, slots) ** 2).sum()
@@ -75,7 +75,7 @@ def compaction(rounds: int) -> dict[str, float]:
         return (jnp.take_along_axis(x, slots[..., None], 1) ** 2).sum()
 
     calls = {
-        "partition": _called(partition, keep),
+        "partition": _called(kept_first, keep),
         "top_k": _called(lambda x: jax.lax.top_k(x, 144), scores),
         "argsort": _called(lambda x: jnp.argsort(x, axis=1), scores),
         "gradient, ours": _called(jax.grad(ours), tokens, slots),

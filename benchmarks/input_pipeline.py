@@ -3,7 +3,7 @@
     python -m benchmarks.input_pipeline --images=256
 
 JPEGs of the size of ImageNet's, made from photographs of scikit-image, are read through
-`open_source("folder", ...)`, so the real reader is timed; the files stay in the page cache, so the
+`open_dataset("folder", ...)`, so the real reader is timed; the files stay in the page cache, so the
 disk is not. "Per core and s" is per second of processor time, over all threads: the figure that a
 busy machine disturbs least. All loaders take the same random crops. DeiT was trained on Pillow's
 antialiased bicubic pixels, so each loader has its distance from them: the pick needs both.
@@ -41,9 +41,9 @@ from benchmarks.decoders import (
 )
 from iared2_jax.data import image_files, pipeline
 from iared2_jax.data.augment import CROP_FLIP, DEIT, AugmentOptions
+from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
 from iared2_jax.data.images import _random_box, open_image, random_flip, random_resized_crop
-from iared2_jax.data.sources import Source, Wanted, open_source
-from iared2_jax.models.registry import Variant, get_variant
+from iared2_jax.models.variants import Variant, get_variant
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import Timing, interleaved
 
@@ -157,7 +157,7 @@ def grey_levels(pixels: Iterable[Pixels], reference: Sequence[Pixels]) -> float:
 
 
 def our_training(
-    source: Source, augment: AugmentOptions, batch: int, threads: int, count: int
+    source: Dataset, augment: AugmentOptions, batch: int, threads: int, count: int
 ) -> None:
     """Reads `count` images as training does, and not one more.
 
@@ -279,16 +279,16 @@ def timed_pipelines(
     """Ours and tf.data; each thread has `batches` to read."""
     size, cores = variant.backbone.image_size, len(os.sched_getaffinity(0))
     several = [(threads, threads * batches * batch) for threads in sorted({1, 2, cores})]
-    wanted = Wanted(size, str(jpegs.root), variant.norm, variant.crop_pct)
+    wanted = DataRequest(size, str(jpegs.root), variant.norm, variant.crop_pct)
     deit = dataclasses.replace(wanted, augment=DEIT)
     for name, asked in (("ours, crop + flip", wanted), ("ours, DeiT's augmentation", deit)):
-        source = open_source("folder", asked)
+        source = open_dataset("folder", asked)
         for threads, count in several:
             call = functools.partial(our_training, source, asked.augment, batch, threads, count)
             yield Timed("pipelines", name, call, count, threads)
 
     count = min(len(jpegs.paths) // batch, cores * batches) * batch
-    images, _, _ = open_source("folder", wanted).load("train", count, 0)
+    images, _, _ = open_dataset("folder", wanted).load("train", count, 0)
     call = functools.partial(_read, lambda: pipeline.eval_batches({"image": images}, batch))
     yield Timed("pipelines", "ours, evaluation", call, count, image_files.THREADS)
 

@@ -18,9 +18,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 
 from iared2_jax import count_flops
-from iared2_jax.checkpoints.weights import timm_tensors
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.registry import get_variant
+from iared2_jax.models.variants import get_variant
+from iared2_jax.weights.load import timm_tensors
 
 try:
     import torch

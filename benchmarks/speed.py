@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from benchmarks import common, peers
 from benchmarks.workload import SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
-from iared2_jax.ragged import Accelerated, Plan, planner
-from iared2_jax.ragged.engine import Job, run_dense, sub_batch_sizes
-from iared2_jax.ragged.question import Question
+from iared2_jax.fast_inference import Accelerated, Plan, planner
+from iared2_jax.fast_inference.engine import ForwardSpec, run_dense, sub_batch_sizes
+from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 
@@ -81,7 +81,7 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
         variants[name] = Variant(call, kind, seconds, common.memory(program))
 
     for kernel in kernels:
-        with_this = Job(module).with_kernel(kernel).module
+        with_this = ForwardSpec(module).with_kernel(kernel).module
         suffix = "" if kernel == "einsum" else f", {kernel}"
         for rows in sub_batch_sizes(b, jax.default_backend()):
             name = f"dense{suffix}" if rows == b else f"dense, {rows} at a time{suffix}"
@@ -121,8 +121,8 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
 
 def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
     """The same layout in every group, for comparison with the planner's mixture."""
-    question = Question(
-        job=Job(sample.module),
+    request = PlanRequest(
+        spec=ForwardSpec(sample.module),
         variables=sample.variables,
         batch_size=b,
         thresholds=sample.thresholds,
@@ -133,7 +133,7 @@ def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
     if few < b:
         wanted[f"ragged, buckets of {few}"] = ("padded", few)
     return {
-        name: planner.uniform_plan(question, kind, rows)
+        name: planner.uniform_plan(request, kind, rows)
         for name, (kind, rows) in wanted.items()
         if not (kind == "packed" and rows == 1)
     }

@@ -19,14 +19,15 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.workload import Workload, synthetic
-from iared2_jax import count_flops, losses
+from iared2_jax import count_flops
 from iared2_jax.config import default_config
-from iared2_jax.models.iared2 import KEEP_ALL
-from iared2_jax.optim import merge, partition
-from iared2_jax.phases import Phase
-from iared2_jax.ragged.engine import run_dense
+from iared2_jax.fast_inference.engine import run_dense
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.model import KEEP_ALL
+from iared2_jax.training import losses
+from iared2_jax.training.curriculum import Phase
+from iared2_jax.training.optimizers import merge, split_trainable
 
 LEARNING_RATE = 1e-6  # so small that all steps are alike
 
@@ -55,7 +56,7 @@ def _phases(module) -> dict[str, Phase]:
 def _step(task: losses.Task):
     def step(params, batch, key):
         """Forward, backward, SGD; and the tokens that found no slot."""
-        trainable, frozen = partition(params, task.phase.trains, task.module.group_sizes)
+        trainable, frozen = split_trainable(params, task.phase.trains, task.module.group_sizes)
 
         def loss(trainable):
             return losses.LOSSES[task.phase.kind](task, merge(trainable, frozen), batch, key)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax import count_flops, create_model, load_model
-from iared2_jax.checkpoints.tensors import read_tensors
+from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.images import normalize
-from iared2_jax.data.sources import Wanted, open_source
-from iared2_jax.models.iared2 import KEEP_ALL, IARed2
-from iared2_jax.models.registry import get_variant
+from iared2_jax.models.variants import get_variant
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.weights.files import read_tensors
 
 # Mean share kept in groups 1, 2, 3: what the paper's FLOPs come to with a first group that keeps
 # all (DeiT-S: 0.726 of the dense multiply-adds, interpreters included).
@@ -133,13 +133,13 @@ def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
     config = read_tensors(path)[1]["config"]
     variant = get_variant(config["model.name"])
-    wanted = Wanted(
+    wanted = DataRequest(
         image_size=module.backbone.image_size,
         path=config.get("data.path", ""),
         norm=variant.norm,
         crop_pct=variant.crop_pct,
     )
-    source = open_source(config["data.name"], wanted)
+    source = open_dataset(config["data.name"], wanted)
     pixels, labels, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
     pixels, norm = pixels[:num_images], variant.norm
     return module, variables, np.asarray(normalize(jnp.asarray(pixels), norm)), labels, config

@@ -6,12 +6,15 @@ heatmaps = iared2_jax.explain(module, variables, images)
 run = iared2_jax.accelerate(module, variables, batch_size=32, images=images)
 """
 
-from iared2_jax import data, ragged, reduction
+import importlib
+from typing import Any
+
+from iared2_jax import _moved, data, fast_inference, token_reduction
 from iared2_jax.attribution.maps import explain
-from iared2_jax.checkpoints.weights import load_model, load_weights, save_weights
-from iared2_jax.models.flops import count_flops
-from iared2_jax.models.registry import create_model
-from iared2_jax.ragged import accelerate, calibrate
+from iared2_jax.fast_inference import accelerate, calibrate
+from iared2_jax.token_reduction.create import create_model
+from iared2_jax.token_reduction.flops import count_flops
+from iared2_jax.weights.load import load_model, load_weights, save_weights
 
 __all__ = [
     "accelerate",
@@ -20,9 +23,18 @@ __all__ = [
     "create_model",
     "data",
     "explain",
+    "fast_inference",
     "load_model",
     "load_weights",
-    "ragged",
-    "reduction",
     "save_weights",
+    "token_reduction",
 ]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    """`iared2_jax.ragged` and other names of before, with a DeprecationWarning."""
+    if name in _moved.MOVED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,9 @@ from typing import Any
 import ml_collections
 
 from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
-from iared2_jax.data.sources import Source, Wanted, open_source
+from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.registry import get_variant
+from iared2_jax.models.variants import get_variant
 
 MODES = ("train", "eval", "explain")
 CURRICULA = ("iared2", "interpreters", "supervised")
@@ -26,7 +26,7 @@ def _phase_defaults(**changes: Any) -> dict[str, Any]:
         batch_size=512,  # global, over all devices
         steps=0,  # length of one phase: steps, or epochs; exactly one is above 0
         epochs=0.0,
-        optimizer="adam",  # see optim.OPTIMIZERS
+        optimizer="adam",  # see optimizers.OPTIMIZERS
         learning_rate=4e-5,  # the peak; decays to 0 by a cosine
         warmup_steps=0,  # linear, from 0
         weight_decay=0.0,
@@ -46,7 +46,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.seed = 0
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = "deit_s"  # see models.registry.VARIANTS
+    config.model.name = "deit_s"  # see models.variants.VARIANTS
     config.model.num_classes = 1000  # 0: as many as the data has
     config.model.groups = 3  # D equal groups
     config.model.group_sizes = ()  # or the blocks of each of the D, e.g. (2, 4, 6)
@@ -247,10 +247,10 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return dict(walk(config, ""))
 
 
-def source_of(config: ml_collections.ConfigDict) -> Source:
+def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
     """The config's dataset, opened, as its model wants it."""
     variant = get_variant(config.model.name)
-    wanted = Wanted(
+    wanted = DataRequest(
         image_size=variant.backbone.image_size,
         path=config.data.path,
         norm=variant.norm,
@@ -258,7 +258,7 @@ def source_of(config: ml_collections.ConfigDict) -> Source:
         augment=augment_of(config),
         bad_share=config.data.bad_share,
     )
-    return open_source(config.data.name, wanted)
+    return open_dataset(config.data.name, wanted)
 
 
 def augment_of(config: ml_collections.ConfigDict) -> AugmentOptions:
@@ -269,7 +269,7 @@ def augment_of(config: ml_collections.ConfigDict) -> AugmentOptions:
 
 def num_classes(config: ml_collections.ConfigDict) -> int:
     """Of the config's model."""
-    return config.model.num_classes or source_of(config).num_classes
+    return config.model.num_classes or dataset_of(config).num_classes
 
 
 def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:

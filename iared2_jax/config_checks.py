@@ -9,18 +9,19 @@ from iared2_jax.config import (
     DTYPES,
     MODES,
     TRAIN_EXECUTIONS,
+    dataset_of,
     default_config,
     flatten,
     model_groups,
-    source_of,
     weights_of,
 )
-from iared2_jax.data.sources import MADE, OPENERS
+from iared2_jax.data.datasets import MADE, OPENERS
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.interpreter import POLICY_TOKENS
-from iared2_jax.models.registry import VARIANTS, get_variant, is_variant, split_into_groups
-from iared2_jax.optim import OPTIMIZERS
-from iared2_jax.reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
+from iared2_jax.models.variants import VARIANTS, get_variant, is_variant
+from iared2_jax.token_reduction.create import split_into_groups
+from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
+from iared2_jax.token_reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
+from iared2_jax.training.optimizers import OPTIMIZERS
 
 
 def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
@@ -76,7 +77,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
 
 
 def _check_data(config: ml_collections.ConfigDict) -> None:
-    source = source_of(config)
+    source = dataset_of(config)
     if config.data.eval_split not in source.splits:
         raise UsageError(
             f"config.data.eval_split={config.data.eval_split!r} is unknown"

@@ -66,7 +66,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         """What the flags say."""
         config, workdir = parse(sys.argv[1:] if argv is None else argv)
-        from iared2_jax import train  # slow to import: after the flags
+        from iared2_jax.training import loop as train  # slow to import: after the flags
 
         train.run(config, workdir)
 

@@ -21,7 +21,7 @@ import jax
 import ml_collections
 import pytest
 
-from iared2_jax.ragged import planner
+from iared2_jax.fast_inference import planner
 
 ROOT = Path(__file__).parent.parent
 

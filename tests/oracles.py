@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from iared2_jax.models.registry import VARIANTS
+from iared2_jax.models.variants import VARIANTS
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity.npz"
 Shapes = dict[str, tuple[int, ...]]

@@ -10,12 +10,13 @@ import pytest
 from conftest import ROOT
 from flax import traverse_util
 
-from iared2_jax import optim
-from iared2_jax.models import registry
-from iared2_jax.models.backbone import Backbone
-from iared2_jax.models.flops import count_flops
-from iared2_jax.models.iared2 import KEEP_ALL, IARed2
-from iared2_jax.ragged import GroupPlan, Plan, question
+from iared2_jax.fast_inference import GroupPlan, Plan, plan_request
+from iared2_jax.models import variants
+from iared2_jax.models.backbones.protocol import Backbone
+from iared2_jax.token_reduction import create
+from iared2_jax.token_reduction.flops import count_flops
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.training import optimizers
 
 N, BATCH = 16, 8  # the toy's patches, the page's images
 PLAN = Plan(
@@ -37,18 +38,18 @@ def page(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("page"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         # Timing the layouts takes half a minute: here is a plan.
-        patch.setattr(question, "cached_plan", lambda asked, folder: PLAN)
+        patch.setattr(plan_request, "cached_plan", lambda asked, folder: PLAN)
         # So large that scores differ and attention attends.
-        fresh = registry.init_variables
+        fresh = create.init_variables
         larger = lambda *args: jax.tree.map(lambda x: 8 * x, fresh(*args))  # noqa: E731
-        patch.setattr(registry, "init_variables", larger)
-        known = dict(registry.VARIANTS)
+        patch.setattr(create, "init_variables", larger)
+        known = dict(variants.VARIANTS)
         try:
             for block in blocks:
                 exec(compile(block, "docs/add_a_backbone.md", "exec"), names)
         finally:
-            registry.VARIANTS.clear()
-            registry.VARIANTS.update(known)
+            variants.VARIANTS.clear()
+            variants.VARIANTS.update(known)
     return names
 
 
@@ -183,7 +184,7 @@ def test_cost_is_the_parameters(page, model):
 def test_every_parameter_has_a_phase(model):
     module, variables = model
     paths = traverse_util.flatten_dict(variables["params"], sep="/")
-    parts = {optim.part_of(path, module.group_sizes) for path in paths}
+    parts = {optimizers.part_of(path, module.group_sizes) for path in paths}
     groups = {(kind, group) for kind in ("interpreter", "blocks") for group in (1, 2)}
     assert parts == groups | {("embedding", 0), ("head", 0)}
 
@@ -192,7 +193,7 @@ def test_half_precision_ends_in_float32(page, images):
     module = IARed2(page["Toy"](dtype=jnp.bfloat16), (1, 1), "learned", interpreter_heads=3)
 
     def run(images):
-        variables = registry.init_variables(module)
+        variables = create.init_variables(module)
         embedded = module.apply(variables, images, method=lambda m, x: m.backbone.embed(x))
         return embedded, *module.apply(variables, images)
 

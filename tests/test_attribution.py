@@ -8,7 +8,7 @@ import pytest
 from iared2_jax import create_model, explain
 from iared2_jax.attribution.maps import raw_attention, to_heatmap
 from iared2_jax.attribution.segmentation import foreground, score_segmentation
-from iared2_jax.evaluate import segmentation
+from iared2_jax.evaluation.evaluators import segmentation
 
 
 def test_enlarging_a_map_clamps_at_the_border():

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import budget, common, gpu_suite, speed
 from benchmarks.workload import KEPT, drawn_counts, synthetic
 from iared2_jax import create_model, save_weights
-from iared2_jax.ragged import BudgetPoint
+from iared2_jax.fast_inference import BudgetPoint
 
 
 @pytest.mark.parametrize("spread", [0.08, 0.15])

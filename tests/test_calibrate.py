@@ -9,9 +9,9 @@ from test_ragged import model, some_images
 
 import iared2_jax
 from iared2_jax.errors import UsageError
-from iared2_jax.models.iared2 import KEEP_ALL
-from iared2_jax.ragged import budget_curve, calibrate
-from iared2_jax.ragged.calibrate import BudgetPoint, _for_speed
+from iared2_jax.fast_inference import budget_curve, calibrate
+from iared2_jax.fast_inference.calibrate import BudgetPoint, _for_speed
+from iared2_jax.token_reduction.model import KEEP_ALL
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from iared2_jax.data import cluttered_mnist
+from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.image_files import resized
 from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import eval_batches, train_batches
-from iared2_jax.data.sources import Wanted, open_source
 
 
 def test_splits_share_no_digit():
@@ -71,7 +71,7 @@ def test_bad_arguments_are_named():
 
 
 def test_training_batches_depend_only_on_their_place():
-    source = open_source("cluttered_mnist", Wanted(64))
+    source = open_dataset("cluttered_mnist", DataRequest(64))
     run = iter(train_batches(source, 4, first_example=0, seed=5, threads=2))
     batches = [next(run) for _ in range(3)]
     resumed = next(iter(train_batches(source, 4, first_example=8, seed=5)))
@@ -83,13 +83,13 @@ def test_training_batches_depend_only_on_their_place():
 
 
 def test_images_are_resized_to_the_model():
-    source = open_source("cluttered_mnist", Wanted(224))
+    source = open_dataset("cluttered_mnist", DataRequest(224))
     batch = next(iter(train_batches(source, 2, 0, seed=0)))
     assert batch["image"].shape == (2, 224, 224, 3)
     pixels, _, masks = source.load("test", 3, 0)
     assert pixels.shape == (3, 224, 224, 3)
     assert masks.shape == (3, 224, 224)
-    image = open_source("cluttered_mnist", Wanted(64)).train_example(0, 0)["image"]
+    image = open_dataset("cluttered_mnist", DataRequest(64)).train_example(0, 0)["image"]
     assert resized(image, 64) is image
 
 

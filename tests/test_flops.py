@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from iared2_jax import count_flops
-from iared2_jax.models.registry import create_module
+from iared2_jax.token_reduction.create import create_module
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from iared2_jax.config import source_of
+from iared2_jax.config import dataset_of
 from iared2_jax.config_checks import validate
 from iared2_jax.data import small
 from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
+from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
-from iared2_jax.data.sources import Wanted, open_source
 from iared2_jax.errors import UsageError
-from iared2_jax.train import claimed
+from iared2_jax.training.loop import claimed
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def folder(cache, tmp_path):
 
 
 def opened(folder, **changes):
-    return open_source("folder", Wanted(32, path=str(folder), **changes))
+    return open_dataset("folder", DataRequest(32, path=str(folder), **changes))
 
 
 @pytest.mark.parametrize("augment", [CROP_FLIP, DEIT], ids=["crop and flip", "DeiT's"])
@@ -140,14 +140,14 @@ def test_a_bad_validation_image_ends_the_evaluation(folder):
 def test_a_config_opens_its_data_as_its_model_wants_them(cache):
     config = load_config("vit_augreg_s16", "runlocal")
     validate(config, device_count=1)
-    source = source_of(config)
+    source = dataset_of(config)
     assert source.num_classes == 1000
     assert source.class_names[0] == "tench, Tinca tinca"
     assert source.train_example(0, 0)["image"].shape == (224, 224, 3)
     pixels, labels, _ = source.load("validation", 0, 0)
     assert pixels[:2].shape == (2, 224, 224, 3)
     assert set(labels) <= set(range(10))
-    assert source_of(config) is source  # opened once
+    assert dataset_of(config) is source  # opened once
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(folder, tmp_path):

@@ -13,7 +13,7 @@ from test_imagenet import write_tars
 
 from iared2_jax import load_model
 from iared2_jax.data.imagenet import prepare
-from iared2_jax.models.iared2 import KEEP_ALL
+from iared2_jax.token_reduction.model import KEEP_ALL
 from tests import oracles
 
 try:

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from iared2_jax.logs import HealthAlarms
-from iared2_jax.phases import phases
+from iared2_jax.training.curriculum import phases
+from iared2_jax.training.monitoring import HealthAlarms
 
 
 @pytest.fixture

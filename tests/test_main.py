@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from iared2_jax import main, train
+from iared2_jax import main
 from iared2_jax.errors import CheckpointError, NonFiniteError
+from iared2_jax.training import loop as train
 
 ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/cluttered_mnist.py:runlocal"
@@ -197,7 +198,7 @@ def test_overrides_are_typed_and_the_workdir_has_a_default():
 
 def test_only_our_own_progress_is_printed():
     main.run([])
-    for name, level in (("iared2_jax.train", logging.INFO), ("orbax", logging.WARNING)):
+    for name, level in (("iared2_jax.training.loop", logging.INFO), ("orbax", logging.WARNING)):
         assert logging.getLogger(name).isEnabledFor(level)
     assert not logging.getLogger("absl").isEnabledFor(logging.INFO)
 

@@ -11,18 +11,14 @@ import pytest
 
 from iared2_jax import create_model
 from iared2_jax.errors import UsageError
-from iared2_jax.models.backbone import gelu
-from iared2_jax.models.cait import CaiT
-from iared2_jax.models.iared2 import KEEP_ALL, IARed2
-from iared2_jax.models.interpreter import Interpreter
-from iared2_jax.models.registry import (
-    VARIANTS,
-    create_module,
-    init_variables,
-    split_into_groups,
-)
-from iared2_jax.models.vit import ViT
-from iared2_jax.reduction.policy import informative_scores
+from iared2_jax.models.backbones.cait import CaiT
+from iared2_jax.models.backbones.vit import ViT
+from iared2_jax.models.layers import gelu
+from iared2_jax.models.variants import VARIANTS
+from iared2_jax.token_reduction.create import create_module, init_variables, split_into_groups
+from iared2_jax.token_reduction.interpreter import Interpreter
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.token_reduction.policy import informative_scores
 
 
 @functools.cache

@@ -9,8 +9,8 @@ from skimage import data as photographs
 
 import iared2_jax
 from iared2_jax import main
-from iared2_jax.models.registry import create_module, init_variables
 from iared2_jax.report.pictures import pictures_in
+from iared2_jax.token_reduction.create import create_module, init_variables
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import peers
 from iared2_jax import create_model, load_weights, save_weights
-from iared2_jax.models.iared2 import KEEP_ALL
-from iared2_jax.models.registry import VARIANTS
+from iared2_jax.models.variants import VARIANTS
+from iared2_jax.token_reduction.model import KEEP_ALL
 from tests import oracles
 from tests.test_weights import answers, assert_close, shortened
 
@@ -76,7 +76,7 @@ def test_timm_loads_what_we_save(name, tmp_path):
 
 
 def test_positions_are_resized_as_timm_does():
-    from iared2_jax.checkpoints.weights import resize_positions
+    from iared2_jax.weights.load import resize_positions
 
     with peers._torchvision():
         from timm.layers import resample_abs_pos_embed

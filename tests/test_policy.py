@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iared2_jax.reduction import policy
+from iared2_jax.token_reduction import policy
 
 TOKENS = 4
 ACTIONS = np.array(list(itertools.product([False, True], repeat=TOKENS)))  # all 2^N

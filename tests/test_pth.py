@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iared2_jax.checkpoints.pth import find_state_dict, read_pth
 from iared2_jax.errors import UsageError
+from iared2_jax.weights.formats.pth import find_state_dict, read_pth
 
 
 @dataclass
@@ -364,7 +364,7 @@ def torch():
 
 def training_state(torch):
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optimizers.AdamW(model.parameters())
     model(torch.randn(5, 4)).square().sum().backward()
     optimizer.step()
     grid = torch.arange(24.0).reshape(2, 3, 4)

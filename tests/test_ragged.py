@@ -13,23 +13,23 @@ import pytest
 
 import iared2_jax
 from iared2_jax.errors import UsageError
-from iared2_jax.models.cait import CaiT
-from iared2_jax.models.iared2 import KEEP_ALL, IARed2
-from iared2_jax.models.vit import ViT
-from iared2_jax.ragged import GroupPlan, Plan, planner
-from iared2_jax.ragged.accelerate import Accelerated, per_group
-from iared2_jax.ragged.engine import (
-    Job,
+from iared2_jax.fast_inference import GroupPlan, Plan, planner
+from iared2_jax.fast_inference.accelerate import Accelerated, per_group
+from iared2_jax.fast_inference.engine import (
+    ForwardSpec,
     all_blocks,
     first_block_repeated,
     run_group,
     run_ragged,
 )
-from iared2_jax.ragged.plan import _cuts, choose_shapes, needs
-from iared2_jax.ragged.planner import MAX_SHAPES
-from iared2_jax.ragged.question import Question, cached_plan, keep_plan
-from iared2_jax.reduction.gather import partition, take_tokens
-from iared2_jax.reduction.layout import packed
+from iared2_jax.fast_inference.plan import _cuts, choose_shapes, needs
+from iared2_jax.fast_inference.plan_request import PlanRequest, cached_plan, keep_plan
+from iared2_jax.fast_inference.planner import MAX_SHAPES
+from iared2_jax.models.backbones.cait import CaiT
+from iared2_jax.models.backbones.vit import ViT
+from iared2_jax.models.token_layouts import packed
+from iared2_jax.token_reduction.compaction import kept_first, take_tokens
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
 
 N = 16  # patches of the test model
 T = N + 1
@@ -59,9 +59,11 @@ def some_images(count: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (count, 32, 32, 3))
 
 
-def question(module, variables, batch_size, thresholds=0.5, devices=1, **job: object) -> Question:
-    return Question(
-        job=Job(module, **job),
+def request(
+    module, variables, batch_size, thresholds=0.5, devices=1, **spec: object
+) -> PlanRequest:
+    return PlanRequest(
+        spec=ForwardSpec(module, **spec),
         variables=variables,
         batch_size=batch_size,
         thresholds=per_group(thresholds, module.num_groups),
@@ -136,7 +138,7 @@ def test_ragged_equals_masked(scenario):
     module, variables = model(*which)
     plan.check(batch, [module.backbone.num_prefix + N] * module.num_groups)
     images = some_images(batch, seed)
-    ragged = jax.jit(functools.partial(run_ragged, Job(module, attention=True), plan))(
+    ragged = jax.jit(functools.partial(run_ragged, ForwardSpec(module, attention=True), plan))(
         variables,
         images,
         jnp.broadcast_to(np.float32(thresholds), (batch, len(thresholds))),
@@ -168,7 +170,7 @@ def test_every_count_from_none_to_all(name):
         edges = np.concatenate([[1.0], scores[image], [0.0]])
         thresholds[image, 0] = (edges[count] + edges[count + 1]) / 2
     thresholds[:, 1] = [0.4, KEEP_ALL, 0.5, 0.6, KEEP_ALL, 0.5]
-    run = Accelerated(question(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2))
+    run = Accelerated(request(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2))
     logits, out = run(images)
     masked = module.apply(variables, images, thresholds)
     assert np.asarray(out["keep"][0]).sum(-1).tolist() == counts
@@ -182,7 +184,7 @@ def test_ties_are_dropped_alike(name):
     zeros = jax.tree.map(jnp.zeros_like, variables)  # every score is 0.5
     plan = Plan(6, (PLANS[name],) * 2)
     for threshold, kept in ((0.5, 0), (float(np.nextafter(np.float32(0.5), np.float32(0))), N)):
-        run = Accelerated(question(module, zeros, 6, threshold), plan)
+        run = Accelerated(request(module, zeros, 6, threshold), plan)
         _, out = run(some_images(6))
         assert np.asarray(out["keep"][1]).sum(-1).tolist() == [kept] * 6
 
@@ -192,7 +194,7 @@ def test_nan_in_one_image_reaches_no_other(name):
     """Padding is 0, whatever lies beside it or lay there before."""
     module, variables = model(2)
     images = some_images(6).at[2].set(jnp.nan)
-    run = Accelerated(question(module, variables, 6, 0.5), Plan(6, (PLANS[name],) * 2))
+    run = Accelerated(request(module, variables, 6, 0.5), Plan(6, (PLANS[name],) * 2))
     logits, _ = run(images)
     clean, _ = module.apply(variables, images[np.array([0, 1, 3, 4, 5])], 0.5)
     assert_close(np.delete(np.asarray(logits), 2, 0), clean)
@@ -212,7 +214,9 @@ def test_poisoned_slots_leak_nowhere(name):
 
     def cls(tokens):
         state = {"tokens": tokens}
-        return run_group(Job(module), PLANS[name], variables, 1, state, keep, places)[0]["tokens"]
+        return run_group(ForwardSpec(module), PLANS[name], variables, 1, state, keep, places)[0][
+            "tokens"
+        ]
 
     expected, _ = module.apply(variables, 1, x, keep, method="run_blocks")
     result = cls(poisoned)
@@ -225,7 +229,7 @@ def test_poisoned_slots_leak_nowhere(name):
 def test_tail_batches_and_other_thresholds():
     module, variables = model(2)
     images = some_images(5)
-    run = Accelerated(question(module, variables, 6, 0.5), Plan(6, (PLANS["buckets"],) * 2))
+    run = Accelerated(request(module, variables, 6, 0.5), Plan(6, (PLANS["buckets"],) * 2))
     for count in (1, 4, 5):
         assert_same(run(images[:count]), module.apply(variables, images[:count], 0.5))
     assert_same(run(images, thresholds=0.3), module.apply(variables, images, 0.3))
@@ -237,7 +241,7 @@ def test_sharded_over_devices(devices):
     images = some_images(16)
     each = 16 // devices
     plans = (GroupPlan("packed", each, (full(each),)), GroupPlan("padded", 1, ((9, 9), full(1))))
-    run = Accelerated(question(module, variables, each, 0.5, devices), Plan(each, plans))
+    run = Accelerated(request(module, variables, each, 0.5, devices), Plan(each, plans))
     assert_same(run(images), module.apply(variables, images, 0.5))
     assert_same(run(images[:11]), module.apply(variables, images[:11], 0.5))
     assert sum(run.usage[1]["shapes"].values()) == 32  # two calls of 16 sub-batches of one image
@@ -251,7 +255,7 @@ def test_bfloat16_is_as_near_to_float32_as_masked():
     plan = Plan(6, (PLANS["packed"],) * 2)
     exact, _ = module.apply(variables, images, KEEP_ALL)
     masked, _ = jax.jit(lambda v, x: half.apply(v, x, KEEP_ALL))(variables, images)
-    ragged, _ = Accelerated(question(half, variables, 6, KEEP_ALL), plan)(images)
+    ragged, _ = Accelerated(request(half, variables, 6, KEEP_ALL), plan)(images)
     error, theirs = (float(jnp.linalg.norm(x - exact)) for x in (ragged, masked))
     assert 0 < error < 2 * theirs < 0.2 * float(jnp.linalg.norm(exact))
 
@@ -267,7 +271,7 @@ def test_fixed_budget_equals_masked(score, rows):
     counts = [17, 11, 6]  # ceil(ratio * 16) + CLS
     plans = tuple(GroupPlan("padded", rows, ((rows * c, c),)) for c in counts)
     images = some_images(4)
-    asked = question(module, variables, 4, 0.5, keep_ratios=ratios, score=score)
+    asked = request(module, variables, 4, 0.5, keep_ratios=ratios, score=score)
     run = Accelerated(asked, Plan(4, plans))
     logits, out = run(images)
     expected, reference = module.apply(variables, images, keep_ratios=ratios, score=score)
@@ -365,7 +369,7 @@ def test_a_plan_is_pinned_and_saved(tmp_path):
 )
 def test_a_cached_plan_that_cannot_be_read_is_made_anew(content, tmp_path, caplog):
     module, variables = model(2)
-    asked = question(module, variables, 2)
+    asked = request(module, variables, 2)
     plan = Plan(2, masked_rows=2, key=asked.key())
     keep_plan(asked, plan, tmp_path)
     assert cached_plan(asked, tmp_path).masked_rows == 2
@@ -393,7 +397,7 @@ def test_a_masked_plan_says_so():
 def test_usage_counts_what_only_the_largest_shape_held():
     module, variables = model(2)
     tight = GroupPlan("padded", 2, ((2 * 2, 2), full(2)))
-    run = Accelerated(question(module, variables, 4, KEEP_ALL), Plan(4, (tight,) * 2))
+    run = Accelerated(request(module, variables, 4, KEEP_ALL), Plan(4, (tight,) * 2))
     for _ in range(40):  # more than stay on the device
         run(some_images(4))
     assert [group["larger"] for group in run.usage] == [80, 80]
@@ -491,8 +495,8 @@ def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
 
     def run(blocks):
         state = {"tokens": tokens}
-        job = Job(module)
-        return run_group(job, plan, variables, 1, state, keep, places, run_blocks=blocks)[0]
+        spec = ForwardSpec(module)
+        return run_group(spec, plan, variables, 1, state, keep, places, run_blocks=blocks)[0]
 
     expected, actual = run(all_blocks)["tokens"], run(first_block_repeated)["tokens"]
     survivors = jnp.arange(most) < prefix + keep.sum(1, keepdims=True)
@@ -504,7 +508,7 @@ def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
 
 def test_kernels_are_einsum_on_a_cpu():
     module, variables = model(2)
-    assert planner._kernels(question(module, variables, 2)) == ["einsum"]
+    assert planner._kernels(request(module, variables, 2)) == ["einsum"]
 
 
 # -- The layouts themselves.
@@ -512,7 +516,7 @@ def test_kernels_are_einsum_on_a_cpu():
 
 @hypothesis.given(st.lists(st.booleans(), min_size=1, max_size=20))
 def test_partition_puts_the_kept_first_in_order(row):
-    slots, places = (np.asarray(x)[0] for x in partition(np.array([row])))
+    slots, places = (np.asarray(x)[0] for x in kept_first(np.array([row])))
     assert slots.tolist() == [*np.flatnonzero(row), *np.flatnonzero(~np.array(row))]
     assert slots[places].tolist() == list(range(len(row)))
 
@@ -558,7 +562,7 @@ def test_cait_is_accelerated_with_its_class_attention():
         GroupPlan("packed", 6, ((60, 9, 12), (96, N, N))),
         GroupPlan("padded", 2, ((2 * 6, 6), (2 * N, N))),
     )
-    asked = question(module, variables, 6, thresholds, attention=True)
+    asked = request(module, variables, 6, thresholds, attention=True)
     ragged = Accelerated(asked, Plan(6, plans))(images)
     masked = module.apply(variables, images, thresholds)
     assert 0 < np.asarray(masked[1]["keep"][0]).mean() < 1

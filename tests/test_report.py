@@ -9,16 +9,16 @@ from conftest import ROOT, load_config
 from PIL import Image
 
 from iared2_jax import load_model
-from iared2_jax.checkpoints.tensors import read_tensors
 from iared2_jax.config_checks import validate
-from iared2_jax.evaluate import accuracy, collect, cost, kept_tokens
-from iared2_jax.models.flops import count_flops
-from iared2_jax.models.registry import create_module
-from iared2_jax.reduction.selectors import random_like
+from iared2_jax.evaluation.evaluators import accuracy, collect, cost, kept_tokens
 from iared2_jax.report.results import evaluate_run
 from iared2_jax.report.tables import as_text
 from iared2_jax.signals import Stop
-from iared2_jax.train import build_model
+from iared2_jax.token_reduction.create import create_module
+from iared2_jax.token_reduction.flops import count_flops
+from iared2_jax.token_reduction.masks import random_like
+from iared2_jax.training.loop import build_model
+from iared2_jax.weights.files import read_tensors
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 

@@ -16,17 +16,18 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
-from iared2_jax import losses, main
-from iared2_jax.checkpoints.run import RunCheckpoints
-from iared2_jax.data import sources
+from iared2_jax import main
+from iared2_jax.data import datasets
 from iared2_jax.errors import CheckpointError, NonFiniteError
-from iared2_jax.logs import MetricWriter, Profile, Window
-from iared2_jax.models import registry
-from iared2_jax.models.vit import ViT
-from iared2_jax.phases import phases
+from iared2_jax.models import variants
+from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.signals import Stop
-from iared2_jax.steps import TrainState, data_mesh, initial_state, make_train_step
-from iared2_jax.train import build_model, train
+from iared2_jax.training import losses
+from iared2_jax.training.checkpoints import RunCheckpoints
+from iared2_jax.training.curriculum import phases
+from iared2_jax.training.loop import build_model, train
+from iared2_jax.training.monitoring import MetricWriter, Profile, Window
+from iared2_jax.training.step import TrainState, data_mesh, initial_state, make_train_step
 
 NANO = ViT(
     image_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=10
@@ -66,9 +67,9 @@ def _nano(shared):
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
-    variant = registry.Variant(NANO, norm=registry.HALF_NORM, interpreter_heads=3)
+    variant = variants.Variant(NANO, norm=variants.HALF_NORM, interpreter_heads=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.VARIANTS, "vit_nano", variant)
+        patch.setitem(variants.VARIANTS, "vit_nano", variant)
         patch.setitem(losses.LOSSES, "supervised", poisonable_loss)
         yield
     for name, value in before.items():
@@ -311,7 +312,7 @@ def test_a_disk_that_refuses_is_said(checkpoints, monkeypatch):
 @pytest.fixture
 def poison(monkeypatch):
     """Poisons the training examples that a predicate names by their index."""
-    opener = sources.OPENERS["cluttered_mnist"]
+    opener = datasets.OPENERS["cluttered_mnist"]
 
     def apply(bad):
         def poisoned(wanted):
@@ -323,7 +324,7 @@ def poison(monkeypatch):
 
             return dataclasses.replace(source, train_example=example)
 
-        monkeypatch.setitem(sources.OPENERS, "cluttered_mnist", poisoned)
+        monkeypatch.setitem(datasets.OPENERS, "cluttered_mnist", poisoned)
 
     return apply
 

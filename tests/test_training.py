@@ -10,16 +10,16 @@ from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from iared2_jax import optim
-from iared2_jax.capacities import measure_capacities, recalled
 from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import shard_batch
 from iared2_jax.errors import UsageError
-from iared2_jax.models import registry
-from iared2_jax.models.iared2 import KEEP_ALL
-from iared2_jax.phases import phase_at, phases
-from iared2_jax.steps import data_mesh, enter_phase, initial_state, make_train_step
-from iared2_jax.train import build_model
+from iared2_jax.models import variants
+from iared2_jax.token_reduction.model import KEEP_ALL
+from iared2_jax.training import optimizers
+from iared2_jax.training.capacities import measure_capacities, recalled
+from iared2_jax.training.curriculum import phase_at, phases
+from iared2_jax.training.loop import build_model
+from iared2_jax.training.step import data_mesh, enter_phase, initial_state, make_train_step
 
 SIZES = (2, 2, 2)
 
@@ -94,18 +94,18 @@ def test_train_head_adds_norm_and_head(tiny_config):
 
 def test_every_parameter_belongs_to_a_part(tiny_config):
     _, variables = build_model(tiny_config)
-    parts = {optim.part_of(path, SIZES) for path in flat(variables["params"])}
+    parts = {optimizers.part_of(path, SIZES) for path in flat(variables["params"])}
     groups = {(kind, group) for kind in ("interpreter", "blocks") for group in (1, 2, 3)}
     assert parts == groups | {("embedding", 0), ("head", 0)}
     with pytest.raises(ValueError, match="backbone/adapter"):
-        optim.part_of("backbone/adapter/kernel", SIZES)
+        optimizers.part_of("backbone/adapter/kernel", SIZES)
 
 
 def test_partition_and_merge_are_inverse(tiny_config):
     _, variables = build_model(tiny_config)
-    trainable, frozen = optim.partition(variables["params"], {("blocks", 2)}, SIZES)
+    trainable, frozen = optimizers.split_trainable(variables["params"], {("blocks", 2)}, SIZES)
     assert set(trainable) | set(frozen) == set(flat(variables["params"]))
-    merged = optim.merge(trainable, frozen)
+    merged = optimizers.merge(trainable, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(dict(variables["params"]))
 
 
@@ -151,7 +151,7 @@ def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index,
     tiny_config.model.init_bias = 0.05  # some go, most stay
     phase = plan_of(tiny_config, "iared2")[index]
     module, variables = build_model(tiny_config)
-    images = normalize(batch["image"], registry.HALF_NORM)
+    images = normalize(batch["image"], variants.HALF_NORM)
     logits, _ = module.apply(variables, images, phase.thresholds)
     batch["label"] = np.asarray(logits.argmax(-1), np.int32)  # right answers: rewards that differ
     fixed = phase.group - (phase.kind == "interpreter")
@@ -178,7 +178,7 @@ def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, ba
     def measure(phase):
         return measure_capacities(module, variables["params"], phase, itertools.repeat(batch))
 
-    images = normalize(batch["image"], registry.HALF_NORM)
+    images = normalize(batch["image"], variants.HALF_NORM)
     _, out = module.apply(variables, images, phases_[3].thresholds)
     most = [int(keep.sum(-1).max()) for keep in out["keep"]]
     found = measure(phases_[3])

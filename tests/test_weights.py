@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from iared2_jax import create_model, load_model, load_weights, save_weights
-from iared2_jax.checkpoints.tensors import read_tensors
-from iared2_jax.checkpoints.weights import resize_positions, timm_tensors
 from iared2_jax.errors import UsageError
-from iared2_jax.models.registry import VARIANTS, create_module
+from iared2_jax.models.variants import VARIANTS
+from iared2_jax.token_reduction.create import create_module
+from iared2_jax.weights.files import read_tensors
+from iared2_jax.weights.load import resize_positions, timm_tensors
 from tests import oracles
 
 STORED = oracles.stored()

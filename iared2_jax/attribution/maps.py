@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from iared2_jax.data.images import eval_transform, normalize, open_image
-from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.typing import Array
 
 

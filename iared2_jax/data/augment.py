@@ -145,7 +145,7 @@ def rand_augment(
       layers: how many ops are drawn.
       fill: colour, 0..255, of what geometric ops bring in from outside the image.
 
-    Source: Cubuk et al., "RandAugment" (2019), with timm's ranges and its noise on the magnitude.
+    Dataset: Cubuk et al., "RandAugment" (2019), with timm's ranges and its noise on the magnitude.
     """
     ops = rng.integers(len(OPS), size=layers)
     applied = rng.random(layers) < OP_PROBABILITY
@@ -181,7 +181,7 @@ def random_erasing(
       norm: mean and standard deviation per channel that the model's input is normalised by, 0..1.
       probability: of erasing anything.
 
-    Source: Zhong et al., "Random Erasing Data Augmentation" (2017); timm's mode 'pixel'.
+    Dataset: Zhong et al., "Random Erasing Data Augmentation" (2017); timm's mode 'pixel'.
     """
     if rng.random() >= probability:
         return pixels
@@ -233,7 +233,7 @@ def mixup_cutmix(
       probability: of mixing the batch at all.
       smoothing: of the labels.
 
-    Source: Zhang et al., "mixup" (2017), eq. 1; Yun et al., "CutMix" (2019), eqs. 1 and 2;
+    Dataset: Zhang et al., "mixup" (2017), eq. 1; Yun et al., "CutMix" (2019), eqs. 1 and 2;
     "batch" mode of timm.
     """
     lam = 1.0
@@ -279,7 +279,7 @@ def repeated_example(k: int, epoch_size: int, repeats: int = 3) -> tuple[int, in
     an epoch has as many examples as without repeats, and sees the first ceil(epoch_size / repeats)
     images of its shuffle. `repeats=1` is the plain order.
 
-    Source: Hoffer et al., "Augment your batch" (2020); DeiT's sampler, which also drops what is
+    Dataset: Hoffer et al., "Augment your batch" (2020); DeiT's sampler, which also drops what is
     left over from a multiple of 256.
 
     Example:

@@ -22,7 +22,7 @@ from iared2_jax.data.images import (
 from iared2_jax.errors import DataError
 
 if TYPE_CHECKING:
-    from iared2_jax.data.sources import Wanted
+    from iared2_jax.data.datasets import DataRequest
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ class ImageFiles:
     A split also has `class_names`, and `label(i)`, for less than a whole record where it can.
     """
 
-    def __init__(self, records: Sequence, wanted: "Wanted"):
-        self._records, self._wanted = records, wanted
+    def __init__(self, records: Sequence, request: "DataRequest"):
+        self._records, self._request = records, request
         self.class_names: tuple[str, ...] = tuple(records.class_names)
-        self._bad = BadImages(wanted.bad_share, len(records))
+        self._bad = BadImages(request.bad_share, len(records))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -84,7 +84,7 @@ class ImageFiles:
         Raises:
           BadImage: too many were unreadable.
         """
-        augment, size = self._wanted.augment, len(self)
+        augment, size = self._request.augment, len(self)
         epoch, k = divmod(index, size)
         place, _ = repeated_example(k, size, augment.repeats)
         order = _shuffled(size, seed, epoch)
@@ -103,28 +103,28 @@ class ImageFiles:
         return {"image": pixels, "label": np.int32(record["label"])}
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        wanted, augment = self._wanted, self._wanted.augment
-        pixels = random_resized_crop(image, wanted.image_size, rng, augment.scale, augment.ratio)
+        request, augment = self._request, self._request.augment
+        pixels = random_resized_crop(image, request.image_size, rng, augment.scale, augment.ratio)
         pixels = random_flip(pixels, rng, augment.flip)
         if augment.rand_augment:
-            grey = tuple(round(255 * mean) for mean in wanted.norm[0])  # where there is no image
+            grey = tuple(round(255 * mean) for mean in request.norm[0])  # where there is no image
             pixels = np.array(rand_augment(Image.fromarray(pixels), rng, fill=grey))
         if augment.erasing:
-            pixels = random_erasing(pixels, rng, wanted.norm, augment.erasing)
+            pixels = random_erasing(pixels, rng, request.norm, augment.erasing)
         return pixels
 
     def evaluation(self, size: int = 0) -> "EvalImages":
         """`size` images, evenly spread over the split, as they are evaluated; 0: all of them."""
         count = min(size, len(self)) if size else len(self)
         rows = np.arange(count) * len(self) // count
-        return EvalImages(self._records, rows, self._wanted)
+        return EvalImages(self._records, rows, self._request)
 
 
 class EvalImages:
     """Evaluation images that are read and decoded when they are indexed, as an array would be."""
 
-    def __init__(self, records: Sequence, rows: np.ndarray, wanted: "Wanted"):
-        self._records, self._rows, self._wanted = records, rows, wanted
+    def __init__(self, records: Sequence, rows: np.ndarray, request: "DataRequest"):
+        self._records, self._rows, self._request = records, rows, request
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -141,8 +141,8 @@ class EvalImages:
     def _pixels(self, row: int) -> np.ndarray:
         record = self._records[row]
         image = open_image(record["image"], record["file_name"])
-        wanted = self._wanted
-        return eval_transform(image, wanted.image_size, wanted.crop_pct, name=record["file_name"])
+        request = self._request
+        return eval_transform(image, request.image_size, request.crop_pct, name=record["file_name"])
 
     def labels(self) -> np.ndarray:
         """Of all of them."""

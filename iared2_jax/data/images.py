@@ -122,7 +122,7 @@ def eval_transform(
       UsageError: if `size`, `crop_pct` or `interpolation` cannot be used.
       BadImage: if the image is so elongated that it would pass `MAX_PIXELS` once resized.
 
-    Source:
+    Dataset:
       timm 1.x, `transforms_imagenet_eval` with crop_mode "center"; torchvision's `Resize` and
       `CenterCrop` on PIL images.
     """
@@ -178,7 +178,7 @@ def random_resized_crop(
     Raises:
       UsageError: if an argument cannot be used.
 
-    Source:
+    Dataset:
       Szegedy et al., "Going Deeper with Convolutions" (2015), section 6; torchvision's and timm's
       `RandomResizedCrop`: 10 tries, then the largest central part within `ratio`.
     """

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from iared2_jax.data.augment import AugmentOptions, mixup_cutmix
-from iared2_jax.data.sources import Source
+from iared2_jax.data.datasets import Dataset
 
 # More examples than any run sees; batches are addressed by their place in this endless stream.
 _ENDLESS = 1 << 40
@@ -18,7 +18,7 @@ Mix = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarra
 
 
 def train_batches(
-    source: Source,
+    source: Dataset,
     batch_size: int,
     first_example: int,
     seed: int,

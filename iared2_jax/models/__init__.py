@@ -1,1 +1,1 @@
-"""Pure Flax linen models: backbones, interpreters, and the two together."""
+"""Vision transformers as pure Flax linen modules, and the table of named variants."""

@@ -15,7 +15,7 @@ from iared2_jax.attribution.maps import (
     raw_attention,
     to_heatmap,
 )
-from iared2_jax.models.iared2 import IARed2, Thresholds
+from iared2_jax.token_reduction.model import IARed2, Thresholds
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch

@@ -6,14 +6,14 @@ from typing import Any
 
 import ml_collections
 
-from iared2_jax import train
-from iared2_jax.checkpoints.tensors import read_tensors
-from iared2_jax.checkpoints.weights import load_model, num_classes_of, warn_if_untrained
 from iared2_jax.data.folder import EXTENSIONS
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.errors import UsageError
-from iared2_jax.models.iared2 import IARed2
 from iared2_jax.report.figures import draw_comparison, draw_hierarchy
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training import loop as train
+from iared2_jax.weights.files import read_tensors
+from iared2_jax.weights.load import load_model, num_classes_of, warn_if_untrained
 
 log = logging.getLogger(__name__)
 

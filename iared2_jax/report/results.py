@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from iared2_jax import evaluate, train
-from iared2_jax.checkpoints.weights import save_weights
-from iared2_jax.config import flatten, source_of, weights_of
+from iared2_jax.config import dataset_of, flatten, weights_of
 from iared2_jax.data.image_files import EvalImages
 from iared2_jax.data.images import normalize
+from iared2_jax.evaluation import evaluators
 from iared2_jax.files import write_json
-from iared2_jax.models.iared2 import IARed2
-from iared2_jax.reduction.selectors import random_like
 from iared2_jax.report import figures, tables
 from iared2_jax.signals import Stop
+from iared2_jax.token_reduction.masks import random_like
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training import loop as train
+from iared2_jax.weights.load import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Subject:
     def collect(self, fn, variables, **more: np.ndarray) -> dict[str, np.ndarray]:
         """A compiled `fn` over the whole evaluation set."""
         arrays = {"pixels": self.pixels, **more}
-        return evaluate.collect(
+        return evaluators.collect(
             lambda batch: fn(variables, batch), arrays, self.config.eval.batch_size, self.stop
         )
 
@@ -84,7 +85,7 @@ def evaluate_run(
     subject = _subject(config, params, stop)
     try:
         results = _measure(subject)
-    except evaluate.Interrupted:
+    except evaluators.Interrupted:
         return None
     if write_weights:
         _write_weights(subject, results, workdir)
@@ -96,7 +97,7 @@ def _subject(config, params, stop) -> Subject:
     module, initial = train.build_model(config)
     trained = {"params": params}
     reduces = config.curriculum != "supervised"
-    source = source_of(config)
+    source = dataset_of(config)
     data = config.data
     pixels, labels, truth = source.load(data.eval_split, data.eval_size, data.seed)
     return Subject(
@@ -124,7 +125,7 @@ def _measure(subject: Subject) -> dict[str, Any]:
             results["images_per_second"] = _speed(subject)
     if subject.truth is not None:
         results["foreground_share"] = float(subject.truth.mean())
-        results["segmentation"] = dict(evaluate.segmentation(maps, subject.truth))
+        results["segmentation"] = dict(evaluators.segmentation(maps, subject.truth))
     results["config"] = flatten(subject.config)
     results["versions"] = _versions()
     return results
@@ -143,9 +144,9 @@ def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     seen = subject.collect(subject.compiled(dense_pass), subject.original)
     figures = {
-        **dict(evaluate.accuracy(seen["logits"], subject.labels)),
-        **dict(evaluate.cost(subject.module, None)),
-        "confusions": evaluate.confusions(seen["logits"], subject.labels, subject.class_names),
+        **dict(evaluators.accuracy(seen["logits"], subject.labels)),
+        **dict(evaluators.cost(subject.module, None)),
+        "confusions": evaluators.confusions(seen["logits"], subject.labels, subject.class_names),
     }
     if "attention" not in seen:
         return figures, {}
@@ -167,10 +168,10 @@ def _reduced(subject: Subject) -> tuple[dict[str, Any], np.ndarray, dict[str, np
 
     seen = subject.collect(subject.compiled(masked_pass), subject.trained)
     figures = {
-        **dict(evaluate.accuracy(seen["logits"], subject.labels)),
-        **dict(evaluate.kept_tokens(seen["keep"])),
-        **dict(evaluate.cost(subject.module, seen["keep"])),
-        "confusions": evaluate.confusions(seen["logits"], subject.labels, subject.class_names),
+        **dict(evaluators.accuracy(seen["logits"], subject.labels)),
+        **dict(evaluators.kept_tokens(seen["keep"])),
+        **dict(evaluators.cost(subject.module, seen["keep"])),
+        "confusions": evaluators.confusions(seen["logits"], subject.labels, subject.class_names),
     }
     groups = range(subject.module.num_groups)
     return figures, seen["keep"], {f"group_{g + 1}": seen["scores"][:, g] for g in groups}
@@ -193,7 +194,7 @@ def _random(subject: Subject, keep: np.ndarray) -> dict[str, float]:
 
     def accuracy(variables):
         answers = subject.collect(fn, variables, keep=masks)
-        return dict(evaluate.accuracy(answers["logits"], subject.labels))
+        return dict(evaluators.accuracy(answers["logits"], subject.labels))
 
     before = {f"original_backbone_{k}": v for k, v in accuracy(subject.original).items()}
     return {**accuracy(subject.trained), **before}
@@ -204,7 +205,7 @@ def _speed(subject: Subject) -> dict[str, Any]:
     config, n = subject.config, subject.config.eval.speed_batch
     pixels = subject.pixels[: n + SPEED_SAMPLE]
     images = np.asarray(normalize(jnp.asarray(pixels), subject.module.norm))
-    figures = evaluate.throughput(
+    figures = evaluators.throughput(
         subject.module,
         subject.original,
         subject.trained,

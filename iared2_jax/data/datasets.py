@@ -1,0 +1,143 @@
+"""The datasets a config can name, behind one small interface."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from iared2_jax.data import cluttered_mnist
+from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
+from iared2_jax.data.folder import open_folder
+from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
+from iared2_jax.data.small import small_folder, small_imagenet
+from iared2_jax.errors import UsageError
+from iared2_jax.typing import Norm
+
+SMALL = "small"  # as a path: a few embedded images in the true format
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRequest:
+    """What is asked of a dataset.
+
+    Attributes:
+      path: where its files are; `SMALL` makes a few. Not for data that is made.
+      image_size, norm, crop_pct: what the model expects (`models.variants.Variant`).
+      augment: of the training images; data that is made is not augmented.
+      bad_share: of the training images that may be unreadable.
+    """
+
+    image_size: int
+    path: str = ""
+    norm: Norm = ((0.5,) * 3, (0.5,) * 3)
+    crop_pct: float = 1.0
+    augment: AugmentOptions = CROP_FLIP
+    bad_share: float = 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset, at the model's image size.
+
+    Attributes:
+      class_names: one per class.
+      splits: the names that `load` takes.
+      epoch_size: examples that count as one epoch of training.
+      train_example: (seed, index) -> {"image": uint8 [h, w, 3], "label": int32}, a pure function.
+      load: (split, size, seed) -> pixels uint8 [size, h, w, 3], which may be read only when they
+        are indexed; labels; masks (bool, or None if there are none). size 0: all there are.
+    """
+
+    class_names: tuple[str, ...]
+    splits: tuple[str, ...]
+    epoch_size: int
+    train_example: Callable[[int, int], dict[str, np.ndarray]]
+    load: Callable[..., tuple]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells it from other datasets: by its classes and the length of its epoch."""
+        names = hashlib.sha256("\n".join(self.class_names).encode()).hexdigest()[:8]
+        return f"{self.epoch_size} images of {self.num_classes} classes ({names})"
+
+
+def _cluttered_mnist(request: DataRequest) -> Dataset:
+    side = request.image_size
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """A scene of its own for every index."""
+        item = cluttered_mnist.example("train", seed, index)
+        return {**item, "image": resized(item["image"], side)}
+
+    def load(split: str, size: int, seed: int) -> tuple:
+        """Scenes are made, so there is no end of them."""
+        if not size:
+            raise UsageError("cluttered_mnist has no last scene: set config.data.eval_size")
+        pixels, labels, masks = cluttered_mnist.load(split, size, seed)
+        pixels = np.stack([resized(image, side) for image in pixels])
+        return pixels, labels, resized_masks(masks, side)
+
+    return Dataset(
+        class_names=cluttered_mnist.CLASS_NAMES,
+        splits=cluttered_mnist.SPLITS,
+        epoch_size=50_000,  # scenes are made, so this is only a unit
+        train_example=train_example,
+        load=load,
+    )
+
+
+def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
+    train = ImageFiles(open_split(Path(request.path), "train"), request)
+
+    def load(split: str, size: int, seed: int) -> tuple:
+        """Evenly spread over the split, which may be in the order of classes."""
+        files = ImageFiles(open_split(Path(request.path), split), request)
+        pixels = files.evaluation(size)
+        return pixels, pixels.labels(), None
+
+    return Dataset(train.class_names, splits, len(train), train.train_example, load)
+
+
+def _imagenet(request: DataRequest) -> Dataset:
+    from iared2_jax.data.imagenet import open_prepared  # TFDS is slow to import
+
+    if request.path == SMALL:
+        request = dataclasses.replace(request, path=str(small_imagenet()))
+    return _files(open_prepared, ("train", "validation"), request)
+
+
+def _folder(request: DataRequest) -> Dataset:
+    if request.path == SMALL:
+        request = dataclasses.replace(request, path=str(small_folder()))
+    return _files(open_folder, ("train", "val"), request)
+
+
+OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
+    "cluttered_mnist": _cluttered_mnist,
+    "imagenet": _imagenet,
+    "folder": _folder,
+}
+MADE = ("cluttered_mnist",)  # needs no files
+
+
+def open_dataset(name: str, request: DataRequest) -> Dataset:
+    """Opens a dataset, and checks that its files are whole; once per process.
+
+    Raises:
+      UsageError: no path, or what is there cannot be used.
+    """
+    if name not in MADE and not request.path:
+        raise UsageError(f"config.data.name={name!r} needs config.data.path=<where its files are>")
+    return _opened(OPENERS[name], request)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(opener: Callable[[DataRequest], Dataset], request: DataRequest) -> Dataset:
+    return opener(request)

@@ -1,0 +1,1 @@
+"""Evaluators: accuracy, cost, speed, segmentation."""

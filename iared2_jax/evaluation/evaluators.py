@@ -1,0 +1,174 @@
+"""Evaluators: accuracy, cost, speed, segmentation. Each yields (name, value) pairs."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from iared2_jax.attribution.maps import to_heatmap
+from iared2_jax.attribution.segmentation import foreground, score_segmentation
+from iared2_jax.data.pipeline import eval_batches
+from iared2_jax.fast_inference import accelerate
+from iared2_jax.fast_inference.engine import run_dense, sub_batch_sizes
+from iared2_jax.signals import Stop
+from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.flops import Flops, count_flops
+from iared2_jax.token_reduction.model import IARed2, Thresholds
+from iared2_jax.typing import Array
+
+Named = Iterator[tuple[str, Any]]
+
+
+class Interrupted(Exception):
+    """A signal asked to stop in the middle of an evaluation; nothing was written."""
+
+
+def collect(
+    fn: Callable[[dict[str, Array]], dict[str, Array]],
+    arrays: dict[str, np.ndarray],
+    batch_size: int,
+    stop: Stop | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs `fn` over all examples in batches of one size; padding is cut off again.
+
+    Args:
+      fn: jitted; a batch to arrays [B, ...].
+      arrays: the examples, by name.
+
+    Raises:
+      Interrupted: if `stop` was requested.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    for batch in eval_batches(arrays, batch_size):
+        if stop is not None and stop.requested:
+            raise Interrupted
+        counted = batch.pop("counted")
+        parts.append({k: np.asarray(v)[counted] for k, v in fn(batch).items()})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> Named:
+    """Top-1 and top-5, as shares in [0, 1]."""
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    yield "top1", float((order[:, 0] == labels).mean())
+    yield "top5", float((order[:, :5] == labels[:, None]).any(axis=-1).mean())
+
+
+def confusions(
+    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], most: int = 10
+) -> list[dict[str, Any]]:
+    """Which classes are taken for which, the most frequent first.
+
+    Returns:
+      {"is": name, "taken_for": name, "images": how many, "share": of that class's images} each.
+    """
+    answers = logits.argmax(axis=-1)
+    wrong = answers != labels
+    pairs, counts = np.unique(
+        np.stack([labels[wrong], answers[wrong]], axis=1), axis=0, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")[:most]
+    return [
+        {
+            "is": class_names[pairs[i, 0]],
+            "taken_for": class_names[pairs[i, 1]],
+            "images": int(counts[i]),
+            "share": float(counts[i] / (labels == pairs[i, 0]).sum()),
+        }
+        for i in order
+    ]
+
+
+def kept_tokens(keep: np.ndarray) -> Named:
+    """Share of the N patches each group's blocks see: mean, p5 and p95 over images.
+
+    Args:
+      keep: [images, groups, N].
+    """
+    share = keep.mean(axis=-1)
+    yield "kept", share.mean(axis=0).tolist()
+    yield "kept_p5", np.percentile(share, 5, axis=0).tolist()
+    yield "kept_p95", np.percentile(share, 95, axis=0).tolist()
+
+
+def cost(module: IARed2, keep: np.ndarray | None) -> Named:
+    """FLOPs (multiply-accumulates) per image, linear and full; of the dense backbone without keep.
+
+    Args:
+      keep: [images, groups, N].
+    """
+    if keep is None:
+        yield "flops", count_flops(module)._asdict()
+        return
+    flops = count_flops(module, tuple(keep.sum(axis=-1).T))
+    for name, reduce in (
+        ("flops", np.mean),
+        ("flops_p5", functools.partial(np.percentile, q=5)),
+        ("flops_p95", functools.partial(np.percentile, q=95)),
+    ):
+        yield name, Flops(*(float(reduce(values)) for values in flops))._asdict()
+
+
+def segmentation(maps: Mapping[str, np.ndarray], masks: np.ndarray, seed: int = 0) -> Named:
+    """Pixel accuracy, mAcc and mIoU of every map, and of the trivial answers.
+
+    Args:
+      maps: per-patch values [images, N], by name.
+      masks: the truth [images, H, W].
+      seed: of the random map.
+    """
+    any_map = next(iter(maps.values()))
+    rng = np.random.default_rng(seed)
+    everything = {**maps, "random": rng.random(any_map.shape, np.float32)}
+    for name, values in everything.items():
+        heatmaps = np.asarray(to_heatmap(values, masks.shape[1]))
+        yield name, score_segmentation(foreground(heatmaps), masks)._asdict()
+    yield "all_background", score_segmentation(np.zeros_like(masks), masks)._asdict()
+
+
+def throughput(
+    module: IARed2,
+    dense: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    images: Array,
+    sample: Array,
+    thresholds: Thresholds,
+    rounds: int,
+) -> Named:
+    """Images per second from a device-resident batch to logits, every execution in one run.
+
+    Args:
+      dense, trained: variables of the dense baseline and of the model that drops.
+      images: one normalised batch on the device, timed.
+      sample: other images, that the ragged plan is made with.
+    """
+    b = len(images)
+    run = accelerate(module, trained, b, thresholds, images=sample, cache_dir=None)
+
+    def dense_in(rows):
+        return functools.partial(jax.jit(functools.partial(run_dense, module, rows)), dense, images)
+
+    masked = jax.jit(lambda variables, x: module.apply(variables, x, thresholds)[0])
+    # The baseline is the better of the whole batch and sub-batches that fit the caches.
+    whole, *parts = sub_batch_sizes(b, jax.default_backend())
+    variants = {
+        "dense": dense_in(whole),
+        **{f"dense, {rows} at a time": dense_in(rows) for rows in parts},
+        "masked": lambda: masked(trained, images),
+        "ragged": lambda: run(images)[0],
+    }
+    expected = np.asarray(variants["masked"]())
+    error = np.abs(np.asarray(variants["ragged"]()) - expected).max() / np.abs(expected).max()
+    run.forget_usage()
+    executions = {}
+    for name, timing in interleaved(variants, rounds).items():
+        rates = {"median": timing.median, "p25": timing.upper, "p75": timing.lower}
+        executions[name] = {key: b / seconds for key, seconds in rates.items()}
+    yield "executions", executions
+    names = [name for name in executions if name.startswith("dense")]
+    yield "baseline", max(names, key=lambda name: executions[name]["median"])
+    yield "plan", str(run.plan).splitlines()
+    yield "ragged_error", float(error)
+    yield "batches_in_larger_shapes", sum(group["larger"] for group in run.usage)

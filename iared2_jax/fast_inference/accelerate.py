@@ -1,0 +1,330 @@
+"""`accelerate`: a model that drops tokens, as fast as this device can run it."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from iared2_jax.errors import UsageError
+from iared2_jax.fast_inference import plan_request, planner
+from iared2_jax.fast_inference.engine import ForwardSpec, run_masked, run_ragged, sub_batch_sizes
+from iared2_jax.fast_inference.plan import Plan
+from iared2_jax.fast_inference.plan_request import PlanRequest
+from iared2_jax.token_reduction.model import IARed2, Thresholds
+from iared2_jax.typing import Array
+
+_KEPT_PENDING = 32  # usage counts that may still be on the device
+
+
+@contextlib.contextmanager
+def _programs_kept(folder: Path | None) -> Iterator[None]:
+    """JAX's persistent compilation cache in `folder`, unless the user has chosen one."""
+    if folder is None or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it reads its settings once
+
+    use(options)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+class Accelerated:
+    """A compiled model; made by `accelerate`. Call it with images: logits, out.
+
+    Attributes:
+      plan: how it runs; print it.
+      batch_size: images per call, over all devices.
+      sharding: of the images; those that have it already are not copied.
+      compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
+    """
+
+    def __init__(
+        self,
+        request: PlanRequest,
+        plan: Plan,
+        programs: Path | None = None,
+    ):
+        module, devices = request.module, request.devices
+        self.plan = plan
+        self.batch_size = request.batch_size * len(devices)
+        self._num_groups = module.num_groups
+        self._image_shape = (module.backbone.image_size, module.backbone.image_size, 3)
+        mesh = jax.make_mesh(
+            (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+        )
+        self.sharding, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self._variables = jax.device_put(request.variables, self._everywhere)
+        of_sample = request.thresholds
+        if of_sample.ndim == 2:
+            of_sample = of_sample[: self.batch_size]
+        self._thresholds = self._per_image(of_sample)
+        self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
+        nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
+        self._overflow = [nothing] * module.num_groups
+        self._pending: list[jax.Array] = []
+        self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
+        execute = run_ragged if plan.groups else run_masked
+
+        def forward(variables, images, thresholds, size):
+            """One device's share: it counts its own rows, and takes its own turns."""
+            first = jax.lax.axis_index("data") * images.shape[0]
+            real = jnp.clip(size - first, 0, images.shape[0])
+            logits, out = execute(request.spec, plan, variables, images, thresholds, real)
+            # Every array that a program returns costs a call 4 us.
+            del out["overflow"]
+            used = jnp.concatenate([jnp.zeros(0, jnp.int32), *out.pop("shapes_used", [])])
+            return logits, out, used[None]
+
+        sharded = jax.shard_map(
+            forward,
+            mesh=mesh,
+            in_specs=(P(), P("data"), P("data"), P()),
+            out_specs=P("data"),
+            check_vma=False,  # the loops start from constants, which vary over no axis
+        )
+        shape = (self.batch_size, *self._image_shape)
+        images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.sharding)
+        lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
+        with _programs_kept(programs):
+            self.compiled = lowered.compile()
+
+    def _per_image(self, thresholds: Thresholds) -> jax.Array:
+        values = per_group(thresholds, self._num_groups)
+        if values.ndim == 2 and len(values) > self.batch_size:
+            raise UsageError(
+                f"thresholds are for {len(values)} images, the batch has {self.batch_size}"
+            )
+        if values.ndim == 2:
+            values = np.pad(values, ((0, self.batch_size - len(values)), (0, 0)))
+        values = np.broadcast_to(values, (self.batch_size, self._num_groups))
+        return jax.device_put(values, self.sharding)
+
+    def __call__(
+        self, images: Float[Array, "b height width 3"], thresholds: Thresholds | None = None
+    ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+        """Logits, and `out` on the original patch grid, as of masked execution.
+
+        Args:
+          images: normalised; at most `batch_size`. Fewer are padded, and the results, then NumPy
+            arrays, cut; no size compiles anything.
+          thresholds: others than those of `accelerate`; the plan stays the same.
+
+        Raises:
+          UsageError: more images than `batch_size`, none, or of another size.
+        """
+        size = images.shape[0]
+        if images.shape[1:] != self._image_shape or not 1 <= size <= self.batch_size:
+            raise UsageError(
+                f"images are {list(images.shape)}; this was accelerated for "
+                f"1..{self.batch_size} images of {list(self._image_shape)}"
+            )
+        given, real = self._thresholds, self._size
+        if thresholds is not None:
+            ready = self._in_place(thresholds, given.shape)
+            given = thresholds if ready else self._per_image(thresholds)
+        if size < self.batch_size:
+            # On the host: the device would compile a program for every size.
+            full = np.zeros((self.batch_size, *self._image_shape), np.float32)
+            full[:size] = np.asarray(images)
+            images, real = full, jax.device_put(np.int32(size), self._everywhere)
+        if not self._in_place(images, (self.batch_size, *self._image_shape)):
+            if images.dtype != np.float32:
+                images = np.asarray(images, np.float32)
+            images = jax.device_put(images, self.sharding)
+        logits, out, used = self.compiled(self._variables, images, given, real)
+        out["overflow"] = list(self._overflow)
+        self._count(used)
+        if size < self.batch_size:
+            logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
+        return logits, out
+
+    def _in_place(self, x: Any, shape: tuple[int, ...]) -> bool:
+        """Whether the program can take `x` as it is."""
+        return (
+            isinstance(x, jax.Array)
+            and x.shape == shape
+            and x.dtype == jnp.float32
+            and x.sharding.is_equivalent_to(self.sharding, x.ndim)
+        )
+
+    def _count(self, used: jax.Array) -> None:
+        self._pending.append(used)
+        if len(self._pending) > _KEPT_PENDING:  # the oldest are long finished: nothing waits
+            self._fold(self._pending[: _KEPT_PENDING // 2])
+            del self._pending[: _KEPT_PENDING // 2]
+
+    def _fold(self, pending: list[jax.Array]) -> None:
+        for used in pending:
+            self._used += np.asarray(used).sum(axis=0)  # over the devices
+
+    def forget_usage(self) -> None:
+        """Starts `usage` anew."""
+        self._pending, self._used = [], np.zeros_like(self._used)
+
+    @property
+    def usage(self) -> list[dict[str, Any]]:
+        """Per group: how often each shape ran so far, the places for tokens in all of them, and
+        how often only the last, the largest one fitted.
+
+        A plan whose `larger` is not rare was made from images that keep fewer tokens than these:
+        plan anew, with these images.
+        """
+        self._fold(self._pending)
+        self._pending = []
+        report = []
+        ends = np.cumsum([len(group.shapes) for group in self.plan.groups])
+        for group, end in zip(self.plan.groups, ends, strict=True):
+            used = self._used[end - len(group.shapes) : end]
+            shapes = {shape: int(n) for shape, n in zip(group.shapes, used, strict=True)}
+            report.append(
+                {
+                    "shapes": shapes,
+                    "places": sum(shape[0] * n for shape, n in shapes.items()),
+                    "larger": int(used[-1]) if len(used) > 1 else 0,
+                }
+            )
+        return report
+
+
+def per_group(thresholds: Thresholds, num_groups: int) -> np.ndarray:
+    """Thresholds as float32, one per group [D] or one each per image [b, D].
+
+    Raises:
+      UsageError: of another shape, or NaN.
+    """
+    values = np.asarray(thresholds, np.float32)
+    if np.isnan(values).any() or values.ndim > 2 or values.shape[-1:] not in ((), (num_groups,)):
+        raise UsageError(
+            f"thresholds must be one number, {num_groups}, or {num_groups} per image, "
+            f"got {np.array2string(values, threshold=8)}"
+        )
+    return np.broadcast_to(values, (*values.shape[:-1], num_groups))
+
+
+def accelerate(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    batch_size: int,
+    thresholds: Thresholds = 0.5,
+    *,
+    images: Float[Array, "m height width 3"] | None = None,
+    keep_ratios: Sequence[float] | None = None,
+    score: str = "interpreter",
+    attention: bool = False,
+    plan: Plan | None = None,
+    cache_dir: str | Path | None = "auto",
+    devices: Sequence[jax.Device] | None = None,
+) -> Accelerated:
+    """Compiles a model so that the tokens it drops buy time; the logits stay masked execution's.
+
+    How each group runs its survivors is planned by measuring, on this device: one padded array,
+    images sorted by count in sub-batches of a few lengths, or one packed list of tokens. Where
+    dropping does not pay, the plan is masked execution, and says so.
+
+    Args:
+      module, variables: e.g. from `create_model` or `load_model`.
+      batch_size: images per call, over all devices. Smaller batches run padded.
+      thresholds: keep iff score > threshold; one for all groups, one each [D], or one each per
+        image of `images` [m, D] (those of a call's own images go to the call).
+      images: normalised; what will be asked, some dozens of it. The shapes are planned for the
+        counts that these keep. Needed unless there is a plan or a fixed budget.
+      keep_ratios, score: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
+      attention: whether `out` has the CLS attention of every block.
+      plan: a plan to pin, e.g. `Plan.load(path)`; nothing is measured then.
+      cache_dir: of plans and compiled programs: None keeps none, "auto" is ~/.cache/iared2_jax (or
+        under $XDG_CACHE_HOME). A cached plan is used where module, interpreters, thresholds,
+        batch, device and versions agree. A `jax_compilation_cache_dir` of your own is respected.
+      devices: the batch is split over them; None: the default device.
+
+    Raises:
+      UsageError: arguments that do not fit each other, the model or the plan.
+
+    Example:
+      >>> import jax, iared2_jax
+      >>> module, variables = iared2_jax.create_model("vit_micro")
+      >>> images = jax.random.normal(jax.random.key(0), [4, 64, 64, 3])
+      >>> run = iared2_jax.accelerate(module, variables, 4, images=images, cache_dir=None)
+      >>> logits, out = run(images[:3])
+      >>> logits.shape, out["keep"][0].shape
+      ((3, 10), (3, 64))
+    """
+    devices = tuple(devices) if devices is not None else tuple(jax.devices()[:1])
+    if batch_size < 1 or batch_size % len(devices):
+        raise UsageError(
+            f"batch_size={batch_size} must be a positive multiple of the {len(devices)} devices"
+        )
+    try:
+        module.check_budget(keep_ratios, score)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    request = PlanRequest(
+        spec=ForwardSpec(module, tuple(keep_ratios) if keep_ratios else None, score, attention),
+        variables=variables,
+        batch_size=batch_size // len(devices),
+        thresholds=per_group(thresholds, module.num_groups),
+        images=images,
+        devices=devices,
+    )
+    folder = plan_request.cache_folder(cache_dir)
+    programs = folder / "programs" if folder else None
+    if plan is not None:
+        plan.check(request.batch_size, request.most_tokens)
+    else:
+        plan = plan_request.cached_plan(request, folder)
+    if plan is not None:
+        return Accelerated(request, plan, programs)
+    with _programs_kept(programs):
+        run = _fastest(request, planner.plan_groups(request))
+    plan_request.keep_plan(request, run.plan, folder)
+    return run
+
+
+def _fastest(request: PlanRequest, ragged: Plan) -> Accelerated:
+    """The ragged plan as a whole, or masked execution where that is faster."""
+
+    def masked(rows):
+        return Accelerated(request, dataclasses.replace(ragged, groups=(), masked_rows=rows))
+
+    def measured():
+        """The seconds that each run takes."""
+        calls = {name: functools.partial(run, images) for name, run in runs.items()}
+        return {name: timing.median for name, timing in planner.timed_together(calls).items()}
+
+    whole, *parts = sub_batch_sizes(request.batch_size, request.platform)
+    runs = {"ragged": Accelerated(request, ragged), "masked": masked(whole)}
+    images = jax.device_put(planner.example_batch(request), runs["ragged"].sharding)
+    seconds = measured()
+    if seconds["ragged"] > 0.8 * seconds["masked"]:  # close: masks may gain from sub-batches, too
+        runs |= {f"masked, {rows} at a time": masked(rows) for rows in parts[:2]}
+        seconds = measured()
+    if request.platform == "cpu" and seconds["ragged"] < planner.QUICK:
+        # There, branches take one core for what loops do in two, but less time to be passed by.
+        runs["by branches"] = Accelerated(request, dataclasses.replace(ragged, switch=True))
+        seconds = measured()
+    best = runs[min(seconds, key=seconds.get)]
+    best.plan = dataclasses.replace(best.plan, measured=seconds)
+    best.forget_usage()
+    return best

@@ -1,0 +1,339 @@
+"""Which layout is fastest here? Nobody can tell but the device: candidates are timed on it."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iared2_jax.errors import UsageError
+from iared2_jax.fast_inference.engine import first_block_repeated, run_group, sub_batch_sizes
+from iared2_jax.fast_inference.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
+from iared2_jax.fast_inference.plan_request import PlanRequest
+from iared2_jax.timing import Timing, interleaved
+from iared2_jax.token_reduction.compaction import kept_first
+
+log = logging.getLogger(__name__)
+
+# Loop bodies of a program, over all groups: more shapes waste less on padding and compile longer.
+MAX_SHAPES = {"cpu": 28, "gpu": 16}
+# Of a group's share of them, if it is packed: a list wastes little, and its bodies compile longer.
+_PACKED_SHARE = 0.6
+_IDLE_TURN = 16e-6  # seconds that a shape costs a batch that does not use it; of a 1 ms model
+_BATCHES = 256  # drawn from the sample, to see what sub-batches need
+FINALISTS = 2  # layouts that are timed in all groups, with all their shapes
+_ROUNDS = 3, 200  # of timing, at least and at most
+SECONDS = 0.5  # of timing, if that is between the two
+QUICK = 0.02  # seconds of a call below which it is as fast as it gets only when repeated
+
+
+def plan_groups(request: PlanRequest) -> Plan:
+    """The fastest layout for every group, timed on `request.devices[0]`, each group alone.
+
+    All candidates run in the group with most to win, the finalists of it in all.
+
+    Raises:
+      UsageError: no images to plan with, and no fixed budget.
+    """
+    with jax.default_device(request.devices[0]):
+        keep = _keep_of_sample(request)
+        plans = {kernel: _plan_groups(request, keep, kernel) for kernel in _kernels(request)}
+    fastest = min(plans.values(), key=lambda timed: timed[1])
+    return fastest[0]
+
+
+def _keep_of_sample(request: PlanRequest) -> np.ndarray:
+    """Keep masks [images, groups, N] of the sample, by masked execution."""
+    n, groups = request.module.backbone.num_patches, request.module.num_groups
+    if request.spec.keep_ratios is not None:
+        counts = request.module.budget(request.spec.keep_ratios)
+        return np.stack([np.arange(n) < count for count in counts])[None]
+    if request.images is None or not len(request.images):
+        raise UsageError(
+            "accelerate needs images=, some dozens of what will be asked: the shapes are planned "
+            "for the tokens that these keep. Or give a plan=, or a fixed budget, keep_ratios="
+        )
+
+    @jax.jit
+    def masks(variables, images, thresholds):
+        out = request.module.apply(variables, images, thresholds)[1]
+        return jnp.stack(out["keep"], axis=1)
+
+    images = np.asarray(request.images, np.float32)
+    thresholds = request.thresholds
+    if thresholds.ndim == 2 and len(thresholds) != len(images):
+        raise UsageError(
+            f"thresholds are for {len(thresholds)} images, but images= has {len(images)}"
+        )
+    thresholds = np.broadcast_to(thresholds, (len(images), groups))
+    size = min(len(images), request.batch_size, 32)
+    parts = []
+    for first in range(0, len(images), size):
+        rows = np.arange(first, first + size) % len(images)  # the last may start over
+        parts.append(np.asarray(masks(request.variables, images[rows], thresholds[rows])))
+    return np.concatenate(parts)[: len(images)].reshape(-1, groups, n)
+
+
+def _draw(request: PlanRequest, keep: np.ndarray, batches: int, seed: int = 0) -> np.ndarray:
+    """Batches of images of the sample: indices [batches, batch]."""
+    # With repetition: without it, batches from a small sample would vary too little.
+    return np.random.default_rng(seed).integers(0, len(keep), (batches, request.batch_size))
+
+
+def _lengths(request: PlanRequest, keep: np.ndarray, group: int) -> np.ndarray:
+    """Tokens, prefix included, that images keep in a group, in batches drawn from the sample."""
+    counts = keep[:, group - 1].sum(-1) + request.module.backbone.num_prefix
+    return counts[_draw(request, keep, _BATCHES)]
+
+
+def _kernels(request: PlanRequest) -> list[str]:
+    """Attention kernels that work here: cuDNN's is tried against the einsum first."""
+    half = jnp.dtype(request.module.backbone.dtype).itemsize == 2
+    kernels = request.module.backbone.attention_kernels
+    if request.platform != "gpu" or not half or "cudnn" not in kernels:
+        return ["einsum"]
+    vit = request.module.backbone
+    images = jax.random.normal(jax.random.key(0), (2, vit.image_size, vit.image_size, 3))
+
+    def logits(kernel):
+        module = request.spec.with_kernel(kernel).module
+        run = jax.jit(lambda v, x: module.apply(v, x, execution="dense")[0])
+        return np.asarray(run(request.variables, images))
+
+    expected = logits("einsum")
+    try:
+        error = np.abs(logits("cudnn") - expected).max() / np.abs(expected).max()
+    except Exception as failure:  # any: the kernel is an option, not a need
+        log.warning("cuDNN attention does not run here, einsum does: %s", str(failure)[:200])
+        return ["einsum"]
+    if not error < 0.05:
+        log.warning("cuDNN attention is off by %.3f here and is not used", error)
+        return ["einsum"]
+    return ["einsum", "cudnn"]
+
+
+def _layouts(request: PlanRequest) -> list[tuple[str, int]]:
+    """Every kind of layout with every sub-batch size that may be fastest."""
+    sizes = sub_batch_sizes(request.batch_size, request.platform)
+    if request.spec.keep_ratios is not None:  # all rows alike: nothing to pack
+        return [("padded", rows) for rows in sizes]
+    # One image's list is its row.
+    return [(kind, rows) for kind in KINDS for rows in sizes if kind == "padded" or rows > 1]
+
+
+def _laid_out(
+    request: PlanRequest, keep: np.ndarray, group: int, layout: tuple[str, int], count: int
+) -> GroupPlan:
+    """A group in this layout, in at most `count` shapes: those that waste least on the sample."""
+    kind, rows = layout
+    most = request.most_tokens[group - 1]
+    blocks = _blocks(request, rows) if kind == "packed" else 1
+    if count == 1 or request.spec.keep_ratios is not None:
+        return GroupPlan(kind, rows, ((rows * most, *(most,) * blocks),))
+    needed = needs(_lengths(request, keep, group), rows, blocks)
+    step = _step(request, most)
+    shapes = choose_shapes(kind, needed.reshape(-1, 1 + blocks), rows, most, count - 1, step)
+    return GroupPlan(kind, rows, shapes)
+
+
+def _candidates(
+    request: PlanRequest,
+    keep: np.ndarray,
+    group: int,
+    limit: int,
+    layouts: Sequence[tuple[str, int]] | None = None,
+) -> list[GroupPlan]:
+    """One group in every layout, or in some, in at most `limit` shapes each."""
+    counts = {"padded": limit, "packed": min(limit, max(2, round(_PACKED_SHARE * limit)))}
+    return [
+        _laid_out(request, keep, group, layout, counts[layout[0]])
+        for layout in layouts or _layouts(request)
+    ]
+
+
+def _thinned(
+    request: PlanRequest, keep: np.ndarray, group: int, plan: GroupPlan, seconds: float
+) -> GroupPlan:
+    """The same layout in fewer shapes, if what they waste costs less than turns that none takes."""
+    lengths = _lengths(request, keep, group)
+    cost = functools.partial(_cost, lengths=lengths, vit=request.module.backbone)
+
+    def expected(fewer: GroupPlan) -> float:
+        return seconds * cost(fewer) / cost(plan) + _IDLE_TURN * len(fewer.shapes)
+
+    counts = range(1, len(plan.shapes))
+    fewer = [_laid_out(request, keep, group, (plan.kind, plan.rows), n) for n in counts]
+    return min([plan, *fewer], key=expected)
+
+
+def _step(request: PlanRequest, most: int) -> int:
+    """Tokens that neighbouring row lengths differ by, of at most `most`."""
+    return max(2, most // 32) if request.platform == "cpu" else 16
+
+
+def _blocks(request: PlanRequest, rows: int) -> int:
+    """Of attention: two, where there are enough images. A GPU's kernels skip padding themselves."""
+    if request.platform != "cpu":
+        return 1
+    return 2 if rows % 2 == 0 and rows >= 4 else 1
+
+
+def _limits(request: PlanRequest, keep: np.ndarray) -> list[int]:
+    """Shapes that each group may have: one of few different counts leaves its share to others."""
+    steps = [_step(request, most) for most in request.most_tokens]
+    useful = [len(np.unique(column)) + 1 for column in (keep.sum(-1) // steps).T]
+    limits = [1] * len(useful)
+    left = max(MAX_SHAPES.get(request.platform, 16), 2 * len(useful))
+    for place, group in enumerate(sorted(range(len(useful)), key=useful.__getitem__)):
+        limits[group] = min(useful[group], left // (len(useful) - place))
+        left -= limits[group]
+    return limits
+
+
+def _plan_groups(request: PlanRequest, keep: np.ndarray, kernel: str) -> tuple[Plan, float]:
+    """The fastest candidate of every group, timed alone; and the sum of their seconds."""
+    groups = range(1, request.module.num_groups + 1)
+    time = functools.partial(_time_group, request, keep, kernel)
+    # The group that has most to win: many tokens, of which images keep different numbers.
+    counts = keep.sum(-1)
+    work = counts.mean(0) * request.module.group_sizes * (counts.std(0) + 0.1)
+    first = int(np.argmax(work)) + 1
+    timed = time(first, _candidates(request, keep, first, limit=3), rounds=1)
+    alike = [(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:FINALISTS]]
+    limits = _limits(request, keep)
+    chosen: list[GroupPlan] = []
+    total = 0.0
+    for group in groups:
+        seconds = time(group, _candidates(request, keep, group, limits[group - 1], alike))
+        best = min(seconds, key=seconds.get)
+        chosen.append(_thinned(request, keep, group, best, seconds[best]))
+        total += seconds[best]
+    plan = Plan(
+        request.batch_size,
+        tuple(chosen),
+        attention_kernel=kernel,
+        switch=_switch(request),
+        key=request.key(),
+    )
+    return plan, total
+
+
+def _switch(request: PlanRequest) -> bool:
+    return request.platform != "cpu"
+
+
+def _time_group(
+    request: PlanRequest,
+    keep: np.ndarray,
+    kernel: str,
+    group: int,
+    plans: Sequence[GroupPlan],
+    rounds: int | None = None,
+) -> dict[GroupPlan, float]:
+    """Median seconds of each candidate for one group, on a batch drawn from the sample.
+
+    Without `rounds`, as many as fit into a little time.
+    """
+    spec = request.spec.with_kernel(kernel)
+    vit, b = spec.module.backbone, request.batch_size
+    drawn = keep[_draw(request, keep, 1, seed=1)[0]]
+    alive = drawn[:, group - 2] if group > 1 else np.ones_like(drawn[:, 0])
+    keep_places = jnp.asarray(drawn[:, group - 1]), kept_first(jnp.asarray(alive))[1]
+    # The values do not change the time, so they need not be any image's.
+    shape = (b, vit.num_prefix + vit.num_patches, vit.embed_dim)
+    state = {
+        "tokens": jax.random.normal(jax.random.key(0), shape).astype(vit.dtype),
+        # The next group's evidence is part of this one's work.
+        "scores": jnp.zeros((b, vit.num_patches)),
+    }
+    if request.spec.score == "interpreter":
+        heads = request.module.interpreter_heads
+        state["head_logits"] = jnp.zeros((b, vit.num_patches, heads))
+
+    def timed(plan):
+        """One call of the group in this plan."""
+
+        def run(variables, state, keep, places):
+            ask = spec, plan, variables, group, state, keep, places, _switch(request)
+            return run_group(*ask, run_blocks=first_block_repeated)[0]
+
+        return functools.partial(jax.jit(run), request.variables, state, *keep_places)
+
+    lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
+    calls = {plan: timed(_only_used(plan, lengths)) for plan in plans}
+    timings = interleaved(calls, rounds) if rounds else timed_together(calls)
+    # One batch was timed. It may suit a plan's shapes by luck: go by what batches cost in the mean.
+    batches = _lengths(request, keep, group)
+    return {
+        plan: timing.median * _cost(plan, batches, vit) / _cost(plan, lengths[None], vit)
+        for plan, timing in timings.items()
+    }
+
+
+def timed_together(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, Timing]:
+    """Interleaved; more rounds where they are quick."""
+    return interleaved(calls, _ROUNDS, SECONDS, primed=QUICK)
+
+
+def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
+    """Mean multiply-adds of a block over batches of images with these lengths [n, b]."""
+    shapes = np.array(plan.shapes, float)[_used(plan, lengths)]
+    per_block = plan.rows // plan.blocks
+    linear = vit.block_flops(shapes[..., 0]).linear
+    attention = vit.block_flops(shapes[..., 1:]).attention + np.zeros_like(shapes[..., 1:])
+    attention = per_block * attention.sum(-1)
+    return float((linear + attention).sum(-1).mean())
+
+
+def _used(plan: GroupPlan, lengths: np.ndarray) -> np.ndarray:
+    """Which shape each sub-batch of some batches runs in [batches, chunks]; as the engine does."""
+    needed = needs(lengths, plan.rows, plan.blocks)
+    if plan.kind == "padded":
+        needed[..., 0] = 0
+    return (np.array(plan.shapes) < needed[..., None, :]).any(-1).sum(-1)
+
+
+def uniform_plan(request: PlanRequest, kind: str, rows: int) -> Plan:
+    """One layout for all groups, in the shapes that the request's images need; nothing is timed.
+
+    Raises:
+      UsageError: it is not among the candidates.
+    """
+    if (kind, rows) not in _layouts(request):
+        raise UsageError(f"{kind} with {rows} rows is no candidate for {request.batch_size}")
+    keep = _keep_of_sample(request)
+    groups = [
+        _candidates(request, keep, group, limit, [(kind, rows)])[0]
+        for group, limit in enumerate(_limits(request, keep), start=1)
+    ]
+    return Plan(request.batch_size, tuple(groups), switch=_switch(request), key=request.key())
+
+
+def reshaped(request: PlanRequest, plan: Plan) -> Plan:
+    """The same layouts, in the shapes that the images of `request` need."""
+    keep = _keep_of_sample(request)
+    groups = [
+        _laid_out(request, keep, number, (group.kind, group.rows), len(group.shapes))
+        for number, group in enumerate(plan.groups, start=1)
+    ]
+    return dataclasses.replace(plan, groups=tuple(groups), key=request.key(), measured={})
+
+
+def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
+    """The plan without the shapes that these images do not use: what is not run is not compiled."""
+    used = set(_used(plan, lengths[None]).ravel().tolist())
+    return dataclasses.replace(plan, shapes=tuple(plan.shapes[i] for i in sorted(used)))
+
+
+def example_batch(request: PlanRequest) -> np.ndarray:
+    """A batch for all devices, drawn from the request's images; noise for a fixed budget."""
+    side, size = request.module.backbone.image_size, request.batch_size * len(request.devices)
+    rng = np.random.default_rng(1)
+    if request.images is None:
+        return rng.standard_normal((size, side, side, 3), np.float32)
+    images = np.asarray(request.images, np.float32)
+    return images[np.arange(size) % len(images)]

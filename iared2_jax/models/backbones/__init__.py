@@ -1,0 +1,1 @@
+"""Vision transformers in Flax linen, one file a family."""

@@ -1,0 +1,219 @@
+"""CaiT (Touvron et al. 2021, "Going deeper with Image Transformers") in Flax linen.
+
+Blocks of talking-heads attention see patches alone; then two class-attention blocks let a CLS token
+read the patches, which they leave as they are. Dropped patches must be masked in both stages, and
+within talking heads twice: see `TalkingHeads`.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from iared2_jax.models.attention import MASKED_LOGIT, attend
+from iared2_jax.models.backbones.protocol import BlockFlops
+from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm, to_patches
+from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
+from iared2_jax.typing import Array
+
+# What every residual branch is multiplied by at first; of CaiTs of 24 blocks.
+LAYER_SCALE = 1e-5
+
+_gamma_init = nn.initializers.constant(LAYER_SCALE)
+
+
+class HeadMix(nn.Module):
+    """A linear layer across heads: every pair of query and key apart."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, maps: Float[Array, "s h q k"]) -> Float[Array, "s h q k"]:
+        kernel = self.param("kernel", kernel_init, (self.num_heads, self.num_heads))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_heads,))
+        return jnp.einsum("shqk,hg->sgqk", maps, kernel) + bias[:, None, None]
+
+
+class TalkingHeads(nn.Module):
+    """Self-attention whose heads are mixed before and after the softmax."""
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"], layout: TokenLayout) -> Float[Array, "b n d"]:
+        d = x.shape[-1]
+        before, after = (HeadMix(self.num_heads, name=name) for name in ("proj_l", "proj_w"))
+
+        def rows(
+            qkv: Float[Array, "s c f"],
+            valid: Bool[Array, "s c"] | None,
+            lengths: Int[Array, " s"] | None,
+        ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
+            """One row per image; the maps are mixed in float32."""
+            q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
+            logits = jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k)
+            logits = before(logits.astype(jnp.float32))
+            # After the mixing: it would spread what is added for one head's sake over all.
+            if valid is not None:
+                logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
+            weights = after(jax.nn.softmax(logits, axis=-1))
+            # Once more: the second mixing's bias gives every dropped key a weight.
+            if valid is not None:
+                weights = weights * valid[:, None, None, :]
+            y = jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
+            return rearrange(y, "s h c e -> s c (h e)"), weights[:, :, 0]
+
+        y, _ = layout.attend(TokenDense(3 * d, self.dtype, name="qkv")(x), rows)
+        return TokenDense(d, self.dtype, name="proj")(y)
+
+
+class Block(nn.Module):
+    """x += gamma_1 TalkingHeads(LN x); x += gamma_2 MLP(LN x)."""
+
+    num_heads: int
+    mlp_ratio: int = 4
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
+    ) -> Float[Array, "b n d"]:
+        gammas = [_gamma(self, name, x) for name in ("gamma_1", "gamma_2")]
+        attention = TalkingHeads(self.num_heads, self.dtype, name="attn")
+        x = x + gammas[0] * attention(layer_norm(self.dtype, "norm1")(x), layout)
+        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        return x + gammas[1] * mlp(layer_norm(self.dtype, "norm2")(x))
+
+
+class ClassAttention(nn.Module):
+    """The CLS token's query over itself and the alive patches; also its weights."""
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t d"], valid: Bool[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b 1 d"], Float[Array, "b h t"]]:
+        d = x.shape[-1]
+        q, k, v = (
+            rearrange(
+                TokenDense(d, self.dtype, name=name)(tokens),
+                "b t (h e) -> b h t e",
+                h=self.num_heads,
+            )
+            for name, tokens in (("q", x[:, :1]), ("k", x), ("v", x))
+        )
+        y, weights = attend(q, k, v, valid)
+        y = rearrange(y, "b h t e -> b t (h e)")
+        return TokenDense(d, self.dtype, name="proj")(y), weights
+
+
+class ClassBlock(nn.Module):
+    """u = [cls; x]; cls += gamma_1 ClassAttention(LN u); cls += gamma_2 MLP(LN cls)."""
+
+    num_heads: int
+    mlp_ratio: int = 4
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, cls: Float[Array, "b 1 d"], x: Float[Array, "b n d"], valid: Bool[Array, "b t"] | None
+    ) -> tuple[Float[Array, "b 1 d"], Float[Array, "b h t"]]:
+        gammas = [_gamma(self, name, x) for name in ("gamma_1", "gamma_2")]
+        u = layer_norm(self.dtype, "norm1")(jnp.concatenate([cls, x], axis=1))
+        y, weights = ClassAttention(self.num_heads, self.dtype, name="attn")(u, valid)
+        cls = cls + gammas[0] * y
+        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
+        return cls + gammas[1] * mlp(layer_norm(self.dtype, "norm2")(cls)), weights
+
+
+def _gamma(module: nn.Module, name: str, x: Array) -> Array:
+    return module.param(name, _gamma_init, (x.shape[-1],)).astype(x.dtype)
+
+
+class CaiT(nn.Module):
+    """CaiT with `depth` talking-heads blocks and `class_depth` class-attention blocks.
+
+    Attributes: as `models.backbones.vit.ViT`'s. The positions have no CLS.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 24
+    class_depth: int = 2
+    num_heads: int = 8
+    mlp_ratio: int = 4
+    num_classes: int = 1000
+    dtype: DTypeLike = jnp.float32
+    attention_kernel: str = "einsum"
+
+    num_prefix = 0
+    attention_kernels = ("einsum",)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def setup(self):
+        self.patch_embed = TokenDense(self.embed_dim, self.dtype)
+        self.cls_token = self.param("cls_token", kernel_init, (1, 1, self.embed_dim))
+        self.pos_embed = self.param("pos_embed", kernel_init, (1, self.num_patches, self.embed_dim))
+        options = (self.num_heads, self.mlp_ratio, self.dtype)
+        self.blocks = [Block(*options, name=f"block_{index}") for index in range(self.depth)]
+        self.class_blocks = [
+            ClassBlock(*options, name=f"class_block_{index}") for index in range(self.class_depth)
+        ]
+        self.norm = layer_norm(self.dtype)
+        self.head = nn.Dense(self.num_classes, kernel_init=kernel_init)
+
+    def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b n d"]:
+        """Images to patch tokens, positions added."""
+        x = self.patch_embed(to_patches(images, self.image_size, self.patch_size))
+        return x + self.pos_embed.astype(self.dtype)
+
+    def run_block(
+        self, index: int, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
+    ) -> tuple[Float[Array, "b n d"], None]:
+        """Talking-heads block `index` (from 0); there is no CLS whose attention could be shown."""
+        return self.blocks[index](x, layout), None
+
+    def classify(
+        self, x: Float[Array, "b n d"], alive: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"], list[Float[Array, "b h n"]]]:
+        """Class attention over the alive patches, final norm, head."""
+        valid = None
+        if alive is not None:
+            x = jnp.where(alive[..., None], x, 0)
+            valid = jnp.pad(alive, ((0, 0), (1, 0)), constant_values=True)
+        cls = jnp.broadcast_to(self.cls_token.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+        attention = []
+        for block in self.class_blocks:
+            cls, weights = block(cls, x, valid)
+            attention.append(weights[..., 1:])
+        features = self.norm(cls[:, 0]).astype(jnp.float32)
+        return self.head(features), features, attention
+
+    def block_flops(self, tokens: ArrayLike) -> BlockFlops:
+        """A ViT block's, and twice n^2 h^2 for the mixing of h heads."""
+        d, mixing = self.embed_dim, 2 * self.num_heads**2
+        mlp = 2 * self.mlp_ratio * tokens * d**2
+        return BlockFlops(4 * tokens * d**2, (2 * d + mixing) * tokens**2, mlp)
+
+    def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+        """Patch embedding, class-attention blocks (keys and values of kept + 1 tokens), head."""
+        d = self.embed_dim
+        outer = self.num_patches * 3 * self.patch_size**2 * d + d * self.num_classes
+        block = 2 * (kept + 1) * d**2 + (2 + 2 * self.mlp_ratio) * d**2
+        linear = outer + self.class_depth * block
+        return linear, linear + self.class_depth * 2 * (kept + 1) * d
+
+    def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
+        x = self.embed(images)
+        for index in range(self.depth):
+            x, _ = self.run_block(index, x)
+        return self.classify(x)[0]

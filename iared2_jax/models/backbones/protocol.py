@@ -1,0 +1,87 @@
+"""What a backbone has to offer: the one contract between vision transformers and token reduction.
+
+docs/add_a_backbone.md shows how to add one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float
+
+from iared2_jax.models.token_layouts import TokenLayout
+from iared2_jax.typing import Array
+
+
+class BlockFlops(NamedTuple):
+    """One block's multiply-accumulates for one image: numbers, or one per image.
+
+    projections: qkv and proj. attention: what grows with the square of the tokens. mlp: the rest.
+    """
+
+    projections: ArrayLike
+    attention: ArrayLike
+    mlp: ArrayLike
+
+    @property
+    def linear(self):
+        """Without the attention: the paper's convention."""
+        return self.projections + self.mlp
+
+    @property
+    def full(self):
+        return self.linear + self.attention
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A linen module with these attributes and methods.
+
+    `num_classes`, `dtype` and `attention_kernel` must be fields, for `clone`; others may be what
+    they like.
+
+    Attributes:
+      image_size, num_classes, embed_dim, num_heads, depth: as everywhere; depth counts the blocks
+        that groups are made of.
+      num_patches: N, the tokens that interpreters score. num_prefix: tokens before them, never
+        dropped, the first of them CLS; 0 if the blocks see patches alone.
+      dtype: of the computation. attention_kernel: one of `attention_kernels`.
+    """
+
+    image_size: int
+    num_classes: int
+    embed_dim: int
+    num_heads: int
+    depth: int
+    num_patches: int
+    num_prefix: int
+    dtype: DTypeLike
+    attention_kernel: str
+    attention_kernels: tuple[str, ...]
+    clone: Callable[..., "Backbone"]
+
+    def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
+        """Images to tokens, prefix first, positions added."""
+
+    def run_block(
+        self, index: int, x: Float[Array, "b t d"], layout: TokenLayout
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"] | None]:
+        """Block `index` (from 0) over tokens that lie as `layout` says.
+
+        With a prefix, also its CLS query's attention, as `layout.attend` returns it; without, None.
+        Dropped tokens must not change the others: attention is the only place where tokens meet.
+        """
+
+    def classify(
+        self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"], list[Float[Array, "b h n"]]]:
+        """Logits (float32), what the head reads, and the CLS attention of what runs in here.
+
+        alive: which patch tokens of `x` survive, None: all; what lies in the others is not read.
+        """
+
+    def block_flops(self, tokens: ArrayLike) -> BlockFlops:
+        """The cost of one block that sees so many tokens, prefix included."""
+
+    def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+        """All but the blocks, (linear, full), where `kept` patch tokens reach `classify`."""

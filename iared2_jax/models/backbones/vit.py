@@ -1,0 +1,162 @@
+"""The plain vision transformer (ViT, DeiT, distilled DeiT) in Flax linen."""
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from iared2_jax.models.attention import attend, attend_cudnn
+from iared2_jax.models.backbones.protocol import BlockFlops
+from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm, to_patches
+from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
+from iared2_jax.typing import Array
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the valid keys; also returns the CLS query's attention."""
+
+    num_heads: int
+    dtype: DTypeLike = jnp.float32
+    kernel: str = "einsum"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], layout: TokenLayout
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
+        d = x.shape[-1]
+        qkv = TokenDense(3 * d, self.dtype, name="qkv")(x)
+        y, attention = layout.attend(qkv, self._attend_rows)
+        return TokenDense(d, self.dtype, name="proj")(y), attention
+
+    def _attend_rows(
+        self,
+        qkv: Float[Array, "s c f"],
+        valid: Bool[Array, "s c"] | None,
+        lengths: Int[Array, " s"] | None,
+    ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
+        q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
+        if self.kernel == "cudnn" and (valid is None or lengths is not None):
+            y, attention = attend_cudnn(q, k, v, lengths)
+        else:  # scattered valid keys would reach cuDNN as a bias that skips nothing
+            y, attention = attend(q, k, v, valid)
+        return rearrange(y, "s h c e -> s c (h e)"), attention
+
+
+class Block(nn.Module):
+    """One MSA-FFN block, pre-norm, both halves residual."""
+
+    num_heads: int
+    mlp_ratio: int = 4
+    dtype: DTypeLike = jnp.float32
+    attention_kernel: str = "einsum"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
+        y, attention = Attention(self.num_heads, self.dtype, self.attention_kernel, name="attn")(
+            layer_norm(self.dtype, "norm1")(x), layout
+        )
+        x = x + y
+        x = x + Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return x, attention
+
+
+class ViT(nn.Module):
+    """ViT / DeiT with `num_prefix` tokens before the patches: CLS, and DeiT's distillation token.
+
+    Attributes:
+      image_size, patch_size: square, px; the image size is a multiple of the patch size.
+      embed_dim, depth, num_heads, mlp_ratio: the usual.
+      num_classes: of the head; a distilled model has two heads, averaged (DeiT, at test time).
+      distilled: add the distillation token and its head.
+      dtype: of the computation; parameters, softmax and logits stay float32.
+      attention_kernel: "einsum", or "cudnn" (NVIDIA GPU, half precision).
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: int = 4
+    num_classes: int = 1000
+    distilled: bool = False
+    dtype: DTypeLike = jnp.float32
+    attention_kernel: str = "einsum"
+
+    attention_kernels = ("einsum", "cudnn")
+
+    @property
+    def num_prefix(self) -> int:
+        return 2 if self.distilled else 1
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def setup(self):
+        self.patch_embed = TokenDense(self.embed_dim, self.dtype)
+        self.cls_token = self.param("cls_token", kernel_init, (1, 1, self.embed_dim))
+        if self.distilled:
+            self.dist_token = self.param("dist_token", kernel_init, (1, 1, self.embed_dim))
+        tokens = self.num_prefix + self.num_patches
+        self.pos_embed = self.param("pos_embed", kernel_init, (1, tokens, self.embed_dim))
+        self.blocks = [
+            Block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.dtype,
+                self.attention_kernel,
+                name=f"block_{index}",
+            )
+            for index in range(self.depth)
+        ]
+        self.norm = layer_norm(self.dtype)
+        self.head = nn.Dense(self.num_classes, kernel_init=kernel_init)
+        if self.distilled:
+            self.head_dist = nn.Dense(self.num_classes, kernel_init=kernel_init)
+
+    def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
+        """Images to tokens, prefix first, positions added."""
+        x = self.patch_embed(to_patches(images, self.image_size, self.patch_size))
+        prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
+        prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
+        prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
+        return jnp.concatenate([prefix, x], axis=1) + self.pos_embed.astype(self.dtype)
+
+    def run_block(
+        self, index: int, x: Float[Array, "b t d"], layout: TokenLayout = EVERY_TOKEN
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"]]:
+        """Block `index` (0-based, as the paper's Block_0) over the tokens that `layout` has."""
+        return self.blocks[index](x, layout)
+
+    def classify(
+        self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None = None
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"], list]:
+        """Final norm and head(s): logits (float32) and the CLS feature; patches are not read."""
+        # Only the prefix tokens are read, so only they are normalised.
+        x = self.norm(x[:, : self.num_prefix]).astype(jnp.float32)
+        logits = self.head(x[:, 0])
+        if self.distilled:
+            logits = (logits + self.head_dist(x[:, 1])) / 2
+        return logits, x[:, 0], []
+
+    def block_flops(self, tokens: ArrayLike) -> BlockFlops:
+        """With n tokens: 4 n d^2, 2 n^2 d, and 2 r n d^2 for an MLP of ratio r."""
+        d = self.embed_dim
+        return BlockFlops(4 * tokens * d**2, 2 * tokens**2 * d, 2 * self.mlp_ratio * tokens * d**2)
+
+    def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
+        """Patch embedding and head(s)."""
+        heads = 2 if self.distilled else 1
+        cost = self.num_patches * 3 * self.patch_size**2 * self.embed_dim
+        cost += heads * self.embed_dim * self.num_classes
+        return cost, cost
+
+    def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
+        x = self.embed(images)
+        for index in range(self.depth):
+            x, _ = self.run_block(index, x)
+        return self.classify(x)[0]

@@ -1,0 +1,82 @@
+"""Layers that all backbones are made of: norm, linear layer over tokens, GELU, MLP, patches."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from iared2_jax.typing import Array
+
+# DeiT's: its truncated normal is cut at 2.0, a hundred standard deviations out.
+kernel_init = nn.initializers.normal(stddev=0.02)
+
+
+def layer_norm(dtype, name: str | None = None, affine: bool = True) -> nn.LayerNorm:
+    """LayerNorm as the published ViTs have it: epsilon 1e-6, the exact (two-pass) variance."""
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        use_fast_variance=False,
+        use_bias=affine,
+        use_scale=affine,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class TokenDense(nn.Module):
+    """A linear layer over tokens, computed on the flat list of all the batch's tokens.
+
+    The same numbers as `nn.Dense` on [B, N, d]. But the flat weight gradient is a plain matrix
+    product, where XLA:CPU would first transpose [B, N, 4d] element by element: the MLP's forward
+    and backward pass took 2.5 times as long (docs/decisions.md).
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n features"]:
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        flat = rearrange(x.astype(self.dtype), "b n d -> (b n) d")
+        y = flat @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return rearrange(y, "(b n) f -> b n f", b=x.shape[0])
+
+
+def gelu(x: Array) -> Array:
+    """Exact GELU, x/2 (1 + erf(x / sqrt 2)), in PyTorch's form.
+
+    flax's default is the tanh approximation, 4.7e-4 off the one DeiT was trained with; its exact
+    form goes through erfc, which is slower.
+    """
+    return x * 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    ratio: int = 4
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        d = x.shape[-1]
+        x = gelu(TokenDense(self.ratio * d, self.dtype, name="fc1")(x))
+        return TokenDense(d, self.dtype, name="fc2")(x)
+
+
+def to_patches(
+    images: Float[Array, "b height width 3"], image_size: int, patch_size: int
+) -> Float[Array, "b n f"]:
+    """Square patches in rows from the top left, each a vector (row, column, channel).
+
+    Raises:
+      ValueError: images of another size.
+    """
+    expected = (image_size, image_size, 3)
+    if images.shape[1:] != expected:
+        raise ValueError(f"images must be [B, {expected}], got {images.shape}")
+    p = patch_size
+    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)

@@ -1,0 +1,79 @@
+"""Compaction under static shapes: kept tokens move into a shorter array with a validity mask."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from iared2_jax.typing import Array
+
+
+def top_k_slots(
+    scores: Float[Array, "b n"], keep: Bool[Array, "b n"], capacity: int
+) -> tuple[Int[Array, "b k"], Bool[Array, "b k"], Int[Array, " b"]]:
+    """Which tokens go into `capacity` slots: the kept ones, the highest scores first.
+
+    Returns:
+      slots: indices into the token axis; distinct within an image, ties to the lowest index.
+      valid: which slots hold a kept token; the others hold some dropped one, to be masked.
+      overflow: how many kept tokens found no slot. Where it is above 0 the result differs from
+        masked execution, and the batch belongs into a larger capacity.
+    """
+    priority = jnp.where(keep, scores.astype(jnp.float32), -1.0)
+    _, slots = jax.lax.top_k(priority, capacity)
+    valid = jnp.take_along_axis(keep, slots, axis=1)
+    overflow = keep.sum(axis=1) - valid.sum(axis=1)
+    return slots, valid, overflow
+
+
+def kept_first(keep: Bool[Array, "b n"]) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
+    """Kept tokens first, then the dropped, both in order; a threshold needs no sort.
+
+    Returns:
+      slots: which token comes first, second, ..; a permutation, so no two slots share a token.
+      places: its inverse, where each token went.
+    """
+    kept = jnp.cumsum(keep, axis=1, dtype=jnp.int32)
+    dropped = jnp.cumsum(~keep, axis=1, dtype=jnp.int32)
+    places = jnp.where(keep, kept, kept[:, -1:] + dropped) - 1
+    rows = jnp.arange(keep.shape[0])[:, None]
+    columns = jnp.broadcast_to(jnp.arange(keep.shape[1], dtype=jnp.int32), keep.shape)
+    slots = jnp.zeros_like(places).at[rows, places].set(columns, unique_indices=True)
+    return slots, places
+
+
+@jax.custom_vjp
+def take_tokens(tokens: Float[Array, "b n d"], slots: Int[Array, "b k"]) -> Float[Array, "b k d"]:
+    """The tokens at `slots`, image by image; the slots of an image must be distinct.
+
+    Its gradient is a gather, too: the transpose JAX would derive adds into rows one by one, which
+    GPUs do slowly.
+    """
+    return jnp.take_along_axis(tokens, slots[..., None], axis=1)
+
+
+def _take_forward(tokens, slots):
+    # An array without elements carries n, which must stay static.
+    return take_tokens(tokens, slots), (slots, jnp.zeros((tokens.shape[1], 0)))
+
+
+def _take_backward(residuals, gradient):
+    slots, shape = residuals
+    (b, k), n = slots.shape, len(shape)
+    columns = jnp.broadcast_to(jnp.arange(k, dtype=slots.dtype), slots.shape)
+    where = jnp.full((b, n), k, slots.dtype)
+    where = where.at[jnp.arange(b)[:, None], slots].set(columns, unique_indices=True)
+    taken = jnp.take_along_axis(gradient, jnp.minimum(where, k - 1)[..., None], axis=1)
+    return jnp.where((where < k)[..., None], taken, 0), None
+
+
+take_tokens.defvjp(_take_forward, _take_backward)
+
+
+def to_grid(values: Array, slots: Int[Array, "b k"], num_patches: int) -> Array:
+    """Puts per-slot values [B, ..., k] back on the original patches [B, ..., N]; 0 elsewhere."""
+
+    def one_image(values, slots):
+        grid = jnp.zeros((*values.shape[:-1], num_patches), values.dtype)
+        return grid.at[..., slots].set(values, unique_indices=True)
+
+    return jax.vmap(one_image)(values, slots)

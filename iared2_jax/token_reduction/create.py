@@ -1,0 +1,161 @@
+"""`create_model`: a named backbone with its interpreters, freshly initialised."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.backbones.cait import LAYER_SCALE
+from iared2_jax.models.variants import get_variant
+from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.typing import Array
+
+
+def split_into_groups(depth: int, groups: int | Sequence[int]) -> tuple[int, ...]:
+    """Blocks per group: D equal groups from a number, or the given sizes, checked.
+
+    Example:
+      >>> split_into_groups(12, 3), split_into_groups(12, (2, 4, 6))
+      ((4, 4, 4), (2, 4, 6))
+    """
+    if isinstance(groups, int):
+        if groups < 1 or depth % groups:
+            divisors = [d for d in range(1, depth + 1) if depth % d == 0]
+            raise UsageError(
+                f"groups={groups} does not divide the depth of {depth} blocks: use one of "
+                f"{divisors}, or a list of group sizes that add up to {depth}"
+            )
+        return (depth // groups,) * groups
+    sizes = tuple(int(size) for size in groups)
+    if sum(sizes) != depth or any(size < 1 for size in sizes):
+        raise UsageError(
+            f"group sizes {list(sizes)} must be positive and add up to the depth of {depth} blocks"
+        )
+    return sizes
+
+
+def create_module(
+    name: str,
+    num_classes: int | None = None,
+    groups: int | Sequence[int] = 3,
+    policy_token: str | None = None,
+    dtype: Any = jnp.float32,
+    **interpreter: Any,
+) -> IARed2:
+    """The module alone, without parameters; the arguments are `create_model`'s."""
+    variant = get_variant(name)
+    if policy_token is None:
+        policy_token = "cls" if variant.backbone.num_prefix else "learned"
+    if policy_token not in POLICY_TOKENS:
+        raise UsageError(
+            f"policy_token {policy_token!r} is unknown: use one of {', '.join(POLICY_TOKENS)}"
+        )
+    if policy_token == "cls" and not variant.backbone.num_prefix:
+        raise UsageError(f'{name} has no CLS token in its blocks: use policy_token="learned"')
+    known = {"interpreter_heads", "scale", "init_bias"}
+    for key in interpreter:
+        if key not in known:
+            raise UsageError(f"create_model has no option {key!r}{nearest(key, known)}")
+    interpreter.setdefault("interpreter_heads", variant.interpreter_heads)
+    backbone = variant.backbone
+    if backbone.embed_dim % interpreter["interpreter_heads"]:
+        raise UsageError(
+            f"interpreter_heads={interpreter['interpreter_heads']} does not divide the width "
+            f"{backbone.embed_dim} of {name}"
+        )
+    backbone = backbone.clone(
+        num_classes=backbone.num_classes if num_classes is None else num_classes, dtype=dtype
+    )
+    return IARed2(
+        backbone=backbone,
+        group_sizes=split_into_groups(backbone.depth, groups),
+        policy_token=policy_token,
+        norm=variant.norm,
+        crop_pct=variant.crop_pct,
+        **interpreter,
+    )
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    groups: int | Sequence[int] = 3,
+    policy_token: str | None = None,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+    **interpreter: Any,
+) -> tuple[IARed2, dict[str, Any]]:
+    """A named backbone with its interpreters, freshly initialised.
+
+    Args:
+      name: one of `VARIANTS`, e.g. "deit_s", or the same model's name in timm.
+      num_classes: of the head; None takes the variant's own.
+      groups: D, how many equal groups; or the blocks of each group, e.g. (2, 4, 6).
+      policy_token: "cls" (the CLS token at the group's entry) or "learned" (a vector per group);
+        None: "cls", where the backbone's blocks have one.
+      seed: of the initialisation.
+      dtype: of the computation, e.g. jnp.bfloat16; parameters stay float32.
+      **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`).
+
+    Returns:
+      The linen module, and its variables {"params": {"backbone": .., "interpreter_1": .., ..}}.
+
+    Raises:
+      UsageError: an unknown name or option, or groups that do not fit the depth.
+
+    Example:
+      >>> module, variables = create_model("vit_micro", groups=3)
+      >>> logits, out = module.apply(variables, jnp.zeros([1, 64, 64, 3]), thresholds=0.5)
+      >>> logits.shape, [tuple(s.shape) for s in out["scores"]]
+      ((1, 10), [(1, 64), (1, 64), (1, 64)])
+    """
+    module = create_module(name, num_classes, groups, policy_token, dtype, **interpreter)
+    return module, init_variables(module, seed)
+
+
+def init_variables(module: IARed2, seed: int = 0) -> dict[str, Any]:
+    """Fresh variables for `module`, from the same distributions as `module.init`.
+
+    They are drawn on the host: the same on every device, and in a fraction of the time it takes to
+    compile a random kernel for each of some hundred parameters.
+    """
+    size = module.backbone.image_size
+    shapes = jax.eval_shape(
+        lambda key: module.init(key, jnp.zeros((1, size, size, 3))), jax.random.key(0)
+    )
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape: jax.ShapeDtypeStruct) -> Array:
+        name = "/".join(str(entry.key) for entry in path)
+        distribution = next((fn for pattern, fn in _INITIAL if re.search(pattern, name)), None)
+        if distribution is None:
+            raise ValueError(f"no initial distribution is known for {name}: use module.init")
+        return jnp.asarray(distribution(rng, shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """DeiT's standard deviation of 0.02; one uniform number each, by the inverse distribution."""
+    return 0.02 * special.ndtri(rng.uniform(special.ndtr(-8), special.ndtr(8), shape))
+
+
+def _fan_in_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.uniform(-1, 1, shape) / shape[0] ** 0.5
+
+
+# The initialisers of the modules once more, by name; a test holds the two together.
+_INITIAL = (
+    (r"/bias$", lambda rng, shape: np.zeros(shape)),
+    (r"/scale$", lambda rng, shape: np.ones(shape)),
+    (r"interpreter_\d+/policy_token$", lambda rng, shape: rng.normal(size=shape)),
+    (r"interpreter_\d+/[qk]/kernel$", _fan_in_uniform),
+    (r"/gamma_\d$", lambda rng, shape: np.full(shape, LAYER_SCALE)),
+    (r"(kernel|cls_token|dist_token|pos_embed)$", _normal),
+)

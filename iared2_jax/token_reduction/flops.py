@@ -1,0 +1,82 @@
+"""Multiply-accumulates per image, in the field's two conventions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from iared2_jax.models.backbones.protocol import Backbone
+from iared2_jax.models.variants import get_variant
+from iared2_jax.token_reduction.create import split_into_groups
+from iared2_jax.token_reduction.model import IARed2
+
+
+class Flops(NamedTuple):
+    """Multiply-accumulates per image: numbers, or one per image.
+
+    linear: linear layers only (patch embedding, qkv, proj, MLP, head): the paper's convention.
+    full: plus QK^T and AV, plus the interpreters.
+    """
+
+    linear: float | np.ndarray
+    full: float | np.ndarray
+
+
+def count_flops(
+    model: str | IARed2 | Backbone,
+    kept: Sequence[ArrayLike] | None = None,
+    *,
+    group_sizes: Sequence[int] | None = None,
+    interpreters: bool | None = None,
+) -> Flops:
+    """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
+
+    Blocks cost what the backbone's `block_flops` says for kept + prefix tokens; an interpreter that
+    is handed m patches costs (m + 1) d^2 + m d, as in the paper (ours needs less, see
+    `token_reduction.interpreter.Keys`).
+
+    Args:
+      model: a variant's name, or a module.
+      kept: patch tokens in each group, numbers or arrays (one entry per image). None: the plain
+        dense backbone.
+      group_sizes: blocks in each group; by default the module's own, or as many equal groups as
+        `kept` has entries.
+      interpreters: count the interpreters (in `full`); by default if `kept` is given.
+
+    Raises:
+      UsageError: an unknown name, or groups that do not fit the depth.
+      ValueError: `kept` outside 0..N, or not one entry per group.
+
+    Example:
+      >>> dense = count_flops("deit_s")
+      >>> round(dense.linear / 1e9, 2), round(dense.full / 1e9, 2)
+      (4.24, 4.6)
+    """
+    if isinstance(model, IARed2):
+        vit, own_groups = model.backbone, model.group_sizes
+    else:
+        vit, own_groups = (get_variant(model).backbone if isinstance(model, str) else model), None
+    if interpreters is None:
+        interpreters = kept is not None
+    if kept is None:
+        kept = (vit.num_patches,) * len(group_sizes or own_groups or (1,))
+    sizes = split_into_groups(vit.depth, group_sizes or own_groups or len(kept))
+    if len(sizes) != len(kept):
+        raise ValueError(f"kept has {len(kept)} entries, but there are {len(sizes)} groups")
+    kept = [np.asarray(count, np.float64) for count in kept]
+    if any((count < 0).any() or (count > vit.num_patches).any() for count in kept):
+        raise ValueError(f"kept must be in 0..{vit.num_patches} patch tokens, in every group")
+
+    d = vit.embed_dim
+    linear, full = vit.other_flops(kept[-1])
+    scoring = 0.0
+    entering = np.float64(vit.num_patches)
+    for blocks, count in zip(sizes, kept, strict=True):
+        block = vit.block_flops(count + vit.num_prefix)
+        linear = linear + blocks * block.linear
+        full = full + blocks * block.full
+        scoring = scoring + (entering + 1) * d**2 + entering * d
+        entering = count
+    full = full + (scoring if interpreters else 0.0)
+    return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

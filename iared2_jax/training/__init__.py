@@ -1,0 +1,1 @@
+"""The training loop, its phases, and a run's checkpoints."""

@@ -1,0 +1,204 @@
+"""What a run says while it trains: progress, metrics on disk, and alarms."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from iared2_jax.files import write_text
+
+if TYPE_CHECKING:
+    from iared2_jax.training.curriculum import Phase
+
+log = logging.getLogger(__name__)
+
+# The figures worth a place on the progress line, in order, with their short names.
+_SHOWN = {
+    "loss": "loss",
+    "accuracy": "acc",
+    "keep_rate": "keep",
+    "score_mean": "score",
+    "score_spread": "±",
+    "entropy": "H",
+    "advantage_mean": "A",
+    "answers_differ": "differ",
+    "gradient_norm": "|g|",
+}
+
+
+class Window:
+    """Metrics of the steps since the last report; they stay on the device until asked for."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, jax.Array]] = []
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._steps.append(metrics)
+
+    def means(self) -> dict[str, float]:
+        """The mean of every metric over the window, which is emptied.
+
+        A non-finite step counts in `bad_steps_max`, and is left out of the other means.
+        """
+        steps = [
+            {key: float(value) for key, value in metrics.items()}
+            for metrics in jax.device_get(self._steps)
+        ]
+        self._steps = []
+        good = [m for m in steps if np.isfinite(list(m.values())).all()]
+        figures = {key: float(np.mean([m[key] for m in good])) for key in (good or [{}])[0]}
+        figures.pop("bad_steps", None)
+        return {**figures, "bad_steps_max": max(m["bad_steps"] for m in steps)}
+
+
+class MetricWriter:
+    """Every metric of a run, as `metrics.jsonl` and as TensorBoard events in the workdir."""
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        self._forget_after(first_step)
+        self._file = self._path.open("a")
+        # TensorBoard forgets what was logged from purge_step on. The suffix keeps the file names of
+        # two starts in one second apart.
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=first_step + 1,
+            filename_suffix=f".from_{first_step}",
+        )
+
+    def _forget_after(self, step: int) -> None:
+        """Drops what a run that was killed had logged beyond its last checkpoint."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
+            write_text(self._path, "".join(x for x in whole if json.loads(x)["step"] <= step))
+
+    def write(self, step: int, phase: str, figures: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "phase": phase, **figures}) + "\n")
+        self._file.flush()
+        for key, value in figures.items():
+            self._board.add_scalar(f"{phase.replace(' ', '_')}/{key}", value, step)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """A bar on a terminal, a line per window in a log: phase, step, time left, health."""
+
+    def __init__(self, phase: "Phase", total_steps: int) -> None:
+        self._phase, self._total = phase, total_steps
+        self._bar: tqdm | None = None
+        self._since: tuple[int, float] | None = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._phase.steps, desc=self._phase.name, unit="step", dynamic_ncols=True
+            )
+        return self
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
+        """Reports the window that ended at `step`."""
+        health = " ".join(
+            f"{short} {figures[key]:.3g}" for key, short in _SHOWN.items() if key in figures
+        )
+        done = step - self._phase.first_step
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(health)
+            return
+        log.info("%s: step %d/%d (run %d/%d)%s  %s", self._phase.name, done, self._phase.steps,
+                 step, self._total, self._time_left(step), health)  # fmt: skip
+
+    def _time_left(self, step: int) -> str:
+        # The first window holds the compilation, so it does not count.
+        if self._since is None:
+            self._since = (step, time.monotonic())
+            return ""
+        first, start = self._since
+        left = (time.monotonic() - start) / (step - first) * (self._phase.end - step)
+        return f" {left:.0f} s left"
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Profile:
+    """If it is on: a trace of five steps, some way after the start, where little compiles."""
+
+    def __init__(self, workdir: Path, on: bool, first_step: int) -> None:
+        self._folder = workdir / "profile"
+        self._steps = (first_step + 10, first_step + 15) if on else ()
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """To be called before every step."""
+        if step in self._steps[:1]:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif step in self._steps[1:]:
+            self._end()
+
+    def _end(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            log.info("profile written to %s", self._folder)
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+
+class HealthAlarms:
+    """Says, once per phase, when a policy has collapsed: which group, and what to change."""
+
+    def __init__(self, phase: "Phase") -> None:
+        self._phase = phase
+        self._raised: set[str] = set()
+
+    def check(self, step: int, figures: dict[str, float]) -> None:
+        """Looks at one window's figures."""
+        if figures["bad_steps_max"]:
+            self._raise(
+                "non-finite",
+                f"a step up to {step} had a loss or gradient that is not finite, and was not "
+                f"applied; if it goes on, lower config.{self._phase.kind}.learning_rate",
+            )
+        # Keeping everything is how a policy starts, so a collapse is one only later on.
+        late = step - self._phase.first_step > self._phase.steps / 2
+        if self._phase.kind != "interpreter" or "keep_rate" not in figures or not late:
+            return
+        group = self._phase.group
+        if figures["keep_rate"] > 0.999:
+            self._raise(
+                "all-kept",
+                f"interpreter {group} keeps every token at step {step}: lower "
+                "config.tau or config.model.init_bias, or raise config.interpreter.learning_rate",
+            )
+        if figures["keep_rate"] < 0.001:
+            self._raise(
+                "none-kept",
+                f"interpreter {group} drops every token at step {step}: raise config.tau or "
+                "config.model.init_bias, or lower config.interpreter.learning_rate",
+            )
+
+    def _raise(self, name: str, message: str) -> None:
+        if name not in self._raised:
+            self._raised.add(name)
+            log.warning("%s: %s", self._phase.name, message)

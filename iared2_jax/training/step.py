@@ -1,0 +1,183 @@
+"""The training state, and the jitted, sharded step that moves it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from einops import rearrange
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PRNGKeyArray
+
+from iared2_jax.data.images import normalize
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training import optimizers
+from iared2_jax.training.curriculum import Phase
+from iared2_jax.training.losses import LOSSES, Batch, Capacities, Metrics, Params, Task
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes, and so all that a checkpoint holds.
+
+    The fields are `Any`: JAX and Orbax fill the same structure with shapes, shardings and None.
+
+    step: of the run, over all phases; which phase it is in follows from it.
+    params: all of them; opt_state: only of what the current phase trains.
+    ema: a moving average of the parameters, or {} when off.
+    bad_steps: non-finite steps in a row.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    bad_steps: Any
+
+    @property
+    def eval_params(self) -> dict[str, Any]:
+        return self.ema or self.params
+
+
+def enter_phase(state: TrainState, phase: Phase | None, group_sizes: tuple[int, ...]) -> TrainState:
+    """The state with a fresh optimizer for `phase`; without one when training is over."""
+    if phase is None:
+        return state.replace(opt_state=())
+    trainable, _ = optimizers.split_trainable(state.params, phase.trains, group_sizes)
+    return state.replace(
+        opt_state=optimizers.make_optimizer(phase.options, phase.steps).init(trainable)
+    )
+
+
+def initial_state(
+    params: dict[str, Any], phase: Phase, group_sizes: tuple[int, ...], ema_decay: float
+) -> TrainState:
+    """The state before the first step."""
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=(),
+        ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+    return enter_phase(state, phase, group_sizes)
+
+
+def make_train_step(
+    module: IARed2,
+    phase: Phase,
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    capacities: Capacities | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step of one phase: batch rows split over the mesh, state replicated and donated.
+
+    A step whose loss, gradient or update is not finite changes nothing but the counters.
+
+    Args:
+      capacities: patch slots per group, for gathered training (see `losses`); None: masked. A
+        batch that does not fit is computed again, masked, and shows in metrics["overflow"].
+    """
+    optimizer = optimizers.make_optimizer(phase.options, phase.steps)
+    task = Task(module, config, phase, capacities)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update, or none if it is not finite."""
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        batch = {**batch, "image": normalize(batch["image"], module.norm)}
+        grads, metrics = _fitting_gradients(task, state.params, batch, key)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        trainable, frozen = optimizers.split_trainable(
+            state.params, phase.trains, module.group_sizes
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        norms = (metrics["loss"], metrics["gradient_norm"], optax.tree.norm(updates))
+        finite = jnp.isfinite(jnp.stack(norms)).all()
+        params = optimizers.merge(optax.apply_updates(trainable, updates), frozen)
+
+        def applied(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        params = applied(params, state.params)
+        ema = state.ema
+        if config.ema_decay:
+            ema = applied(optax.incremental_update(params, ema, 1 - config.ema_decay), ema)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=applied(opt_state, state.opt_state),
+            ema=ema,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        )
+        return new, {**metrics, "bad_steps": new.bad_steps.astype(jnp.float32)}
+
+    replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    return jax.jit(
+        step,
+        in_shardings=(replicated, rows),
+        out_shardings=(replicated, replicated),
+        donate_argnums=0,
+    )
+
+
+def _fitting_gradients(
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Params, Metrics]:
+    """`_gradients`; where tokens found no slot, computed again without slots."""
+    grads, metrics = _gradients(task, params, batch, key)
+    if not task.capacities:
+        return grads, metrics
+    lost = metrics["overflow"]
+
+    def masked(_, __):
+        """Masked execution needs no slots."""
+        whole = dataclasses.replace(task, capacities=None)
+        again, figures = _gradients(whole, params, batch, key)
+        return again, {**figures, "overflow": lost}
+
+    # A loop of one turn or none: XLA:CPU runs a conditional's branch on one core.
+    return jax.lax.fori_loop(0, (lost > 0).astype(jnp.int32), masked, (grads, metrics))
+
+
+def _gradients(
+    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Params, Metrics]:
+    """Of what the phase trains, over the micro-batches; and the metrics."""
+    phase, micro = task.phase, task.phase.options.accumulate
+    trainable, frozen = optimizers.split_trainable(params, phase.trains, task.module.group_sizes)
+
+    def loss(trainable, batch, key):
+        """As a function of what is trained."""
+        return LOSSES[phase.kind](task, optimizers.merge(trainable, frozen), batch, key)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if micro == 1:
+        (value, metrics), grads = value_and_grad(trainable, batch, key)
+        return grads, {**metrics, "loss": value}
+
+    # Every micro-batch takes each device's rows in turn, so no row changes its device.
+    parts = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=micro), batch)
+
+    def body(total, part):
+        """Adds one micro-batch's share."""
+        batch, index = part
+        (value, metrics), grads = value_and_grad(trainable, batch, jax.random.fold_in(key, index))
+        total = jax.tree.map(lambda t, g: t + g / micro, total, grads)
+        return total, {**metrics, "loss": value}
+
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    grads, metrics = jax.lax.scan(body, zeros, (parts, jnp.arange(micro)))
+    return grads, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """All devices in one axis, "data". Auto axes: linen does not run under Explicit ones."""
+    devices = devices or jax.devices()
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    )
