@@ -148,13 +148,19 @@ def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
 def from_checkpoint(path: Path, num_images: int, dtype: Any = jnp.float32) -> Workload:
     """A run's model on its own evaluation images, under its own threshold."""
     module, variables, images, _, config = evaluation_images(path, num_images, dtype)
-    keep = jax.jit(lambda v, x: module.apply(v, x, config["threshold"])[1]["keep"])
+    keep = jax.jit(
+        lambda v, x: module.apply(v, x, config.get("reduction.threshold", config.get("threshold")))[
+            1
+        ]["keep"]
+    )
     counts = np.concatenate(
         [
             np.stack([k.sum(-1) for k in map(np.asarray, keep(variables, images[i : i + 32]))], 1)
             for i in range(0, len(images), 32)
         ]
     )
-    thresholds = np.full(counts.shape, config["threshold"], np.float32)
+    thresholds = np.full(
+        counts.shape, config.get("reduction.threshold", config.get("threshold")), np.float32
+    )
     about = f"{config['name']}, trained; counts of its {config['data.eval_split']} images"
     return Workload(module, variables, images, thresholds, counts, about)

@@ -30,16 +30,18 @@ def get_config(arg=None):
     config.model.interpreter_heads = 8
     config.model.init_bias = 1.0  # starts at a score of 0.73: keeps everything
 
-    config.tau = (40.0, 3.0, 100.0)
-    config.reward_denominator = "entering"  # else later groups have no reason to drop more
-    config.rollouts = 2
+    config.interpreter.tau = (40.0, 3.0, 100.0)
+    config.interpreter.reward_denominator = (
+        "entering"  # else later groups have no reason to drop more
+    )
+    config.interpreter.rollouts = 2
     config.interpreter.batch_size = 64
     config.interpreter.epochs = 0.0
     config.interpreter.steps = 120
     config.interpreter.learning_rate = 1.5e-3
     config.interpreter.clip_norm = 1.0
 
-    config.label_smoothing = 0.05  # as the backbone was trained
+    config.backbone.label_smoothing = 0.05  # as the backbone was trained
     config.backbone.batch_size = 64
     config.backbone.epochs = 0.0
     config.backbone.steps = 80

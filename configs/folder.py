@@ -35,7 +35,7 @@ def get_config(arg=None):
     config.data.name = "folder"
     config.data.eval_split = "val"
     config.data.eval_size = 0  # all
-    config.train_head = True
+    config.backbone.train_head = True
     for phase in (config.interpreter, config.backbone, config.supervised):
         phase.batch_size = 64
     config.supervised.epochs = 20.0

@@ -30,7 +30,7 @@ def get_config(arg=None):
     config.supervised.warmup_steps = 100
     config.supervised.weight_decay = 0.02
     config.supervised.clip_norm = 1.0
-    config.label_smoothing = 0.05
+    config.supervised.label_smoothing = 0.05
     config.checkpoint_every = 500
 
     if arg.runlocal:

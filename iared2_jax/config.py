@@ -82,22 +82,25 @@ def default_config() -> ml_collections.ConfigDict:
     #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first
     config.curriculum = "iared2"
     config.interpreter = ml_collections.ConfigDict(_phase_defaults(epochs=10.0))
+    # The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau.
+    config.interpreter.tau = (1.0,)  # the price of an error: one for all groups, or one each
+    config.interpreter.reward_denominator = "initial"  # "initial": N | "entering": N_j
+    config.interpreter.log_prob_reduction = "sum"  # "sum" (Eq. 3) | "mean"
+    # Sampled masks per image; they share the prefix and the greedy rollout.
+    config.interpreter.rollouts = 1
     config.backbone = ml_collections.ConfigDict(_phase_defaults(epochs=20.0))
+    config.backbone.label_smoothing = 0.0
+    config.backbone.train_head = False  # train final norm and head with the blocks, too
     config.supervised = ml_collections.ConfigDict(
         _phase_defaults(epochs=300.0, optimizer="adamw", learning_rate=5e-4, weight_decay=0.05)
     )
-    # How tokens that are dropped for good are left out of a step: "masked" | "gathered", into as
-    # many slots as the phase's first images need. The same gradients (docs/performance.md).
-    config.train_execution = "masked"
-    config.train_head = False  # train final norm and head with the blocks, too
-    config.label_smoothing = 0.0
+    config.supervised.label_smoothing = 0.0
 
-    # The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau.
-    config.tau = (1.0,)  # the price of an error: one for all groups, or one each
-    config.reward_denominator = "initial"  # "initial": N | "entering": N_j
-    config.log_prob_reduction = "sum"  # "sum" (Eq. 3) | "mean"
-    config.rollouts = 1  # sampled masks per image; they share the prefix and the greedy rollout
-    config.threshold = 0.5  # keep iff the score is above
+    config.reduction = ml_collections.ConfigDict()
+    config.reduction.threshold = 0.5  # keep iff the score is above
+    # How tokens that are dropped for good are left out of a training step: "masked" | "gathered",
+    # into as many slots as the phase's first images need. The same gradients (docs/performance.md).
+    config.reduction.train_execution = "masked"
 
     config.ema_decay = 0.0  # evaluate an exponential moving average of the parameters; 0 is off
     config.max_bad_steps = 10  # non-finite steps in a row (none is applied) before giving up

@@ -45,9 +45,9 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         one_of("model.name", VARIANTS)
     one_of("model.dtype", DTYPES)
     one_of("model.policy_token", ("", *POLICY_TOKENS))
-    one_of("reward_denominator", REWARD_DENOMINATORS)
-    one_of("train_execution", TRAIN_EXECUTIONS)
-    one_of("log_prob_reduction", LOG_PROB_REDUCTIONS)
+    one_of("interpreter.reward_denominator", REWARD_DENOMINATORS)
+    one_of("reduction.train_execution", TRAIN_EXECUTIONS)
+    one_of("interpreter.log_prob_reduction", LOG_PROB_REDUCTIONS)
 
     groups = model_groups(config)
     if not isinstance(groups, int) and len(groups) != config.model.groups:
@@ -57,9 +57,9 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             "--config.model.group_sizes=()"
         )
     sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
-    if len(config.tau) not in (1, len(sizes)):
+    if len(config.interpreter.tau) not in (1, len(sizes)):
         raise UsageError(
-            f"config.tau has {len(config.tau)} values for {len(sizes)} groups: "
+            f"config.interpreter.tau has {len(config.interpreter.tau)} values for {len(sizes)} groups: "
             f"give 1 or {len(sizes)}"
         )
     if config.mode != "explain":
@@ -105,7 +105,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     flat = flatten(config)
     pairs = ("data.augment.scale", "data.augment.ratio")
     for key, kinds in (
-        ("tau", (int, float)), ("model.group_sizes", (int,)), *((p, (int, float)) for p in pairs)
+        ("interpreter.tau", (int, float)), ("model.group_sizes", (int,)), *((p, (int, float)) for p in pairs)
     ):  # fmt: skip
         if any(type(item) not in kinds for item in flat[key]):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -116,12 +116,17 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
                 raise UsageError(f"config.{key}={value} is not a finite number")
             if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
                 raise UsageError(f"config.{key}={value} must not be negative")
-    for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints", "rollouts",
+    for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints", "interpreter.rollouts",
                 "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
                 "data.threads"):  # fmt: skip
         if flat[key] < 1:
             raise UsageError(f"config.{key}={flat[key]} must be at least 1")
-    for key in ("ema_decay", "label_smoothing", "data.bad_share"):
+    for key in (
+        "ema_decay",
+        "backbone.label_smoothing",
+        "supervised.label_smoothing",
+        "data.bad_share",
+    ):
         if flat[key] >= 1:
             raise UsageError(f"config.{key}={flat[key]} must be below 1")
     for key in ("data.augment.erasing", "data.augment.flip"):
@@ -133,8 +138,10 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     for key in ("seed", "data.seed"):
         if flat[key] >= 2**32:
             raise UsageError(f"config.{key}={flat[key]} must be below 2**32")
-    if not 0 < config.threshold < 1:
-        raise UsageError(f"config.threshold={config.threshold} must be between 0 and 1")
+    if not 0 < config.reduction.threshold < 1:
+        raise UsageError(
+            f"config.reduction.threshold={config.reduction.threshold} must be between 0 and 1"
+        )
 
 
 def _check_phase(kind: str, phase: ml_collections.ConfigDict, device_count: int) -> None:

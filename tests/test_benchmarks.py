@@ -77,7 +77,7 @@ def test_a_checkpoint_is_timed_on_its_own_images(tmp_path):
     module, variables = create_model("vit_micro", init_bias=0.05)
     config = {
         "name": "x", "model.name": "vit_micro", "data.name": "cluttered_mnist", "data.seed": 0,
-        "data.eval_split": "test", "threshold": 0.5,
+        "data.eval_split": "test", "reduction.threshold": 0.5,
     }  # fmt: skip
     options = {"name": "vit_micro", "groups": 3, "init_bias": 0.05}
     path = tmp_path / "weights.safetensors"

@@ -28,7 +28,7 @@ def test_a_collapsed_policy_is_reported_once_with_its_group(caplog, plan):
     windows = [(start + step, {"keep_rate": 1.0}) for step in (20, 60, 80)]
     (message,) = raised(caplog, second, windows)
     assert "interpreter 2 keeps every token" in message
-    assert "config.tau" in message
+    assert "config.interpreter.tau" in message
 
 
 def test_dropping_everything_is_reported(caplog, plan):

@@ -65,7 +65,10 @@ def refusal(monkeypatch, capsys, tmp_path):
         ([DEMO, "--config.seed=abc"], "config.seed='abc' is not a whole number"),
         ([DEMO, "--config.seed", "1.5"], "config.seed='1.5' is not a whole number"),
         ([DEMO, "--config.profile"], "config.profile='' is not true or false"),
-        ([DEMO, "--config.tau=x"], "config.tau='x' is not a list of numbers"),
+        (
+            [DEMO, "--config.interpreter.tau=x"],
+            "config.interpreter.tau='x' is not a list of numbers",
+        ),
         ([DEMO, "--config.model.group_sizes=2.5,3.5"], "config.model.group_sizes=[2.5, 3.5]"),
     ],
 )
@@ -79,7 +82,7 @@ def test_a_command_that_means_nothing_is_refused(refusal, arguments, says):
         ("interpreter.learning_rate=nan", "config.interpreter.learning_rate=nan is not a finite"),
         ("interpreter.learning_rate=-1", "config.interpreter.learning_rate=-1.0 must not be neg"),
         ("backbone.learning_rate=0", "config.backbone.learning_rate=0.0 would train nothing"),
-        ("tau=1,-2,1", "config.tau=[1, -2, 1] must not be negative"),
+        ("tau=1,-2,1", "config.interpreter.tau=[1, -2, 1] must not be negative"),
         ("tau=1,2", "give 1 or 3"),
         ("backbone.batch_size=12", "config.backbone.batch_size=12 must be a multiple of 8"),
         ("backbone.accumulate=2", "a multiple of 16 (8 devices x 2 micro-batches)"),
@@ -98,7 +101,7 @@ def test_a_command_that_means_nothing_is_refused(refusal, arguments, says):
         ("data.eval_split=tset", "(did you mean 'test'?)"),
         ("log_every=0", "config.log_every=0 must be at least 1"),
         ("ema_decay=1", "config.ema_decay=1.0 must be below 1"),
-        ("threshold=1", "config.threshold=1.0 must be between 0 and 1"),
+        ("threshold=1", "config.reduction.threshold=1.0 must be between 0 and 1"),
         ("seed=4294967296", "config.seed=4294967296 must be below 2**32"),
         ("weights=nowhere.safetensors", "there is no weights file nowhere.safetensors"),
         ("weights=nowhere", "'nowhere' are neither a file (.safetensors, .npz"),
@@ -187,11 +190,16 @@ def test_help_says_how(capsys):
 
 def test_overrides_are_typed_and_the_workdir_has_a_default():
     config, workdir = main.parse(
-        [DEMO, "--config.tau=0.5,1,2", "--config.seed", "3", "--config.profile=True",
+        [DEMO, "--config.interpreter.tau=0.5,1,2", "--config.seed", "3", "--config.profile=True",
          "--config.weights=", "--config.interpreter.learning_rate=1e-4"]
     )  # fmt: skip
     assert workdir == "runs/cluttered_mnist"
-    assert (config.tau, config.seed, config.profile, config.weights) == ((0.5, 1, 2), 3, True, "")
+    assert (config.interpreter.tau, config.seed, config.profile, config.weights) == (
+        (0.5, 1, 2),
+        3,
+        True,
+        "",
+    )
     assert config.interpreter.learning_rate == 1e-4
     assert config.interpreter.steps == 2  # as the config has it
 

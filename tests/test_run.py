@@ -36,7 +36,7 @@ NANO = ViT(
 ARGUMENTS = [
     "--config=configs/cluttered_mnist.py:runlocal", "--config.weights=",
     "--config.model.name=vit_nano", "--config.model.groups=2", "--config.model.group_sizes=()",
-    "--config.model.interpreter_heads=0", "--config.tau=(2.0,)",
+    "--config.model.interpreter_heads=0", "--config.interpreter.tau=(2.0,)",
     "--config.model.init_bias=0",
     "--config.checkpoint_every=1", "--config.keep_checkpoints=3",
 ]  # fmt: skip

@@ -66,7 +66,7 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
         except BadImage as error:
             log.warning("left out: %s", error)
             continue
-        _draw(module, variables, pixels[None], path, config.threshold)
+        _draw(module, variables, pixels[None], path, config.reduction.threshold)
         done.append(path)
         log.info("%s: written beside it", path)
     if not done:

@@ -159,7 +159,7 @@ def _reduced(subject: Subject) -> tuple[dict[str, Any], np.ndarray, dict[str, np
     """Our accuracy and cost; the keep masks [images, groups, N]; each group's scores."""
 
     def masked_pass(variables, images, batch):
-        logits, out = subject.module.apply(variables, images, subject.config.threshold)
+        logits, out = subject.module.apply(variables, images, subject.config.reduction.threshold)
         return {
             "logits": logits,
             "keep": jnp.stack(out["keep"], axis=1),
@@ -211,7 +211,7 @@ def _speed(subject: Subject) -> dict[str, Any]:
         subject.trained,
         jnp.asarray(images[:n]),
         images[n:] if len(images) > n else images,
-        thresholds=config.threshold,
+        thresholds=config.reduction.threshold,
         rounds=config.eval.speed_rounds,
     )
     return {
@@ -259,7 +259,7 @@ def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
         workdir / "figures" / "heatmaps.png",
         group=min(2, module.num_groups),
         block=1 if module.backbone.num_prefix else -1,  # CaiT: its last class attention
-        thresholds=config.threshold,
+        thresholds=config.reduction.threshold,
         attention_variables=subject.original,
     )
     hierarchy = figures.draw_hierarchy(
@@ -267,7 +267,7 @@ def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
         subject.trained,
         shown,
         workdir / "figures" / "hierarchy.png",
-        thresholds=config.threshold,
+        thresholds=config.reduction.threshold,
     )
     return {
         "What the model looked at (Figure 3)": comparison,

@@ -49,7 +49,7 @@ def phases(config: ml_collections.ConfigDict, group_sizes: tuple[int, ...]) -> l
     far. "interpreters": the first halves only. "supervised": the backbone alone, as one phase.
     """
     groups = range(1, len(group_sizes) + 1)
-    head = {("head", 0)} if config.train_head else set()
+    head = {("head", 0)} if config.backbone.train_head else set()
     plan: list[tuple[str, int, set[Part]]] = []
     if config.curriculum == "supervised":
         blocks = {("blocks", group) for group in groups}
@@ -72,7 +72,9 @@ def phases(config: ml_collections.ConfigDict, group_sizes: tuple[int, ...]) -> l
                 kind=kind,
                 group=group,
                 trains=frozenset(trains),
-                thresholds=tuple(config.threshold if g <= group else KEEP_ALL for g in groups),
+                thresholds=tuple(
+                    config.reduction.threshold if g <= group else KEEP_ALL for g in groups
+                ),
                 first_step=step,
                 steps=steps,
                 first_example=example,

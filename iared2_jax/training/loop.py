@@ -212,7 +212,7 @@ def _batches(
     mix = None
     if phase.kind != "interpreter":  # whose reward is for the right answer, which must be one
         augment = config_lib.augment_of(config)
-        mix = mixing(augment, module.backbone.num_classes, config.label_smoothing)
+        mix = mixing(augment, module.backbone.num_classes, phase.options.label_smoothing)
     source, options = config_lib.dataset_of(config), phase.options
     return iter(
         train_batches(source, options.batch_size, example, config.seed, config.data.threads, mix)
@@ -223,7 +223,7 @@ def _capacities(
     config: ml_collections.ConfigDict, workdir: Path, module: IARed2, params: Params, phase: Phase
 ) -> Capacities | None:
     """Patch slots for gathered training; None where it is masked, or there is nothing to drop."""
-    if config.train_execution != "gathered" or phase.kind == "supervised":
+    if config.reduction.train_execution != "gathered" or phase.kind == "supervised":
         return None
 
     def measure():

@@ -57,7 +57,7 @@ def supervised_loss(
 ) -> tuple[Array, Metrics]:
     """Cross-entropy of the plain backbone."""
     logits, _ = task.module.apply({"params": params}, batch["image"], execution="dense")
-    loss, metrics = cross_entropy(logits, batch, task.config.label_smoothing)
+    loss, metrics = cross_entropy(logits, batch, task.phase.options.label_smoothing)
     return loss, {**metrics, "overflow": jnp.zeros(())}
 
 
@@ -78,7 +78,7 @@ def backbone_loss(
         x, keep, _, more = apply(x, keep, capacities[group - 1], method="compact")
         overflow = overflow + more
     logits = apply(group, x, keep, thresholds, method="onward")
-    loss, metrics = cross_entropy(logits, batch, task.config.label_smoothing)
+    loss, metrics = cross_entropy(logits, batch, task.phase.options.label_smoothing)
     kept = (keep.sum(-1) / module.backbone.num_patches).mean()
     return loss, {**metrics, "keep_rate": kept, "overflow": overflow.sum().astype(jnp.float32)}
 
@@ -93,7 +93,7 @@ def interpreter_loss(
     gradient, so nothing is differentiated but the interpreter itself.
     """
     module, config, phase = task.module, task.config, task.phase
-    group, labels, rollouts = phase.group, batch["label"], config.rollouts
+    group, labels, rollouts = phase.group, batch["label"], config.interpreter.rollouts
     n = module.backbone.num_patches
     apply = functools.partial(module.apply, {"params": params})
     entry = apply(group, batch["image"], phase.thresholds, task.capacities, method="up_to")
@@ -121,8 +121,8 @@ def interpreter_loss(
     logits = rearrange(logits, "(b r) c -> b r c", r=rollouts + 1)
     correct = jax.lax.stop_gradient(logits.argmax(-1) == labels[:, None])
 
-    tau = config.tau[group - 1 if len(config.tau) > 1 else 0]
-    handed = alive if config.reward_denominator == "entering" else None
+    tau = config.interpreter.tau[group - 1 if len(config.interpreter.tau) > 1 else 0]
+    handed = alive if config.interpreter.reward_denominator == "entering" else None
     rewards = jnp.stack(
         [policy.reward(masks[:, r], correct[:, r], tau, handed, n) for r in range(rollouts + 1)],
         axis=1,
@@ -130,7 +130,11 @@ def interpreter_loss(
     advantage = rewards[:, :-1] - rewards[:, -1:]
     loss = sum(
         policy.self_critical_loss(
-            head_logits, sampled[:, r], alive, advantage[:, r], config.log_prob_reduction
+            head_logits,
+            sampled[:, r],
+            alive,
+            advantage[:, r],
+            config.interpreter.log_prob_reduction,
         )
         for r in range(rollouts)
     )

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models.attention import MASKED_LOGIT, attend
 from iared2_jax.models.backbones.protocol import BlockFlops
+from iared2_jax.models.input_spec import InputSpec, images
 from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm, to_patches
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
@@ -156,6 +157,10 @@ class CaiT(nn.Module):
     attention_kernels = ("einsum",)
 
     @property
+    def input_spec(self) -> InputSpec:
+        return images(self.image_size, self.patch_size)
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
@@ -171,9 +176,9 @@ class CaiT(nn.Module):
         self.norm = layer_norm(self.dtype)
         self.head = nn.Dense(self.num_classes, kernel_init=kernel_init)
 
-    def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b n d"]:
+    def embed(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b n d"]:
         """Images to patch tokens, positions added."""
-        x = self.patch_embed(to_patches(images, self.image_size, self.patch_size))
+        x = self.patch_embed(to_patches(inputs, self.image_size, self.patch_size))
         return x + self.pos_embed.astype(self.dtype)
 
     def run_block(
@@ -212,8 +217,8 @@ class CaiT(nn.Module):
         linear = outer + self.class_depth * block
         return linear, linear + self.class_depth * 2 * (kept + 1) * d
 
-    def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
-        x = self.embed(images)
+    def __call__(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
+        x = self.embed(inputs)
         for index in range(self.depth):
             x, _ = self.run_block(index, x)
         return self.classify(x)[0]

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
+from iared2_jax.models.input_spec import InputSpec, images
 from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm, to_patches
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
@@ -93,6 +94,10 @@ class ViT(nn.Module):
         return 2 if self.distilled else 1
 
     @property
+    def input_spec(self) -> InputSpec:
+        return images(self.image_size, self.patch_size)
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
@@ -118,9 +123,9 @@ class ViT(nn.Module):
         if self.distilled:
             self.head_dist = nn.Dense(self.num_classes, kernel_init=kernel_init)
 
-    def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
+    def embed(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
         """Images to tokens, prefix first, positions added."""
-        x = self.patch_embed(to_patches(images, self.image_size, self.patch_size))
+        x = self.patch_embed(to_patches(inputs, self.image_size, self.patch_size))
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
         prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
@@ -155,8 +160,8 @@ class ViT(nn.Module):
         cost += heads * self.embed_dim * self.num_classes
         return cost, cost
 
-    def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
-        x = self.embed(images)
+    def __call__(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
+        x = self.embed(inputs)
         for index in range(self.depth):
             x, _ = self.run_block(index, x)
         return self.classify(x)[0]
