@@ -167,7 +167,7 @@ def our_training(
     mix = pipeline.mixing(augment, CLASSES, smoothing=0.1)
     with mock.patch.object(pipeline, "_ENDLESS", count):
         batches = iter(pipeline.train_batches(source, batch, 0, 0, threads, mix))
-    assert sum(len(made["image"]) for made in batches) == count
+    assert sum(len(made["input"]) for made in batches) == count
 
 
 def tf_dataset(jpegs: Jpegs, size: int, batch: int, exact: bool, threads: int, count: int) -> Any:
@@ -277,9 +277,10 @@ def timed_pipelines(
     jpegs: Jpegs, variant: Variant, batch: int, batches: int, skipped: dict[str, str]
 ) -> Iterator[Timed]:
     """Ours and tf.data; each thread has `batches` to read."""
-    size, cores = variant.backbone.image_size, len(os.sched_getaffinity(0))
+    spec, cores = variant.backbone.input_spec, len(os.sched_getaffinity(0))
+    size = spec.height
     several = [(threads, threads * batches * batch) for threads in sorted({1, 2, cores})]
-    wanted = DataRequest(size, str(jpegs.root), variant.norm, variant.crop_pct)
+    wanted = DataRequest(spec, str(jpegs.root))
     deit = dataclasses.replace(wanted, augment=DEIT)
     for name, asked in (("ours, crop + flip", wanted), ("ours, DeiT's augmentation", deit)):
         source = open_dataset("folder", asked)
@@ -381,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.images < flags.batch:
         parser.error("--images must fill a --batch")
     variant = get_variant(flags.model)
-    size = variant.backbone.image_size
+    size = variant.backbone.input_spec.height
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         jpegs = write_jpegs(Path(folder), flags.images)

@@ -332,7 +332,7 @@ def tome_flops(model: str, r: int) -> float:
     is not counted. r=0 gives `count_flops(model).full`.
     """
     vit = get_variant(model).backbone
-    tokens = vit.num_prefix + vit.num_patches
+    tokens = vit.num_prefix + vit.input_spec.num_patches
     total = count_flops(model).full - vit.depth * vit.block_flops(tokens).full
     for _ in range(vit.depth):
         block = vit.block_flops(tokens)
@@ -349,7 +349,7 @@ def tome_r(model: str, target_full_flops: float) -> int:
       model: one of `TIMM_NAMES`.
       target_full_flops: per image, e.g. `count_flops(module, kept).full`.
     """
-    most = get_variant(model).backbone.num_patches // 2
+    most = get_variant(model).backbone.input_spec.num_patches // 2
     return min(range(most + 1), key=lambda r: abs(tome_flops(model, r) - target_full_flops))
 
 

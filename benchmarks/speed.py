@@ -110,7 +110,7 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
         memory = common.memory(run.compiled)
         variants[name] = Variant(call, kind, seconds, memory, run)
 
-    shares = timed.counts.mean(0) / module.backbone.num_patches
+    shares = timed.counts.mean(0) / module.input_spec.num_patches
     accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
     ask = {"thresholds": sample.thresholds, "images": sample.images}
     for name, plan in _layouts(sample, b).items():
@@ -122,7 +122,7 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
 def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
     """The same layout in every group, for comparison with the planner's mixture."""
     request = PlanRequest(
-        spec=ForwardSpec(sample.module),
+        forward=ForwardSpec(sample.module),
         variables=sample.variables,
         batch_size=b,
         thresholds=sample.thresholds,
@@ -197,7 +197,7 @@ def _report(timed, variants, timings, errors, skipped) -> dict[str, Any]:
         "batch": b,
         "dtype": jnp.dtype(timed.module.backbone.dtype).name,
         "counts": timed.source,
-        "kept": (timed.counts.mean(0) / timed.module.backbone.num_patches).tolist(),
+        "kept": (timed.counts.mean(0) / timed.module.input_spec.num_patches).tolist(),
         "flops_ratio": 1 / timed.possible,
         "possible": timed.possible,
         "baseline": dense,

@@ -70,7 +70,7 @@ def _step(task: losses.Task):
 
 def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
     """Multiply-adds over plain fine-tuning's; a backward pass counts two forward ones."""
-    n = module.backbone.num_patches
+    n = module.input_spec.num_patches
     dense = count_flops(module).full
 
     def groups_cost(kept: Sequence[Any], which: Sequence[int]) -> float:
@@ -100,7 +100,7 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
 def _tasks(work: Workload) -> Iterator[tuple[str, losses.Task]]:
     """Every step to be timed, by what the table calls it."""
     module, config = work.module, default_config()
-    n = module.backbone.num_patches
+    n = module.input_spec.num_patches
     slots = [int(min(n, -(-count // 8) * 8)) for count in work.counts.max(0)]
     for name, phase in _phases(module).items():
         if phase.kind == "supervised":
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     work = synthetic(flags.model, flags.batch, "even", dtype=dtype)
     images, params = jnp.asarray(work.images), work.variables["params"]
-    batch = {"image": images, "label": jnp.zeros(flags.batch, jnp.int32)}
+    batch = {"input": images, "label": jnp.zeros(flags.batch, jnp.int32)}
     key = jax.random.key(0)
 
     calls, rows = {}, {}
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "batch": flags.batch,
         "dtype": jnp.dtype(dtype).name,
         "counts": work.source,
-        "kept": (work.counts.mean(0) / work.module.backbone.num_patches).tolist(),
+        "kept": (work.counts.mean(0) / work.module.input_spec.num_patches).tolist(),
         "steps": rows,
     }
     backend = jax.default_backend()

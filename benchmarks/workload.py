@@ -11,8 +11,6 @@ import numpy as np
 
 from iared2_jax import count_flops, create_model, load_model
 from iared2_jax.data.datasets import DataRequest, open_dataset
-from iared2_jax.data.images import normalize
-from iared2_jax.models.variants import get_variant
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
 from iared2_jax.weights.files import read_tensors
 
@@ -84,9 +82,9 @@ def thresholds_for(
 
     @jax.jit
     def scores(variables, images, thresholds):
-        return jnp.stack(module.apply(variables, images, thresholds)[1]["scores"], axis=1)
+        return jnp.stack(module.apply(variables, images, thresholds)[1].scores, axis=1)
 
-    n = module.backbone.num_patches
+    n = module.input_spec.num_patches
     thresholds = np.full((len(images), module.num_groups), KEEP_ALL, np.float32)
     actual = np.full_like(counts, n)
     size = min(16, len(images))
@@ -117,10 +115,9 @@ def synthetic(
 ) -> Workload:
     """A model with random weights on noise, its counts from a stated distribution."""
     module, variables = create_model(model, groups=len(kept), dtype=dtype)
-    side = module.backbone.image_size
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((num_images, side, side, 3), np.float32)
-    counts = drawn_counts(num_images, module.backbone.num_patches, SPREADS[spread], kept)
+    images = rng.standard_normal((num_images, *module.input_spec.shape), np.float32)
+    counts = drawn_counts(num_images, module.input_spec.num_patches, SPREADS[spread], kept)
     thresholds, counts = thresholds_for(module, variables, images, counts)
     shares = "/".join(f"{share:g}" for share in kept)
     source = f"random weights; counts drawn: means {shares}, sd {SPREADS[spread]}"
@@ -132,35 +129,25 @@ def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
     module, variables = load_model(path)
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
     config = read_tensors(path)[1]["config"]
-    variant = get_variant(config["model.name"])
-    wanted = DataRequest(
-        image_size=module.backbone.image_size,
-        path=config.get("data.path", ""),
-        norm=variant.norm,
-        crop_pct=variant.crop_pct,
-    )
-    source = open_dataset(config["data.name"], wanted)
+    request = DataRequest(module.input_spec, path=config.get("data.path", ""))
+    source = open_dataset(config["data.name"], request)
     pixels, labels, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
-    pixels, norm = pixels[:num_images], variant.norm
-    return module, variables, np.asarray(normalize(jnp.asarray(pixels), norm)), labels, config
+    images = module.input_spec.normalize(jnp.asarray(pixels[:num_images]))
+    return module, variables, np.asarray(images), labels, config
 
 
 def from_checkpoint(path: Path, num_images: int, dtype: Any = jnp.float32) -> Workload:
     """A run's model on its own evaluation images, under its own threshold."""
     module, variables, images, _, config = evaluation_images(path, num_images, dtype)
-    keep = jax.jit(
-        lambda v, x: module.apply(v, x, config.get("reduction.threshold", config.get("threshold")))[
-            1
-        ]["keep"]
-    )
+    # The key of files from before the sections.
+    threshold = config.get("reduction.threshold", config.get("threshold"))
+    keep = jax.jit(lambda v, x: module.apply(v, x, threshold)[1].keep)
     counts = np.concatenate(
         [
             np.stack([k.sum(-1) for k in map(np.asarray, keep(variables, images[i : i + 32]))], 1)
             for i in range(0, len(images), 32)
         ]
     )
-    thresholds = np.full(
-        counts.shape, config.get("reduction.threshold", config.get("threshold")), np.float32
-    )
+    thresholds = np.full(counts.shape, threshold, np.float32)
     about = f"{config['name']}, trained; counts of its {config['data.eval_split']} images"
     return Workload(module, variables, images, thresholds, counts, about)

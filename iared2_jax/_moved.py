@@ -41,7 +41,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "reduction.gather": ("token_reduction.compaction",),
     "reduction.layout": ("models.token_layouts",),
     "reduction.policy": ("token_reduction.policy",),
-    "reduction.selectors": ("token_reduction.masks",),
+    "reduction.selectors": ("token_reduction.selectors",),
     "steps": ("training.step",),
     "train": ("training.loop",),
 }

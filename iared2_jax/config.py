@@ -12,7 +12,8 @@ import ml_collections
 from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
 from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.variants import get_variant
+from iared2_jax.models.input_spec import InputSpec
+from iared2_jax.models.variants import get_variant, resized
 
 MODES = ("train", "eval", "explain")
 CURRICULA = ("iared2", "interpreters", "supervised")
@@ -48,6 +49,10 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.name = "deit_s"  # see models.variants.VARIANTS
     config.model.num_classes = 1000  # 0: as many as the data has
+    # Of its inputs, px: (height, width); () and 0: the variant's own.
+    config.model.image_size = ()
+    config.model.patch_size = ()
+    config.model.channels = 0
     config.model.groups = 3  # D equal groups
     config.model.group_sizes = ()  # or the blocks of each of the D, e.g. (2, 4, 6)
     # "cls" | "learned"; "": "cls", but "learned" for a backbone without CLS in its groups (CaiT).
@@ -252,16 +257,27 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
     """The config's dataset, opened, as its model wants it."""
-    variant = get_variant(config.model.name)
     wanted = DataRequest(
-        image_size=variant.backbone.image_size,
+        spec=input_spec_of(config),
         path=config.data.path,
-        norm=variant.norm,
-        crop_pct=variant.crop_pct,
         augment=augment_of(config),
         bad_share=config.data.bad_share,
     )
     return open_dataset(config.data.name, wanted)
+
+
+def input_spec_of(config: ml_collections.ConfigDict) -> InputSpec:
+    """The inputs of the config's model: its variant's, at the sizes that the config gives."""
+    return resized(get_variant(config.model.name).backbone.input_spec, **input_sizes(config))
+
+
+def input_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The sizes of the model's inputs as `create_model` takes them; None: the variant's own."""
+    return {
+        "image_size": tuple(config.model.image_size) or None,
+        "patch_size": tuple(config.model.patch_size) or None,
+        "channels": config.model.channels or None,
+    }
 
 
 def augment_of(config: ml_collections.ConfigDict) -> AugmentOptions:

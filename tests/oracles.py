@@ -156,7 +156,7 @@ def _transformers(family: Family, depth: int) -> Oracle:
         num_hidden_layers=depth,
         num_attention_heads=backbone.num_heads,
         intermediate_size=backbone.mlp_ratio * backbone.embed_dim,
-        image_size=backbone.image_size,
+        image_size=backbone.input_spec.height,
         patch_size=backbone.patch_size,
         num_labels=backbone.num_classes,
     )
@@ -288,7 +288,7 @@ def _answered() -> Iterator[tuple[str, Shapes, np.ndarray, np.ndarray]]:
     for family in FAMILIES:
         backbone = VARIANTS[family.variant].backbone
         oracle = build(family, family.stored_depth or backbone.depth)
-        logits, blocks = oracle.run(images_for(backbone.image_size))
+        logits, blocks = oracle.run(images_for(backbone.input_spec.height))
         yield family.name, oracle.shapes, logits, np.stack([probe(block) for block in blocks])
 
 

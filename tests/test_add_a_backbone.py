@@ -88,7 +88,7 @@ def images():
 @pytest.fixture(scope="module")
 def threshold(apply, images):
     """That half of the first group's scores exceed."""
-    return float(np.median(apply(images)[1]["scores"][0]))
+    return float(np.median(apply(images)[1].scores[0]))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_page_runs_and_shows_what_it_says(page):
     assert isinstance(page["Toy"](), Backbone)
     assert page["heatmaps"].shape == (BATCH, 32, 32)
     assert 0 < page["heatmaps"].max() <= 1
-    counts = np.asarray(page["out"]["keep"]).sum(-1)
+    counts = np.asarray(page["out"].keep).sum(-1)
     assert count_flops(page["module"], tuple(counts)).full.mean() <= 170e3  # as asked of calibrate
     assert page["run"].plan is PLAN
     # What was saved is what was read.
@@ -124,29 +124,29 @@ def test_the_page_runs_and_shows_what_it_says(page):
 
 def test_masked_gathered_and_ragged_are_one(apply, decided, ragged, images, threshold):
     logits, out = decided
-    counts = np.asarray(out["keep"]).sum(-1)
+    counts = np.asarray(out.keep).sum(-1)
     assert 0 < counts[1].sum() < counts[0].sum() < BATCH * N
-    gathered = apply(images, capacities=ENOUGH, keep=out["keep"])
+    gathered = apply(images, capacities=ENOUGH, keep=out.keep)
     for other, there in (gathered, ragged(images, threshold)):
         assert_close(other, logits)
-        np.testing.assert_array_equal(there["keep"], out["keep"])
+        np.testing.assert_array_equal(there.keep, out.keep)
         for name in ("scores", "features"):
-            assert_close(there[name], out[name])
-    assert not np.any(gathered[1]["overflow"])
+            assert_close(getattr(there, name), getattr(out, name))
+    assert not np.any(gathered[1].overflow)
 
 
 def test_keeping_all_is_the_dense_backbone(model, apply, images):
     module, variables = model
     dense, out = jax.jit(lambda v, x: module.apply(v, x, execution="dense"))(variables, images)
     assert_close(apply(images, KEEP_ALL)[0], dense)
-    (attention,) = out["attention"]  # of the query that pools
+    (attention,) = out.attention  # of the query that pools
     np.testing.assert_allclose(attention.sum(-1), np.ones((BATCH, 1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("capacities", [None, ENOUGH])
 def test_what_dropped_patches_show_does_not_matter(apply, decided, images, capacities):
     logits, out = decided
-    keep = out["keep"]
+    keep = out.keep
     after, _ = apply(poisoned(images, keep[0], 1e4), capacities=capacities, keep=keep)
     assert_close(after, logits)
     # What the others show does.
@@ -154,16 +154,27 @@ def test_what_dropped_patches_show_does_not_matter(apply, decided, images, capac
     assert float(jnp.abs(other - logits).max()) > 0.1
 
 
-def test_the_ragged_engine_drops_even_nan(decided, ragged, images, threshold):
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_nan_everywhere_and_touches_no_other_image(
+    apply, decided, ragged, images, threshold, value
+):
     logits, out = decided
-    after, there = ragged(poisoned(images, out["keep"][0], jnp.nan), threshold)  # NaN is not kept
-    np.testing.assert_array_equal(there["keep"], out["keep"])
-    assert_close(after, logits)
+    broken = jnp.arange(BATCH) % 3 == 0  # even where only a dropped patch is
+    poison = poisoned(images, out.keep[0] | ~broken[:, None], value)
+    for after, there in (
+        apply(poison, threshold),
+        apply(poison, threshold, capacities=(N, N)),
+        ragged(poison, threshold),
+    ):
+        assert np.isnan(after[broken]).all()
+        assert_close(after[~broken], logits[~broken])
+        for mine, theirs in zip(there.keep, out.keep, strict=True):
+            np.testing.assert_array_equal(mine[~broken], theirs[~broken])
 
 
 def test_images_that_keep_nothing_have_an_answer(apply, ragged, images):
     logits, out = apply(images, 1.0)
-    assert not np.any(out["keep"])
+    assert not np.any(out.keep)
     assert np.isfinite(logits).all()
     assert_close(ragged(images, 1.0)[0], logits)
 
@@ -199,4 +210,4 @@ def test_half_precision_ends_in_float32(page, images):
 
     embedded, logits, out = jax.eval_shape(run, images)
     assert embedded.dtype == jnp.bfloat16
-    assert logits.dtype == out["features"].dtype == jnp.float32
+    assert logits.dtype == out.features.dtype == jnp.float32

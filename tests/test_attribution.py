@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from iared2_jax import create_model, explain
-from iared2_jax.attribution.maps import raw_attention, to_heatmap
+from iared2_jax.attribution.maps import raw_attention, to_heatmaps
 from iared2_jax.attribution.segmentation import foreground, score_segmentation
 from iared2_jax.evaluation.evaluators import segmentation
+from iared2_jax.models.input_spec import images
 
 
 def test_enlarging_a_map_clamps_at_the_border():
     """Bilinear with half-pixel centres, as torch's interpolate(align_corners=False)."""
     values = np.array([[0.0, 1.0, 2.0, 3.0]], np.float32)  # a 2 x 2 grid
-    heatmap = np.asarray(to_heatmap(values, 4))[0]
+    heatmap = np.asarray(to_heatmaps(values, images(4, 2)))[0]
     weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     np.testing.assert_allclose(heatmap, weights @ values.reshape(2, 2) @ weights.T, atol=1e-6)
 
@@ -55,7 +56,7 @@ def test_segmentation_evaluator_finds_a_perfect_map_and_names_the_trivial_ones()
     rng = np.random.default_rng(0)
     patches = rng.random((6, 16)) < 0.3
     masks = patches.reshape(6, 4, 4).repeat(8, axis=1).repeat(8, axis=2)
-    results = dict(segmentation({"perfect": patches.astype(np.float32)}, masks))
+    results = dict(segmentation({"perfect": patches.astype(np.float32)}, masks, images(32, 8)))
     assert list(results) == ["perfect", "random", "all_background"]
     # Not 1: the map is blurred by its enlargement.
     assert results["perfect"]["mean_iou"] > 0.7
@@ -74,8 +75,8 @@ def test_explain_shows_the_scores_of_a_group(micro):
     heatmaps = explain(module, variables, images, group=2)
     assert heatmaps.shape == (2, 64, 64)
     assert 0 <= float(heatmaps.min()) < float(heatmaps.max()) <= 1
-    scores = jax.jit(lambda v, x: module.apply(v, x)[1]["scores"][1])(variables, images)
-    np.testing.assert_allclose(heatmaps, to_heatmap(scores, 64), atol=1e-6)
+    scores = jax.jit(lambda v, x: module.apply(v, x)[1].scores[1])(variables, images)
+    np.testing.assert_allclose(heatmaps, to_heatmaps(scores, module.input_spec), atol=1e-6)
     with pytest.raises(ValueError, match=r"1\.\.3"):
         explain(module, variables, images, group=4)
 

@@ -26,7 +26,7 @@ def test_thresholds_keep_the_drawn_counts():
     drawn = drawn_counts(20, 64, 0.15)
     assert np.abs(work.counts - drawn).max() <= 2
     _, out = work.module.apply(work.variables, work.images, work.thresholds)
-    for group, keep in enumerate(out["keep"]):
+    for group, keep in enumerate(out.keep):
         np.testing.assert_array_equal(np.asarray(keep).sum(-1), work.counts[:, group])
     assert 1.2 < work.possible < 1.6
     again = work.rows(15, 25)  # starts over
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_timed_on_its_own_images(tmp_path):
     save_weights(variables, path, {"create_model": options, "config": config})
     work = from_checkpoint(path, 12)
     _, out = work.module.apply(work.variables, work.images, 0.5)
-    np.testing.assert_array_equal(np.asarray(out["keep"][2]).sum(-1), work.counts[:, 2])
+    np.testing.assert_array_equal(np.asarray(out.keep[2]).sum(-1), work.counts[:, 2])
     assert work.module.init_bias == module.init_bias
 
 

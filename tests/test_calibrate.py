@@ -24,7 +24,7 @@ def setting():
 
 def flops_at(module, variables, images, thresholds):
     _, out = module.apply(variables, images, thresholds)
-    counts = tuple(np.asarray(keep).sum(-1) for keep in out["keep"])
+    counts = tuple(np.asarray(keep).sum(-1) for keep in out.keep)
     return float(np.mean(iared2_jax.count_flops(module, counts).full))
 
 

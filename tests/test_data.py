@@ -8,6 +8,7 @@ from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.image_files import resized
 from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import eval_batches, train_batches
+from iared2_jax.models.input_spec import images
 
 
 def test_splits_share_no_digit():
@@ -71,26 +72,26 @@ def test_bad_arguments_are_named():
 
 
 def test_training_batches_depend_only_on_their_place():
-    source = open_dataset("cluttered_mnist", DataRequest(64))
+    source = open_dataset("cluttered_mnist", DataRequest(images(64, 8)))
     run = iter(train_batches(source, 4, first_example=0, seed=5, threads=2))
     batches = [next(run) for _ in range(3)]
     resumed = next(iter(train_batches(source, 4, first_example=8, seed=5)))
-    np.testing.assert_array_equal(resumed["image"], batches[2]["image"])
+    np.testing.assert_array_equal(resumed["input"], batches[2]["input"])
     np.testing.assert_array_equal(resumed["label"], batches[2]["label"])
     # Another batch size reads the same stream.
     wide = next(iter(train_batches(source, 12, first_example=0, seed=5)))
-    np.testing.assert_array_equal(wide["image"], np.concatenate([b["image"] for b in batches]))
+    np.testing.assert_array_equal(wide["input"], np.concatenate([b["input"] for b in batches]))
 
 
 def test_images_are_resized_to_the_model():
-    source = open_dataset("cluttered_mnist", DataRequest(224))
+    source = open_dataset("cluttered_mnist", DataRequest(images(224)))
     batch = next(iter(train_batches(source, 2, 0, seed=0)))
-    assert batch["image"].shape == (2, 224, 224, 3)
+    assert batch["input"].shape == (2, 224, 224, 3)
     pixels, _, masks = source.load("test", 3, 0)
     assert pixels.shape == (3, 224, 224, 3)
     assert masks.shape == (3, 224, 224)
-    image = open_dataset("cluttered_mnist", DataRequest(64)).train_example(0, 0)["image"]
-    assert resized(image, 64) is image
+    image = open_dataset("cluttered_mnist", DataRequest(images(64, 8))).train_example(0, 0)["input"]
+    assert resized(image, (64, 64)) is image
 
 
 def test_every_evaluation_example_counts_once():

@@ -16,6 +16,7 @@ from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
 from iared2_jax.errors import UsageError
+from iared2_jax.models.input_spec import HALF_NORM, images
 from iared2_jax.training.loop import claimed
 
 
@@ -36,7 +37,9 @@ def folder(cache, tmp_path):
 
 
 def opened(folder, **changes):
-    return open_dataset("folder", DataRequest(32, path=str(folder), **changes))
+    return open_dataset(
+        "folder", DataRequest(images(32, norm=HALF_NORM), path=str(folder), **changes)
+    )
 
 
 @pytest.mark.parametrize("augment", [CROP_FLIP, DEIT], ids=["crop and flip", "DeiT's"])
@@ -50,8 +53,8 @@ def test_training_batches_depend_only_on_their_place(folder, augment):
         for key, values in next(resumed).items():
             np.testing.assert_array_equal(values, expected[key])
     other = next(iter(train_batches(source, 4, 0, seed=6, mix=mix)))
-    assert not np.array_equal(other["image"], batches[0]["image"])
-    assert batches[0]["image"].shape == (4, 32, 32, 3)
+    assert not np.array_equal(other["input"], batches[0]["input"])
+    assert batches[0]["input"].shape == (4, 32, 32, 3)
     if mix is not None:
         np.testing.assert_allclose(batches[0]["target"].sum(-1), 1, rtol=1e-5)
 
@@ -75,7 +78,7 @@ def test_an_epoch_shows_every_image_once(folder):
     size = source.epoch_size
     assert size == small.TRAIN
     first, second = (
-        [source.train_example(3, index)["image"].tobytes() for index in range(start, start + size)]
+        [source.train_example(3, index)["input"].tobytes() for index in range(start, start + size)]
         for start in (0, size)
     )
     assert len(set(first)) == size
@@ -85,7 +88,7 @@ def test_an_epoch_shows_every_image_once(folder):
 
 def test_repeated_augmentation_shows_a_third_of_the_images_thrice(folder):
     source = opened(folder, augment=dataclasses.replace(NONE, repeats=3))
-    seen = [source.train_example(0, k)["image"].tobytes() for k in range(small.TRAIN)]
+    seen = [source.train_example(0, k)["input"].tobytes() for k in range(small.TRAIN)]
     assert len(set(seen)) == small.TRAIN // 3
 
 
@@ -116,7 +119,7 @@ def test_a_bad_training_image_is_named_counted_and_replaced(folder, caplog):
     victim.write_bytes(victim.read_bytes()[:200])
     source = opened(folder, augment=NONE, bad_share=0.05)
     with caplog.at_level(logging.WARNING):
-        images = [source.train_example(0, index)["image"] for index in range(small.TRAIN * 2)]
+        images = [source.train_example(0, index)["input"] for index in range(small.TRAIN * 2)]
     assert len({image.tobytes() for image in images}) == small.TRAIN - 1
     warnings = [record.getMessage() for record in caplog.records if "another" in record.message]
     assert len(warnings) == 1  # once, although it came up twice
@@ -143,7 +146,7 @@ def test_a_config_opens_its_data_as_its_model_wants_them(cache):
     source = dataset_of(config)
     assert source.num_classes == 1000
     assert source.class_names[0] == "tench, Tinca tinca"
-    assert source.train_example(0, 0)["image"].shape == (224, 224, 3)
+    assert source.train_example(0, 0)["input"].shape == (224, 224, 3)
     pixels, labels, _ = source.load("validation", 0, 0)
     assert pixels[:2].shape == (2, 224, 224, 3)
     assert set(labels) <= set(range(10))

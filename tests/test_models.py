@@ -13,6 +13,7 @@ from iared2_jax import create_model
 from iared2_jax.errors import UsageError
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.vit import ViT
+from iared2_jax.models.input_spec import images
 from iared2_jax.models.layers import gelu
 from iared2_jax.models.variants import VARIANTS
 from iared2_jax.token_reduction.create import create_module, init_variables, split_into_groups
@@ -23,7 +24,7 @@ from iared2_jax.token_reduction.policy import informative_scores
 
 @functools.cache
 def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False, cait=False):
-    sizes = dict(image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+    sizes = dict(input_spec=images(16, 4), embed_dim=24, depth=4, num_heads=3, num_classes=5)
     backbone = CaiT(**sizes) if cait else ViT(**sizes, distilled=distilled)
     return IARed2(backbone, groups, policy_token, interpreter_heads=3)
 
@@ -62,8 +63,8 @@ def tiny_model(seed=0, **options):
 
 
 def images_for(module, seed, batch=3):
-    size = module.backbone.image_size
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, size, size, 3)), jnp.float32)
+    shape = (batch, *module.input_spec.shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -99,18 +100,18 @@ def test_masked_equals_gathered(seed, thresholds, kind):
     variables, images = random_variables(module, seed), images_for(module, seed + 1)
     masked, out = run(module, variables, images, thresholds)
     # Capacities that suffice; only two choices, so that few programs are compiled.
-    most = [int(keep.sum(1).max()) for keep in out["keep"]]
+    most = [int(keep.sum(1).max()) for keep in out.keep]
     tight = (14, 10, 5)
     fits = all(count <= capacity for count, capacity in zip(most, tight, strict=True))
     capacities = tight if fits else (16, 16, 16)
     gathered, packed = run(module, variables, images, thresholds, "gathered", capacities)
     np.testing.assert_allclose(gathered, masked, rtol=1e-4, atol=1e-5)
-    assert all(int(overflow.sum()) == 0 for overflow in packed["overflow"])
+    assert all(int(overflow.sum()) == 0 for overflow in packed.overflow)
     for group in range(3):
-        np.testing.assert_array_equal(out["keep"][group], packed["keep"][group])
+        np.testing.assert_array_equal(out.keep[group], packed.keep[group])
         # Scores of dropped tokens are 0 in both, the others agree, all on the original grid.
-        np.testing.assert_allclose(out["scores"][group], packed["scores"][group], atol=1e-5)
-    for block, packed_block in zip(out["attention"], packed["attention"], strict=True):
+        np.testing.assert_allclose(out.scores[group], packed.scores[group], atol=1e-5)
+    for block, packed_block in zip(out.attention, packed.attention, strict=True):
         np.testing.assert_allclose(block, packed_block, atol=1e-5)
 
 
@@ -130,8 +131,8 @@ def test_dropped_tokens_do_not_leak_through_talking_heads():
     bias = variables["params"]["backbone"]["block_0"]["attn"]["proj_w"]["bias"]
     assert float(jnp.abs(bias).max()) > 0.1
     # CLS sees the patches in the class-attention blocks alone: two rows, nothing for the dropped.
-    assert [row.shape for row in out["attention"]] == [(3, 3, 16)] * 2
-    assert float(jnp.where(keep[0][:, None], 0, out["attention"][0]).max()) == 0
+    assert [row.shape for row in out.attention] == [(3, 3, 16)] * 2
+    assert float(jnp.where(keep[0][:, None], 0, out.attention[0]).max()) == 0
 
 
 @pytest.mark.parametrize("execution", ["masked", "gathered"])
@@ -142,7 +143,7 @@ def test_images_that_keep_nothing_run_on_their_prefix_tokens(execution):
     capacities = (16, 16, 16) if execution == "gathered" else None
     logits, out = run(module, variables, images, 0.5, execution, capacities, keep=[none] * 3)
     assert bool(jnp.isfinite(logits).all())
-    assert not any(bool(keep.any()) for keep in out["keep"])
+    assert not any(bool(keep.any()) for keep in out.keep)
 
     def cls_only(backbone):
         x = backbone.embed(images)[:, :1]
@@ -189,22 +190,22 @@ def test_too_small_a_capacity_is_seen_and_keeps_the_best():
     images = images_for(module, 3)
     _, full = run(module, variables, images, KEEP_ALL)
     _, out = run(module, variables, images, KEEP_ALL, "gathered", (10, 10, 4))
-    np.testing.assert_array_equal(out["overflow"][0], [6, 6, 6])
-    np.testing.assert_array_equal(out["overflow"][2], [6, 6, 6])
-    best = jax.lax.top_k(full["scores"][0], 10)[1]
+    np.testing.assert_array_equal(out.overflow[0], [6, 6, 6])
+    np.testing.assert_array_equal(out.overflow[2], [6, 6, 6])
+    best = jax.lax.top_k(full.scores[0], 10)[1]
     for row in range(3):
         np.testing.assert_array_equal(
-            np.flatnonzero(out["keep"][0][row]), np.sort(np.asarray(best[row]))
+            np.flatnonzero(out.keep[0][row]), np.sort(np.asarray(best[row]))
         )
 
 
 def test_groups_only_ever_drop():
     module, variables = tiny_model(5)
     _, out = run(module, variables, images_for(module, 5))
-    first, second, third = out["keep"]
+    first, second, third = out.keep
     assert not bool((second & ~first).any() | (third & ~second).any())
     # A token that was dropped before scores 0.
-    assert bool((jnp.where(first, 0.0, out["scores"][1]) == 0).all())
+    assert bool((jnp.where(first, 0.0, out.scores[1]) == 0).all())
     assert 0 < int(third.sum()) < int(first.sum())
 
 
@@ -215,11 +216,11 @@ def test_rollouts_from_the_middle_equal_the_whole():
     for group in (1, 2, 3):
         up_to = functools.partial(module.apply, method="up_to")
         onward = functools.partial(module.apply, method="onward")
-        x, alive, _, overflow = jax.jit(up_to, static_argnums=1)(variables, group, images)
+        x, alive, _, overflow, _ = jax.jit(up_to, static_argnums=1)(variables, group, images)
         assert int(overflow.sum()) == 0
         if group > 1:
-            np.testing.assert_array_equal(alive, out["keep"][group - 2])
-        keep = out["keep"][group - 1]
+            np.testing.assert_array_equal(alive, out.keep[group - 2])
+        keep = out.keep[group - 1]
         again = jax.jit(onward, static_argnums=1)(variables, group, x, keep)
         np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
 
@@ -248,7 +249,7 @@ def test_interpreter_is_equation_1(policy_token):
 
 
 def test_host_initialisation_has_the_modules_distributions():
-    module = IARed2(ViT(image_size=32, patch_size=4, depth=1, distilled=True), (1,), "learned", 6)
+    module = IARed2(ViT(images(32, 4), depth=1, distilled=True), (1,), "learned", 6)
     ours = init_variables(module, seed=1)
     theirs = jax.jit(lambda key: module.init(key, jnp.zeros((1, 32, 32, 3))))(jax.random.key(1))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)

@@ -25,7 +25,7 @@ def test_logits_and_every_block_agree(family, tmp_path):
     if family.kind in ("vit", "deit"):
         pytest.importorskip("transformers")
     backbone = VARIANTS[family.variant].backbone
-    images = oracles.images_for(backbone.image_size)
+    images = oracles.images_for(backbone.input_spec.height)
     oracle = oracles.build(family, backbone.depth)
     expected, their_blocks = oracle.run(images)
     module = shortened(family.variant, backbone.depth)

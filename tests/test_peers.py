@@ -76,7 +76,7 @@ def test_top_k_that_keeps_all_is_dense():
 
 
 def test_top_k_is_our_fixed_budget_by_attention():
-    expected = our_logits(keep_ratios=tuple(count / N for count in COUNTS), score="attention")
+    expected = our_logits(keep_ratios=tuple(count / N for count in COUNTS), selector="attention")
     assert difference(run(peers.topk_model(vit(), COUNTS)), expected) < 1e-4
     # Which tokens are kept matters here: neither all of them nor one less gives these numbers.
     assert difference(dense(), expected) > 0.01

@@ -25,11 +25,13 @@ from iared2_jax.fast_inference.engine import (
 from iared2_jax.fast_inference.plan import _cuts, choose_shapes, needs
 from iared2_jax.fast_inference.plan_request import PlanRequest, cached_plan, keep_plan
 from iared2_jax.fast_inference.planner import MAX_SHAPES
+from iared2_jax.models import input_spec
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.models.token_layouts import packed
 from iared2_jax.token_reduction.compaction import kept_first, take_tokens
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.token_reduction.selectors import get_selector
 
 N = 16  # patches of the test model
 T = N + 1
@@ -41,7 +43,7 @@ def full(rows: int) -> tuple[int, int]:
 
 @functools.cache
 def model(groups: int = 2, distilled: bool = False, policy_token: str = "cls", cait: bool = False):
-    sizes = dict(image_size=32, patch_size=8, embed_dim=24, depth=2 * groups, num_heads=3)
+    sizes = dict(input_spec=input_spec.images(32, 8), embed_dim=24, depth=2 * groups, num_heads=3)
     sizes |= dict(mlp_ratio=2, num_classes=5)
     backbone = CaiT(**sizes) if cait else ViT(**sizes, distilled=distilled)
     module = IARed2(backbone, (2,) * groups, policy_token, interpreter_heads=3)
@@ -60,10 +62,10 @@ def some_images(count: int, seed: int = 0) -> jax.Array:
 
 
 def request(
-    module, variables, batch_size, thresholds=0.5, devices=1, **spec: object
+    module, variables, batch_size, thresholds=0.5, devices=1, **forward: object
 ) -> PlanRequest:
     return PlanRequest(
-        spec=ForwardSpec(module, **spec),
+        forward=ForwardSpec(module, **forward),
         variables=variables,
         batch_size=batch_size,
         thresholds=per_group(thresholds, module.num_groups),
@@ -81,15 +83,15 @@ def assert_same(ragged, masked, attention: bool = False) -> None:
     (logits, out), (expected, reference) = ragged, masked
     assert_close(logits, expected)
     np.testing.assert_array_equal(np.argmax(logits, -1), np.argmax(expected, -1))
-    assert_close(out["features"], reference["features"])
-    for group, keep in enumerate(reference["keep"]):
-        np.testing.assert_array_equal(out["keep"][group], keep)
-        assert_close(out["scores"][group], reference["scores"][group])
-        entering = np.asarray(reference["keep"][group - 1] if group else np.ones_like(keep))
-        alive = np.where(entering[..., None], reference["head_logits"][group], 0)
-        assert_close(out["head_logits"][group], alive)
+    assert_close(out.features, reference.features)
+    for group, keep in enumerate(reference.keep):
+        np.testing.assert_array_equal(out.keep[group], keep)
+        assert_close(out.scores[group], reference.scores[group])
+        entering = np.asarray(reference.keep[group - 1] if group else np.ones_like(keep))
+        alive = np.where(entering[..., None], reference.interpreter_logits[group], 0)
+        assert_close(out.interpreter_logits[group], alive)
     if attention:
-        for row, expected_row in zip(out["attention"], reference["attention"], strict=True):
+        for row, expected_row in zip(out.attention, reference.attention, strict=True):
             assert_close(row, expected_row)
 
 
@@ -145,7 +147,7 @@ def test_ragged_equals_masked(scenario):
         jnp.int32(batch),
     )
     masked = module.apply(variables, images, tuple(thresholds))
-    assert_same(ragged, masked, attention=True)
+    assert_same(ragged[:2], masked, attention=True)
 
 
 PLANS = {
@@ -163,7 +165,7 @@ PLANS = {
 def test_every_count_from_none_to_all(name):
     module, variables = model(2)
     images = some_images(6)
-    scores = -np.sort(-np.asarray(module.apply(variables, images)[1]["scores"][0]))
+    scores = -np.sort(-np.asarray(module.apply(variables, images)[1].scores[0]))
     counts = [0, 1, 5, 9, 15, 16]  # of the six images
     thresholds = np.full((6, 2), 0.0, np.float32)
     for image, count in enumerate(counts):
@@ -173,7 +175,7 @@ def test_every_count_from_none_to_all(name):
     run = Accelerated(request(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2))
     logits, out = run(images)
     masked = module.apply(variables, images, thresholds)
-    assert np.asarray(out["keep"][0]).sum(-1).tolist() == counts
+    assert np.asarray(out.keep[0]).sum(-1).tolist() == counts
     assert_same((logits, out), masked)
 
 
@@ -186,7 +188,7 @@ def test_ties_are_dropped_alike(name):
     for threshold, kept in ((0.5, 0), (float(np.nextafter(np.float32(0.5), np.float32(0))), N)):
         run = Accelerated(request(module, zeros, 6, threshold), plan)
         _, out = run(some_images(6))
-        assert np.asarray(out["keep"][1]).sum(-1).tolist() == [kept] * 6
+        assert np.asarray(out.keep[1]).sum(-1).tolist() == [kept] * 6
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -196,6 +198,7 @@ def test_nan_in_one_image_reaches_no_other(name):
     images = some_images(6).at[2].set(jnp.nan)
     run = Accelerated(request(module, variables, 6, 0.5), Plan(6, (PLANS[name],) * 2))
     logits, _ = run(images)
+    assert np.isnan(logits[2]).all()  # as of masked execution
     clean, _ = module.apply(variables, images[np.array([0, 1, 3, 4, 5])], 0.5)
     assert_close(np.delete(np.asarray(logits), 2, 0), clean)
 
@@ -271,12 +274,12 @@ def test_fixed_budget_equals_masked(score, rows):
     counts = [17, 11, 6]  # ceil(ratio * 16) + CLS
     plans = tuple(GroupPlan("padded", rows, ((rows * c, c),)) for c in counts)
     images = some_images(4)
-    asked = request(module, variables, 4, 0.5, keep_ratios=ratios, score=score)
+    asked = request(module, variables, 4, 0.5, keep_ratios=ratios, selector=get_selector(score))
     run = Accelerated(asked, Plan(4, plans))
     logits, out = run(images)
-    expected, reference = module.apply(variables, images, keep_ratios=ratios, score=score)
+    expected, reference = module.apply(variables, images, keep_ratios=ratios, selector=score)
     assert_close(logits, expected)
-    for keep, expected_keep, count in zip(out["keep"], reference["keep"], counts, strict=True):
+    for keep, expected_keep, count in zip(out.keep, reference.keep, counts, strict=True):
         np.testing.assert_array_equal(keep, expected_keep)
         assert np.asarray(keep).sum(-1).tolist() == [count - 1] * 4
     # Fewer images than the batch: the padding costs the same and changes nothing.
@@ -286,9 +289,9 @@ def test_fixed_budget_equals_masked(score, rows):
 def test_attention_scores_are_the_last_blocks_cls_attention():
     module, variables = model(2)
     images = some_images(3)
-    _, out = module.apply(variables, images, keep_ratios=(1.0, 0.5), score="attention")
-    np.testing.assert_allclose(out["scores"][1], np.asarray(out["attention"][1]).mean(1), rtol=1e-5)
-    assert out["head_logits"] == []
+    _, out = module.apply(variables, images, keep_ratios=(1.0, 0.5), selector="attention")
+    np.testing.assert_allclose(out.scores[1], np.asarray(out.attention[1]).mean(1), rtol=1e-5)
+    assert out.interpreter_logits == ()
 
 
 @pytest.mark.parametrize(
@@ -298,15 +301,15 @@ def test_attention_scores_are_the_last_blocks_cls_attention():
         ((1.0, 0.0), "interpreter", "shares in"),
         ((0.5, 0.5), "attention", "start with 1"),
         (None, "attention", "start with 1"),
-        ((1.0, 0.5), "magic", "score must be one of"),
+        ((1.0, 0.5), "magic", "no selector 'magic'"),
     ],
 )
 def test_budgets_that_make_no_sense(ratios, score, words):
     module, variables = model(2)
     with pytest.raises(ValueError, match=words):
-        module.apply(variables, some_images(1), keep_ratios=ratios, score=score)
+        module.apply(variables, some_images(1), keep_ratios=ratios, selector=score)
     with pytest.raises(UsageError, match=words):
-        iared2_jax.accelerate(module, variables, 2, keep_ratios=ratios, score=score)
+        iared2_jax.accelerate(module, variables, 2, keep_ratios=ratios, selector=score)
 
 
 # -- Plans.
@@ -390,7 +393,7 @@ def test_a_masked_plan_says_so():
     logits, out = run(images)
     expected, reference = module.apply(variables, images, 0.5)
     assert_close(logits, expected)
-    np.testing.assert_array_equal(out["keep"][1], reference["keep"][1])
+    np.testing.assert_array_equal(out.keep[1], reference.keep[1])
     assert run.usage == []
 
 
@@ -557,7 +560,7 @@ def test_packed_spreads_and_collects(lengths, spare):
 def test_cait_is_accelerated_with_its_class_attention():
     module, variables = model(2, policy_token="learned", cait=True)
     images = some_images(6)
-    thresholds = float(np.median(module.apply(variables, images)[1]["scores"][0]))
+    thresholds = float(np.median(module.apply(variables, images)[1].scores[0]))
     plans = (
         GroupPlan("packed", 6, ((60, 9, 12), (96, N, N))),
         GroupPlan("padded", 2, ((2 * 6, 6), (2 * N, N))),
@@ -565,8 +568,8 @@ def test_cait_is_accelerated_with_its_class_attention():
     asked = request(module, variables, 6, thresholds, attention=True)
     ragged = Accelerated(asked, Plan(6, plans))(images)
     masked = module.apply(variables, images, thresholds)
-    assert 0 < np.asarray(masked[1]["keep"][0]).mean() < 1
+    assert 0 < np.asarray(masked[1].keep[0]).mean() < 1
     assert_same(ragged, masked, attention=True)
-    assert len(ragged[1]["attention"]) == 2
+    assert len(ragged[1].attention) == 2
     with pytest.raises(UsageError, match="needs a CLS token in the blocks"):
-        iared2_jax.accelerate(module, variables, 2, keep_ratios=(1, 0.5), score="attention")
+        iared2_jax.accelerate(module, variables, 2, keep_ratios=(1, 0.5), selector="attention")

@@ -16,7 +16,7 @@ from iared2_jax.report.tables import as_text
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.token_reduction.flops import count_flops
-from iared2_jax.token_reduction.masks import random_like
+from iared2_jax.token_reduction.selectors import random_like
 from iared2_jax.training.loop import build_model
 from iared2_jax.weights.files import read_tensors
 

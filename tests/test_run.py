@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from iared2_jax import main
 from iared2_jax.data import datasets
 from iared2_jax.errors import CheckpointError, NonFiniteError
-from iared2_jax.models import variants
+from iared2_jax.models import input_spec, variants
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.signals import Stop
 from iared2_jax.training import losses
@@ -30,7 +30,7 @@ from iared2_jax.training.monitoring import MetricWriter, Profile, Window
 from iared2_jax.training.step import TrainState, data_mesh, initial_state, make_train_step
 
 NANO = ViT(
-    image_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=10
+    input_spec.images(64, 16, norm=input_spec.HALF_NORM), embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=10
 )  # fmt: skip
 # Both kinds of phase twice, 2 steps each.
 ARGUMENTS = [
@@ -67,7 +67,7 @@ def _nano(shared):
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
-    variant = variants.Variant(NANO, norm=variants.HALF_NORM, interpreter_heads=3)
+    variant = variants.Variant(NANO, interpreter_heads=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(variants.VARIANTS, "vit_nano", variant)
         patch.setitem(losses.LOSSES, "supervised", poisonable_loss)
@@ -360,7 +360,7 @@ def one_phase(config):
     mesh = data_mesh()
     state = initial_state(variables["params"], phase, module.group_sizes, config.ema_decay)
     images = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), np.uint8)
-    batch = {"image": images, "label": np.arange(16, dtype=np.int32) % 10}
+    batch = {"input": images, "label": np.arange(16, dtype=np.int32) % 10}
     return make_train_step(module, phase, config, mesh), state, batch
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import shard_batch
 from iared2_jax.errors import UsageError
-from iared2_jax.models import variants
+from iared2_jax.models import input_spec
 from iared2_jax.token_reduction.model import KEEP_ALL
 from iared2_jax.training import optimizers
 from iared2_jax.training.capacities import measure_capacities, recalled
@@ -28,7 +28,7 @@ SIZES = (2, 2, 2)
 def batch():
     rng = np.random.default_rng(0)
     return {
-        "image": rng.integers(0, 256, (8, 64, 64, 3), np.uint8),
+        "input": rng.integers(0, 256, (8, 64, 64, 3), np.uint8),
         "label": rng.integers(0, 10, 8).astype(np.int32),
     }
 
@@ -151,7 +151,7 @@ def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index,
     tiny_config.model.init_bias = 0.05  # some go, most stay
     phase = plan_of(tiny_config, "iared2")[index]
     module, variables = build_model(tiny_config)
-    images = normalize(batch["image"], variants.HALF_NORM)
+    images = normalize(batch["input"], input_spec.HALF_NORM)
     logits, _ = module.apply(variables, images, phase.thresholds)
     batch["label"] = np.asarray(logits.argmax(-1), np.int32)  # right answers: rewards that differ
     fixed = phase.group - (phase.kind == "interpreter")
@@ -178,9 +178,9 @@ def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, ba
     def measure(phase):
         return measure_capacities(module, variables["params"], phase, itertools.repeat(batch))
 
-    images = normalize(batch["image"], variants.HALF_NORM)
+    images = normalize(batch["input"], input_spec.HALF_NORM)
     _, out = module.apply(variables, images, phases_[3].thresholds)
-    most = [int(keep.sum(-1).max()) for keep in out["keep"]]
+    most = [int(keep.sum(-1).max()) for keep in out.keep]
     found = measure(phases_[3])
     assert len(found) == 2
     assert all(m <= c <= min(64, 1.05 * m + 8) for m, c in zip(most, found, strict=False))

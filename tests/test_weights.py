@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from iared2_jax import create_model, load_model, load_weights, save_weights
 from iared2_jax.errors import UsageError
+from iared2_jax.models.input_spec import images
 from iared2_jax.models.variants import VARIANTS
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.weights.files import read_tensors
@@ -56,7 +57,7 @@ def test_parity_with_what_others_answered(family, tmp_path):
     module = shortened(family.variant, family.stored_depth or backbone.depth)
     path = oracles.save_as(family, oracles.weights_for(kept["shapes"]), tmp_path)
     variables = load_weights(module, path)
-    logits, blocks = answers(module, variables, oracles.images_for(backbone.image_size))
+    logits, blocks = answers(module, variables, oracles.images_for(backbone.input_spec.height))
     assert_close(logits, kept["logits"])
     assert len(blocks) == len(kept["blocks"])
     for block, expected in zip(blocks, kept["blocks"], strict=True):
@@ -78,7 +79,7 @@ def test_bfloat16_keeps_the_answer(name, tmp_path):
     variables = load_weights(
         module, oracles.save_as(family, oracles.weights_for(kept["shapes"]), tmp_path)
     )
-    logits, _ = answers(module, variables, oracles.images_for(backbone.image_size))
+    logits, _ = answers(module, variables, oracles.images_for(backbone.input_spec.height))
     first, second = -np.sort(-kept["logits"], axis=-1)[:, :2].T
     clear = first - second > 0.1 * kept["logits"].std()
     assert clear.any()
@@ -182,7 +183,7 @@ def test_positions_are_resized_with_the_image(tmp_path):
     _, variables = create_model("deit_ti", num_classes=2)
     save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
     larger = shortened("deit_ti", 12)
-    larger = larger.clone(backbone=larger.backbone.clone(image_size=384, num_classes=2))
+    larger = larger.clone(backbone=larger.backbone.clone(input_spec=images(384), num_classes=2))
     loaded = load_weights(larger, tmp_path / "w.safetensors")["params"]["backbone"]["pos_embed"]
     kept = variables["params"]["backbone"]["pos_embed"]
     assert loaded.shape == (1, 577, 192)

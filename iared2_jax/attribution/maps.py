@@ -1,7 +1,6 @@
 """Maps over an image: per-patch values, and the heatmaps they are shown and judged as."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from iared2_jax.data.images import eval_transform, normalize, open_image
+from iared2_jax.data.images import eval_transform, open_image
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.typing import Array
 
 
-def to_heatmap(values: Float[Array, "b n"], size: int) -> Float[Array, "b size size"]:
-    """Per-patch values on their square grid, bilinearly enlarged to `size` px."""
-    side = math.isqrt(values.shape[-1])
-    grid = values.reshape(-1, side, side)
-    return jax.image.resize(grid, (len(grid), size, size), "bilinear")
+def to_heatmaps(values: Float[Array, "b n"], spec: InputSpec) -> Float[Array, "b ..."]:
+    """Per-patch values on their grid, bilinearly enlarged: [B, H, W], of clips [B, T, H, W].
+
+    Raises:
+      ValueError: not as many values as the inputs have patches.
+    """
+    grid = spec.on_grid(jnp.asarray(values))
+    return jax.image.resize(grid, (*grid.shape[:-2], *spec.size), "bilinear")
 
 
 def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b height width 3"]:
@@ -30,9 +33,9 @@ def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b 
       BadImage: a file cannot be read as an image.
       ValueError: the module does not say how; those of `create_model` and `load_model` do.
     """
-    size = module.backbone.image_size
+    spec = module.input_spec
     pixels = [
-        eval_transform(open_image(path), size, module.crop_pct, name=str(path)) for path in paths
+        eval_transform(open_image(path), spec.size, spec.crop_pct, name=str(path)) for path in paths
     ]
     return normalized(module, np.stack(pixels))
 
@@ -45,9 +48,7 @@ def normalized(
     Raises:
       ValueError: the module does not say how; those of `create_model` and `load_model` do.
     """
-    if module.norm is None:
-        raise ValueError("the module has no norm: how its pixels are normalised is not known")
-    return normalize(pixels, module.norm)
+    return module.input_spec.normalize(pixels)
 
 
 def explain(
@@ -86,7 +87,7 @@ def explain(
         images = read_images(module, images)
 
     out = _masked(module, variables, images, jnp.asarray(thresholds, jnp.float32))
-    return to_heatmap(out["scores"][group - 1], images.shape[1])
+    return to_heatmaps(out["scores"][group - 1], module.input_spec)
 
 
 def keep_masks(
@@ -94,7 +95,7 @@ def keep_masks(
     variables: Mapping[str, Any],
     images: Float[Array, "b height width 3"],
     thresholds: Thresholds = 0.5,
-) -> list[Bool[Array, "b n"]]:
+) -> tuple[Bool[Array, "b n"], ...]:
     """Which patches each group's blocks see."""
     return _masked(module, variables, images, jnp.asarray(thresholds, jnp.float32))["keep"]
 
@@ -102,13 +103,13 @@ def keep_masks(
 @functools.partial(jax.jit, static_argnums=0)  # compiled once per model, not once per picture
 def _masked(module: IARed2, variables, images, thresholds):
     out = module.apply(variables, images, thresholds)[1]
-    return {name: out[name] for name in ("scores", "keep")}
+    return {"scores": out.scores, "keep": out.keep}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _raw_attention(module: IARed2, variables, images):
     _, out = module.apply(variables, images, execution="dense")
-    return [maps.mean(axis=1) for maps in out["attention"]]
+    return [maps.mean(axis=1) for maps in out.attention]
 
 
 def raw_attention(

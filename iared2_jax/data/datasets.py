@@ -12,9 +12,10 @@ from iared2_jax.data import cluttered_mnist
 from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
 from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
+from iared2_jax.data.images import with_channels
 from iared2_jax.data.small import small_folder, small_imagenet
 from iared2_jax.errors import UsageError
-from iared2_jax.typing import Norm
+from iared2_jax.models.input_spec import InputSpec
 
 SMALL = "small"  # as a path: a few embedded images in the true format
 
@@ -24,31 +25,30 @@ class DataRequest:
     """What is asked of a dataset.
 
     Attributes:
+      spec: the inputs that the model takes.
       path: where its files are; `SMALL` makes a few. Not for data that is made.
-      image_size, norm, crop_pct: what the model expects (`models.variants.Variant`).
       augment: of the training images; data that is made is not augmented.
       bad_share: of the training images that may be unreadable.
     """
 
-    image_size: int
+    spec: InputSpec
     path: str = ""
-    norm: Norm = ((0.5,) * 3, (0.5,) * 3)
-    crop_pct: float = 1.0
     augment: AugmentOptions = CROP_FLIP
     bad_share: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset, at the model's image size.
+    """A dataset, its inputs as the model takes them.
 
     Attributes:
       class_names: one per class.
       splits: the names that `load` takes.
       epoch_size: examples that count as one epoch of training.
-      train_example: (seed, index) -> {"image": uint8 [h, w, 3], "label": int32}, a pure function.
-      load: (split, size, seed) -> pixels uint8 [size, h, w, 3], which may be read only when they
-        are indexed; labels; masks (bool, or None if there are none). size 0: all there are.
+      train_example: (seed, index) -> {"input": uint8, shaped as the spec, "label": int32}, a pure
+        function.
+      load: (split, size, seed) -> pixels uint8 [size, ..], which may be read only when they are
+        indexed; labels; masks (bool [size, h, w], or None if there are none). size 0: all of them.
     """
 
     class_names: tuple[str, ...]
@@ -68,21 +68,33 @@ class Dataset:
         return f"{self.epoch_size} images of {self.num_classes} classes ({names})"
 
 
+def pictures_of(spec: InputSpec, name: str) -> tuple[int, int]:
+    """Height and width of a model's pictures.
+
+    Raises:
+      UsageError: the model takes clips.
+    """
+    if spec.is_clip:
+        raise UsageError(f"config.data.name={name!r} has images, but the model takes clips")
+    return spec.size
+
+
 def _cluttered_mnist(request: DataRequest) -> Dataset:
-    side = request.image_size
+    size, channels = pictures_of(request.spec, "cluttered_mnist"), request.spec.channels
 
     def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
         """A scene of its own for every index."""
         item = cluttered_mnist.example("train", seed, index)
-        return {**item, "image": resized(item["image"], side)}
+        pixels = with_channels(resized(item["image"], size), channels)
+        return {"input": pixels, "label": item["label"]}
 
-    def load(split: str, size: int, seed: int) -> tuple:
+    def load(split: str, count: int, seed: int) -> tuple:
         """Scenes are made, so there is no end of them."""
-        if not size:
+        if not count:
             raise UsageError("cluttered_mnist has no last scene: set config.data.eval_size")
-        pixels, labels, masks = cluttered_mnist.load(split, size, seed)
-        pixels = np.stack([resized(image, side) for image in pixels])
-        return pixels, labels, resized_masks(masks, side)
+        pixels, labels, masks = cluttered_mnist.load(split, count, seed)
+        pixels = np.stack([resized(image, size) for image in pixels])
+        return with_channels(pixels, channels), labels, resized_masks(masks, size)
 
     return Dataset(
         class_names=cluttered_mnist.CLASS_NAMES,
@@ -94,6 +106,7 @@ def _cluttered_mnist(request: DataRequest) -> Dataset:
 
 
 def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
+    pictures_of(request.spec, "of image files")
     train = ImageFiles(open_split(Path(request.path), "train"), request)
 
     def load(split: str, size: int, seed: int) -> tuple:

@@ -18,6 +18,7 @@ from iared2_jax.data.images import (
     open_image,
     random_flip,
     random_resized_crop,
+    with_channels,
 )
 from iared2_jax.errors import DataError
 
@@ -100,18 +101,19 @@ class ImageFiles:
         self._bad.good()
         rng = np.random.default_rng((seed, index, _EXAMPLE))
         pixels = self._augmented(image, rng)
-        return {"image": pixels, "label": np.int32(record["label"])}
+        return {"input": pixels, "label": np.int32(record["label"])}
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        request, augment = self._request, self._request.augment
-        pixels = random_resized_crop(image, request.image_size, rng, augment.scale, augment.ratio)
+        spec, augment = self._request.spec, self._request.augment
+        pixels = random_resized_crop(image, spec.size, rng, augment.scale, augment.ratio)
         pixels = random_flip(pixels, rng, augment.flip)
         if augment.rand_augment:
-            grey = tuple(round(255 * mean) for mean in request.norm[0])  # where there is no image
+            # What comes in from outside the image is the mean.
+            grey = tuple(round(255 * mean) for mean in np.broadcast_to(spec.norm[0], 3))
             pixels = np.array(rand_augment(Image.fromarray(pixels), rng, fill=grey))
         if augment.erasing:
-            pixels = random_erasing(pixels, rng, request.norm, augment.erasing)
-        return pixels
+            pixels = random_erasing(pixels, rng, spec.norm, augment.erasing)
+        return with_channels(pixels, spec.channels)
 
     def evaluation(self, size: int = 0) -> "EvalImages":
         """`size` images, evenly spread over the split, as they are evaluated; 0: all of them."""
@@ -141,8 +143,9 @@ class EvalImages:
     def _pixels(self, row: int) -> np.ndarray:
         record = self._records[row]
         image = open_image(record["image"], record["file_name"])
-        request = self._request
-        return eval_transform(image, request.image_size, request.crop_pct, name=record["file_name"])
+        spec, name = self._request.spec, record["file_name"]
+        pixels = eval_transform(image, spec.size, spec.crop_pct, name=name)
+        return with_channels(pixels, spec.channels)
 
     def labels(self) -> np.ndarray:
         """Of all of them."""
@@ -156,14 +159,21 @@ def _shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def resized(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """`image` at `size` px, bicubic; itself if it has that size."""
-    if image.shape[0] == size:
+def resized(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """`image` at `size` (height, width), bicubic; itself if it has that size."""
+    if image.shape[:2] == size:
         return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def resized_masks(masks: Bool[np.ndarray, "b h w"], size: int) -> Bool[np.ndarray, "b size size"]:
-    """Masks at `size` px, nearest, as the segmentation protocol has it."""
-    nearest = ((np.arange(size) + 0.5) * masks.shape[1] // size).astype(int)
-    return masks[:, nearest][:, :, nearest]
+def resized_masks(
+    masks: Bool[np.ndarray, "b h w"], size: tuple[int, int]
+) -> Bool[np.ndarray, "b height width"]:
+    """Masks at `size` (height, width), nearest, as the segmentation protocol has it."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old // new).astype(int)
+        for new, old in zip(size, masks.shape[1:], strict=True)
+    )
+    return masks[:, rows][:, :, columns]

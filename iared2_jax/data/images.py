@@ -98,19 +98,20 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def eval_transform(
     image: Image.Image,
-    size: int,
+    size: int | tuple[int, int],
     crop_pct: float,
     interpolation: str = "bicubic",
     name: str = "the image",
-) -> UInt8[np.ndarray, "size size 3"]:
+) -> UInt8[np.ndarray, "h w 3"]:
     """The centre of an RGB image as timm evaluates it: the shorter edge resized, then a crop.
 
     The shorter edge becomes floor(size / crop_pct) px, the longer one keeps the aspect, rounded
-    down. Where that is smaller than the crop (crop_pct > 1) the rest is black.
+    down. Where that is smaller than the crop (crop_pct > 1) the rest is black. For a crop that is
+    not square, the image becomes the smallest of its aspect that covers floor(size / crop_pct).
 
     Args:
       image: an RGB image of any size.
-      size: side of the result, px.
+      size: of the result, px: its side, or (height, width).
       crop_pct: share of the shorter edge that is kept, from the model's timm config.
       interpolation: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos".
       name: what errors call the image.
@@ -127,18 +128,34 @@ def eval_transform(
       `CenterCrop` on PIL images.
     """
     method = _resampling(interpolation)
-    if not (size >= 1 and 0 < crop_pct <= size):
-        raise UsageError(f"size must be >= 1 and crop_pct in (0, size], got {size} and {crop_pct}")
-    short = math.floor(size / crop_pct)
-    long = int(short * max(image.size) / min(image.size))
-    if short * long > MAX_PIXELS:
+    height, width = _height_and_width(size)
+    if not 0 < crop_pct <= min(height, width):
+        raise UsageError(f"crop_pct must be in (0, size], got {crop_pct} for the size {size}")
+    w, h = _covering(image.size, math.floor(width / crop_pct), math.floor(height / crop_pct))
+    if w * h > MAX_PIXELS:
         raise BadImage(
             f"{name} of {image.width} x {image.height} pixels cannot be resized to"
-            f" {short} x {long}, more than the {MAX_PIXELS / 1e6:g} million pixels allowed"
+            f" {w} x {h}, more than the {MAX_PIXELS / 1e6:g} million pixels allowed"
         )
-    image = image.resize((short, long) if image.width <= image.height else (long, short), method)
-    left, top = (_margin(length, size) for length in image.size)
-    return np.array(image.crop((left, top, left + size, top + size)))  # black where outside
+    image = image.resize((w, h), method)
+    left, top = _margin(w, width), _margin(h, height)
+    return np.array(image.crop((left, top, left + width, top + height)))  # black where outside
+
+
+def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise UsageError(f"size must be >= 1, got {size}")
+    return height, width
+
+
+def _covering(image: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """The smallest size of the image's aspect that covers `width` x `height`, as timm rounds it."""
+    if width == height:
+        long = int(width * max(image) / min(image))
+        return (width, long) if image[0] <= image[1] else (long, width)
+    ratio = min(image[0] / width, image[1] / height)
+    return round(image[0] / ratio), round(image[1] / ratio)
 
 
 def _margin(length: int, size: int) -> int:
@@ -156,17 +173,17 @@ def _resampling(interpolation: str) -> Image.Resampling:
 
 def random_resized_crop(
     image: Image.Image,
-    size: int,
+    size: int | tuple[int, int],
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
-) -> UInt8[np.ndarray, "size size 3"]:
-    """A random part of an RGB image, resized to a square: the usual ImageNet training crop.
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A random part of an RGB image, resized: the usual ImageNet training crop.
 
     Args:
       image: an RGB image of any size.
-      size: side of the result, px.
+      size: of the result, px: its side, or (height, width).
       rng: where the randomness comes from; the result is a pure function of its state.
       scale: least and greatest area of the part, as a share of the image.
       ratio: least and greatest width / height of the part, drawn evenly in its logarithm.
@@ -183,15 +200,15 @@ def random_resized_crop(
       `RandomResizedCrop`: 10 tries, then the largest central part within `ratio`.
     """
     method = _resampling(interpolation)
-    if not (size >= 1 and 0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
+    height, width = _height_and_width(size)
+    if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
         raise UsageError(
-            "size must be >= 1, scale and ratio be (least, greatest) above 0;"
-            f" got {size}, {scale} and {ratio}"
+            f"scale and ratio must be (least, greatest) above 0; got {scale} and {ratio}"
         )
-    left, top, width, height = _random_box(*image.size, rng, scale, ratio)
+    left, top, w, h = _random_box(*image.size, rng, scale, ratio)
     # Cropped first: resize(box=...) would let pixels from outside the box into its edges.
-    part = image.crop((left, top, left + width, top + height))
-    return np.array(part.resize((size, size), method))
+    part = image.crop((left, top, left + w, top + h))
+    return np.array(part.resize((width, height), method))
 
 
 def _random_box(
@@ -219,6 +236,26 @@ def random_flip(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """`image`, or with `probability` its mirror image (left and right exchanged)."""
     return np.ascontiguousarray(image[:, ::-1]) if rng.random() < probability else image
+
+
+def with_channels(
+    pixels: UInt8[np.ndarray, "*b h w 3"], channels: int
+) -> UInt8[np.ndarray, "*b h w c"]:
+    """Colour pixels with as many channels as a model takes: 3 as they are, 1 as Pillow's grey.
+
+    Grey is (299 R + 587 G + 114 B) / 1000, rounded as `.convert("L")` does.
+
+    Raises:
+      UsageError: another number of channels, which no image file has.
+    """
+    if channels == 3:
+        return pixels
+    if channels != 1:
+        raise UsageError(
+            f"images have 1 or 3 channels, the model takes {channels}: set config.model.channels"
+        )
+    weights = np.array([19595, 38470, 7471], np.uint32)  # of 65536
+    return ((pixels @ weights + 0x8000) >> 16).astype(np.uint8)[..., None]
 
 
 def normalize(images: UInt8[Array, "b h w 3"], norm: Norm) -> Float[Array, "b h w 3"]:

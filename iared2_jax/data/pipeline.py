@@ -68,7 +68,7 @@ def mixing(augment: AugmentOptions, num_classes: int, smoothing: float) -> Mix |
     def mix(batch: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Images with each other, labels likewise."""
         images, targets = mixup_cutmix(
-            batch["image"],
+            batch["input"],
             batch["label"],
             num_classes,
             rng,
@@ -76,7 +76,7 @@ def mixing(augment: AugmentOptions, num_classes: int, smoothing: float) -> Mix |
             cutmix_alpha=augment.cutmix,
             smoothing=smoothing,
         )
-        return {**batch, "image": images, "target": targets}
+        return {**batch, "input": images, "target": targets}
 
     return mix
 

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from iared2_jax.attribution.maps import to_heatmap
+from iared2_jax.attribution.maps import to_heatmaps
 from iared2_jax.attribution.segmentation import foreground, score_segmentation
 from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.fast_inference import accelerate
 from iared2_jax.fast_inference.engine import run_dense, sub_batch_sizes
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.signals import Stop
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.flops import Flops, count_flops
@@ -111,19 +112,21 @@ def cost(module: IARed2, keep: np.ndarray | None) -> Named:
         yield name, Flops(*(float(reduce(values)) for values in flops))._asdict()
 
 
-def segmentation(maps: Mapping[str, np.ndarray], masks: np.ndarray, seed: int = 0) -> Named:
+def segmentation(
+    maps: Mapping[str, np.ndarray], masks: np.ndarray, spec: InputSpec, seed: int = 0
+) -> Named:
     """Pixel accuracy, mAcc and mIoU of every map, and of the trivial answers.
 
     Args:
       maps: per-patch values [images, N], by name.
-      masks: the truth [images, H, W].
+      masks: the truth [images, H, W]. spec: of the images.
       seed: of the random map.
     """
     any_map = next(iter(maps.values()))
     rng = np.random.default_rng(seed)
     everything = {**maps, "random": rng.random(any_map.shape, np.float32)}
     for name, values in everything.items():
-        heatmaps = np.asarray(to_heatmap(values, masks.shape[1]))
+        heatmaps = np.asarray(to_heatmaps(values, spec))
         yield name, score_segmentation(foreground(heatmaps), masks)._asdict()
     yield "all_background", score_segmentation(np.zeros_like(masks), masks)._asdict()
 

@@ -21,6 +21,8 @@ from iared2_jax.fast_inference.engine import ForwardSpec, run_masked, run_ragged
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.token_reduction.model import IARed2, Thresholds
+from iared2_jax.token_reduction.output import Output
+from iared2_jax.token_reduction.selectors import Selector, get_selector
 from iared2_jax.typing import Array
 
 _KEPT_PENDING = 32  # usage counts that may still be on the device
@@ -71,7 +73,7 @@ class Accelerated:
         self.plan = plan
         self.batch_size = request.batch_size * len(devices)
         self._num_groups = module.num_groups
-        self._image_shape = (module.backbone.image_size, module.backbone.image_size, 3)
+        self._image_shape = module.input_spec.shape
         mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
         )
@@ -92,11 +94,10 @@ class Accelerated:
             """One device's share: it counts its own rows, and takes its own turns."""
             first = jax.lax.axis_index("data") * images.shape[0]
             real = jnp.clip(size - first, 0, images.shape[0])
-            logits, out = execute(request.spec, plan, variables, images, thresholds, real)
+            logits, out, used = execute(request.forward, plan, variables, images, thresholds, real)
+            used = jnp.concatenate([jnp.zeros(0, jnp.int32), *used])
             # Every array that a program returns costs a call 4 us.
-            del out["overflow"]
-            used = jnp.concatenate([jnp.zeros(0, jnp.int32), *out.pop("shapes_used", [])])
-            return logits, out, used[None]
+            return logits, out.replace(overflow=()), used[None]
 
         sharded = jax.shard_map(
             forward,
@@ -124,7 +125,7 @@ class Accelerated:
 
     def __call__(
         self, images: Float[Array, "b height width 3"], thresholds: Thresholds | None = None
-    ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+    ) -> tuple[Float[Array, "b classes"], Output]:
         """Logits, and `out` on the original patch grid, as of masked execution.
 
         Args:
@@ -155,7 +156,7 @@ class Accelerated:
                 images = np.asarray(images, np.float32)
             images = jax.device_put(images, self.sharding)
         logits, out, used = self.compiled(self._variables, images, given, real)
-        out["overflow"] = list(self._overflow)
+        out = out.replace(overflow=tuple(self._overflow))
         self._count(used)
         if size < self.batch_size:
             logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
@@ -232,7 +233,7 @@ def accelerate(
     *,
     images: Float[Array, "m height width 3"] | None = None,
     keep_ratios: Sequence[float] | None = None,
-    score: str = "interpreter",
+    selector: str | Selector = "interpreter",
     attention: bool = False,
     plan: Plan | None = None,
     cache_dir: str | Path | None = "auto",
@@ -251,7 +252,7 @@ def accelerate(
         image of `images` [m, D] (those of a call's own images go to the call).
       images: normalised; what will be asked, some dozens of it. The shapes are planned for the
         counts that these keep. Needed unless there is a plan or a fixed budget.
-      keep_ratios, score: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
+      keep_ratios, selector: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
       attention: whether `out` has the CLS attention of every block.
       plan: a plan to pin, e.g. `Plan.load(path)`; nothing is measured then.
       cache_dir: of plans and compiled programs: None keeps none, "auto" is ~/.cache/iared2_jax (or
@@ -268,7 +269,7 @@ def accelerate(
       >>> images = jax.random.normal(jax.random.key(0), [4, 64, 64, 3])
       >>> run = iared2_jax.accelerate(module, variables, 4, images=images, cache_dir=None)
       >>> logits, out = run(images[:3])
-      >>> logits.shape, out["keep"][0].shape
+      >>> logits.shape, out.keep[0].shape
       ((3, 10), (3, 64))
     """
     devices = tuple(devices) if devices is not None else tuple(jax.devices()[:1])
@@ -276,12 +277,15 @@ def accelerate(
         raise UsageError(
             f"batch_size={batch_size} must be a positive multiple of the {len(devices)} devices"
         )
+    selector = get_selector(selector)
     try:
-        module.check_budget(keep_ratios, score)
+        module.check_budget(keep_ratios, selector)
     except ValueError as error:
         raise UsageError(str(error)) from error
     request = PlanRequest(
-        spec=ForwardSpec(module, tuple(keep_ratios) if keep_ratios else None, score, attention),
+        forward=ForwardSpec(
+            module, tuple(keep_ratios) if keep_ratios else None, selector, attention
+        ),
         variables=variables,
         batch_size=batch_size // len(devices),
         thresholds=per_group(thresholds, module.num_groups),

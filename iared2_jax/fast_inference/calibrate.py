@@ -153,7 +153,7 @@ def _measure_fn(module, variables, images, labels, batch_size) -> Measure:
     @jax.jit
     def forward(variables, images, thresholds):
         logits, out = module.apply(variables, images, thresholds)
-        return logits.argmax(-1), jnp.stack(out["keep"], 1), jnp.stack(out["scores"], 1)
+        return logits.argmax(-1), jnp.stack(out.keep, 1), jnp.stack(out.scores, 1)
 
     def run(threshold):
         thresholds = per_group(threshold, module.num_groups)
@@ -240,7 +240,7 @@ def speed_meter(
     def speed_of(thresholds: tuple[float, ...]) -> float:
         """In shapes that suit these thresholds' counts."""
         request = PlanRequest(
-            spec=ForwardSpec(module),
+            forward=ForwardSpec(module),
             variables=variables,
             batch_size=batch_size,
             thresholds=per_group(thresholds, module.num_groups),

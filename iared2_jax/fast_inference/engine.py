@@ -10,7 +10,7 @@ holds anything.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,36 +19,41 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 
 from iared2_jax.fast_inference.plan import GroupPlan, Plan
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout, list_places, packed, padded
 from iared2_jax.token_reduction.compaction import kept_first
-from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.token_reduction.policy import informative_scores
+from iared2_jax.token_reduction.groups import run_groups
+from iared2_jax.token_reduction.model import IARed2, nan_where_not_finite, output_of
+from iared2_jax.token_reduction.output import Output
+from iared2_jax.token_reduction.selectors import ByInterpreter, Evidence, Selector, within_budget
 from iared2_jax.typing import Array
 
+# What groups hand to each other, by place in the buffer: "tokens" [b, P+N, d], and what the next
+# group decides by ("scores", "interpreter_logits").
 State = dict[str, Array]
 
-# (spec, variables, group, tokens, layout) -> tokens and each block's CLS attention.
+# (forward, variables, group, tokens, layout) -> tokens and each block's CLS attention.
 BlocksFn = Callable[..., tuple[Array, list[Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSpec:
-    """What is to be computed, however it is run.
+    """A forward pass: what is to be computed, however it is run.
 
     Attributes:
       module: the model.
-      keep_ratios, score: as `IARed2.__call__` has them.
+      keep_ratios, selector: as `IARed2.__call__` has them.
       attention: whether `out` has the CLS attention of every block.
     """
 
     module: IARed2
     keep_ratios: tuple[float, ...] | None = None
-    score: str = "interpreter"
+    selector: Selector = dataclasses.field(default_factory=ByInterpreter)
     attention: bool = False
 
     @property
     def equal_counts(self) -> bool:
-        """Every image keeps the same number of tokens, real or not: its rows have no padding."""
+        """Whether every image keeps the same number of tokens: then rows have no padding."""
         return self.keep_ratios is not None
 
     def with_kernel(self, kernel: str) -> "ForwardSpec":
@@ -57,98 +62,190 @@ class ForwardSpec:
         return dataclasses.replace(self, module=self.module.clone(backbone=backbone))
 
 
+@dataclasses.dataclass(frozen=True)
+class BoundModel:
+    """A module with its variables: the methods of `IARed2` that selectors call, as functions."""
+
+    module: IARed2
+    variables: Mapping[str, Any]
+
+    @property
+    def num_prefix(self) -> int:
+        return self.module.num_prefix
+
+    @property
+    def input_spec(self) -> InputSpec:
+        return self.module.input_spec
+
+    def interpret(self, group: int, x: Float[Array, "s t d"]) -> Float[Array, "s n h"]:
+        """The group's interpreter logits."""
+        return self.module.apply(self.variables, group, x, method="interpret")
+
+
+class RaggedState(NamedTuple):
+    """The tokens between two groups of ragged execution.
+
+    buffer: see `State`. alive [b, n]: on the grid. places [b, n]: where each grid token lies in the
+    buffer, behind the prefix. overflow [b]: always 0.
+    """
+
+    buffer: State
+    alive: Bool[Array, "b n"]
+    places: Int[Array, "b n"]
+    overflow: Int[Array, " b"]
+
+
+class Ragged:
+    """Ragged execution of the groups, in the shapes of a plan; see `token_reduction.groups`.
+
+    Scores, masks and logits are on the patch grid at once; only the buffer is not.
+    """
+
+    def __init__(
+        self,
+        forward: ForwardSpec,
+        plan: Plan,
+        variables: Mapping[str, Any],
+        input_scores: Float[Array, "b n"] | None,
+    ):
+        self._forward, self._plan, self._variables = forward, plan, variables
+        self._input_scores = input_scores
+        self.shapes_used: list[Int[Array, " shapes"]] = []
+
+    def start(self, tokens: Float[Array, "b t d"], alive: Bool[Array, "b n"]) -> RaggedState:
+        """The state before the first group."""
+        b, n = alive.shape
+        buffer = {"tokens": tokens}
+        if self._input_scores is None:
+            buffer |= evidence_in_place(self._forward, self._variables, 1, tokens, None)
+        places = jnp.broadcast_to(jnp.arange(n), (b, n))
+        return RaggedState(buffer, alive, places, jnp.zeros(b, jnp.int32))
+
+    def evidence(self, group: int, state: RaggedState) -> Evidence:
+        """The scores that the group before left in the buffer, or those known from the start."""
+        if self._input_scores is not None:
+            return Evidence(self._input_scores)
+        logits = state.buffer.get("interpreter_logits")
+        logits = None if logits is None else _by_patch(state, logits)
+        return Evidence(_by_patch(state, state.buffer["scores"]), logits)
+
+    def reduce(self, group: int, state: RaggedState, keep: Array, scores: Array) -> RaggedState:
+        """Only the mask: the tokens move when a sub-batch takes them up."""
+        return state._replace(alive=keep)
+
+    def run_blocks(self, group: int, state: RaggedState) -> tuple[RaggedState, list[Array]]:
+        """The group over all its sub-batches."""
+        module, buffer = self._forward.module, dict(state.buffer)
+        blocks, (b, n) = module.group_sizes[group - 1], state.alive.shape
+        if self._forward.attention and module.num_prefix:
+            heads = module.backbone.num_heads
+            buffer["attention"] = jnp.zeros((b, n, blocks, heads), jnp.float32)
+        buffer, places, used = run_group(
+            self._forward,
+            self._plan.groups[group - 1],
+            self._variables,
+            group,
+            buffer,
+            state.alive,
+            state.places,
+            self._plan.switch,
+        )
+        self.shapes_used.append(used)
+        rows = buffer.pop("attention", None)
+        state = RaggedState(buffer, state.alive, places, state.overflow)
+        if rows is None:
+            return state, []
+        grid = _by_patch(state, rows)
+        return state, [jnp.moveaxis(grid[:, :, block], 1, 2) for block in range(blocks)]
+
+    def on_grid(self, state: RaggedState, values: Array) -> Array:
+        return values
+
+
+def _by_patch(state: RaggedState, values: Array) -> Array:
+    """Values [b, n, ..] by place, put by patch; 0 where the token is gone."""
+    index = state.places.reshape(*state.places.shape, *(1,) * (values.ndim - 2))
+    values = jnp.take_along_axis(values, index, axis=1)
+    return jnp.where(state.alive.reshape(index.shape), values, 0)
+
+
 def run_ragged(
-    spec: ForwardSpec,
+    forward: ForwardSpec,
     plan: Plan,
     variables: Mapping[str, Any],
-    images: Float[Array, "b height width 3"],
+    inputs: Float[Array, "b ..."],
     thresholds: Float[Array, "b D"],
     size: Int[Array, ""],
-) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+) -> tuple[Float[Array, "b classes"], Output, list[Int[Array, " shapes"]]]:
     """The forward pass in the shapes of `plan`; a pure function, to be jitted.
 
     Args:
-      size: how many of the images are real; the others keep nothing.
+      size: how many of the inputs are real; the others keep nothing.
 
     Returns:
-      Logits and `out` as of masked execution, on the original patch grid; of dropped tokens,
-      `head_logits` and `attention` are 0. Besides, out["shapes_used"]: per group, how many
-      sub-batches ran in each shape.
+      Logits and output as of masked execution, on the original patch grid; of dropped tokens,
+      `interpreter_logits` and `attention` are 0. And per group, how many sub-batches ran in each
+      shape.
     """
-    spec = spec.with_kernel(plan.attention_kernel)
-    module = spec.module
-    b, n = images.shape[0], module.backbone.num_patches
-    prefix = module.backbone.num_prefix
-    tokens = module.apply(variables, images, method=lambda m, x: m.backbone.embed(x))
+    forward = forward.with_kernel(plan.attention_kernel)
+    module = forward.module
+    b, n = inputs.shape[0], module.input_spec.num_patches
+    tokens = module.apply(variables, inputs, method=lambda m, x: m.backbone.embed(x))
     alive = jnp.broadcast_to((jnp.arange(b) < size)[:, None], (b, n))
-    if spec.equal_counts:
+    if forward.equal_counts:
         alive = jnp.ones((b, n), bool)
-    places = jnp.broadcast_to(jnp.arange(n), (b, n))  # where each grid token lies in the buffer
-    state: State = {"tokens": tokens, **_evidence(spec, variables, 1, tokens)}
-    out: dict[str, list] = {name: [] for name in ("scores", "keep", "head_logits", "shapes_used")}
-    maps: list[Array] = []
+    known = forward.selector.input_scores(inputs, tokens, BoundModel(module, variables))
+    counts = module.keep_counts(forward.keep_ratios)
 
-    def on_grid(values):  # [b, n, ..] by place -> by patch
-        index = places.reshape(b, n, *(1,) * (values.ndim - 2))
-        values = jnp.take_along_axis(values, index, axis=1)
-        return jnp.where(alive.reshape(index.shape), values, 0)
+    def decide(group: int, scores: Array, state: RaggedState) -> Array:
+        return within_budget(group, scores, state.alive, thresholds, counts)
 
-    for group, group_plan in enumerate(plan.groups, start=1):
-        if "head_logits" in state:
-            out["head_logits"].append(on_grid(state["head_logits"]))
-        scores = on_grid(state["scores"])
-        keep = module.decide(group, scores, alive, thresholds, spec.keep_ratios)
-        out["scores"].append(scores)
-        out["keep"].append(keep)
+    how = Ragged(forward, plan, variables, known)
+    groups = range(1, module.num_groups + 1)
+    state, records = run_groups(how, how.start(tokens, alive), groups, decide)
 
-        blocks = module.group_sizes[group - 1]
-        if spec.attention and prefix:
-            heads = module.backbone.num_heads
-            state["attention"] = jnp.zeros((b, n, blocks, heads), jnp.float32)
-        state, places, used = run_group(
-            spec, group_plan, variables, group, state, keep, places, plan.switch
-        )
-        out["shapes_used"].append(used)
-        alive = keep
-        if "attention" in state:
-            grid = on_grid(state.pop("attention"))
-            maps += [jnp.moveaxis(grid[:, :, block], 1, 2) for block in range(blocks)]
-
-    survivors = jnp.arange(n) < alive.sum(axis=1, keepdims=True)
-    logits, features, last = module.apply(
-        variables, state["tokens"], survivors, method=lambda m, *args: m.backbone.classify(*args)
+    survivors = jnp.arange(n) < state.alive.sum(axis=1, keepdims=True)
+    logits, features, rows = module.apply(
+        variables,
+        state.buffer["tokens"],
+        survivors,
+        method=lambda m, *args: m.backbone.classify(*args),
     )
-    maps += [jnp.moveaxis(on_grid(jnp.moveaxis(row, 1, 2)), 2, 1) for row in last]
-    result = {**out, "features": features, "overflow": [jnp.zeros(b, jnp.int32)] * len(plan.groups)}
-    return logits, ({**result, "attention": maps} if spec.attention else result)
+    logits, features = (nan_where_not_finite(y, tokens) for y in (logits, features))
+    rows = [jnp.moveaxis(_by_patch(state, jnp.moveaxis(row, 1, 2)), 2, 1) for row in rows]
+    out = output_of(records, features, rows)
+    return logits, out if forward.attention else out.replace(attention=()), how.shapes_used
 
 
 def run_masked(
-    spec: ForwardSpec,
+    forward: ForwardSpec,
     plan: Plan,
     variables: Mapping[str, Any],
-    images: Float[Array, "b height width 3"],
+    inputs: Float[Array, "b ..."],
     thresholds: Float[Array, "b D"],
     size: Int[Array, ""],
-) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+) -> tuple[Float[Array, "b classes"], Output, list[Int[Array, " shapes"]]]:
     """Masked execution, `plan.masked_rows` images at a time: for where dropping does not pay."""
-    module = spec.with_kernel(plan.attention_kernel).module
+    module = forward.with_kernel(plan.attention_kernel).module
 
-    def forward(images, thresholds):
-        """Of one sub-batch; what `run_ragged` leaves at 0 is 0 here, too."""
+    def some(inputs, thresholds):
+        """The logits and output of one sub-batch; what `run_ragged` leaves at 0 is 0 here, too."""
         logits, out = module.apply(
-            variables, images, thresholds, keep_ratios=spec.keep_ratios, score=spec.score
+            variables,
+            inputs,
+            thresholds,
+            keep_ratios=forward.keep_ratios,
+            selector=forward.selector,
         )
-        if not spec.attention:
-            del out["attention"]
-        entering = [True, *(keep[..., None] for keep in out["keep"])]
-        out["head_logits"] = [
+        entering = [True, *(keep[..., None] for keep in out.keep)]
+        of_alive = tuple(
             jnp.where(alive, values, 0)
-            for alive, values in zip(entering, out["head_logits"], strict=False)
-        ]
-        return logits, out
+            for alive, values in zip(entering, out.interpreter_logits, strict=False)
+        )
+        out = out.replace(interpreter_logits=of_alive)
+        return logits, out if forward.attention else out.replace(attention=())
 
-    return in_sub_batches(forward, plan.masked_rows, images, thresholds)
+    return *in_sub_batches(some, plan.masked_rows, inputs, thresholds), []
 
 
 def run_dense(
@@ -191,13 +288,19 @@ def in_sub_batches(forward: Callable[..., Any], rows: int, *arrays: Array) -> An
     return jax.tree.map(lambda x: rearrange(x, "c r ... -> (c r) ...")[:b], result)
 
 
-def _evidence(spec: ForwardSpec, variables, group: int, x: Float[Array, "s c d"]) -> State:
-    """What `group` decides by, from the tokens that enter it."""
-    if spec.score == "attention":
-        # Nothing has been attended to before the first block: all tokens score alike.
-        return {"scores": jnp.ones((x.shape[0], x.shape[1] - spec.module.backbone.num_prefix))}
-    head_logits = spec.module.apply(variables, group, x, method="interpret")
-    return {"head_logits": head_logits, "scores": informative_scores(head_logits)}
+def evidence_in_place(
+    forward: ForwardSpec,
+    variables: Mapping[str, Any],
+    group: int,
+    x: Float[Array, "s c d"],
+    attention: Float[Array, "s h n"] | None,
+) -> State:
+    """What `group` decides by, from the tokens that enter it: a part of the buffer."""
+    model = BoundModel(forward.module, variables)
+    evidence = forward.selector.token_scores(group, x, attention, model)
+    if evidence.interpreter_logits is None:
+        return {"scores": evidence.scores}
+    return {"scores": evidence.scores, "interpreter_logits": evidence.interpreter_logits}
 
 
 class _Turns(NamedTuple):
@@ -240,18 +343,22 @@ def _take_turns(plan: GroupPlan, lengths: Int[Array, " b"], equal_counts: bool) 
     return _Turns(order, lengths, shape_of, starts, stops, as_they_come)
 
 
-def all_blocks(spec: ForwardSpec, variables, group: int, x: Array, layout: TokenLayout):
+def all_blocks(
+    forward: ForwardSpec, variables: Mapping[str, Any], group: int, x: Array, layout: TokenLayout
+) -> tuple[Array, list[Array]]:
     """A sub-batch through the group's blocks: its tokens, and each block's CLS attention."""
-    return spec.module.apply(variables, group, x, layout, method="run_layout")
+    return forward.module.apply(variables, group, x, layout, method="run_layout")
 
 
-def first_block_repeated(spec: ForwardSpec, variables, group: int, x: Array, layout: TokenLayout):
+def first_block_repeated(
+    forward: ForwardSpec, variables, group: int, x: Array, layout: TokenLayout
+):
     """The time of `all_blocks`, from one block in a loop: to be timed, it is compiled sooner."""
-    sizes = spec.module.group_sizes
+    sizes = forward.module.group_sizes
 
     def block(x):
         method = lambda m, *args: m.backbone.run_block(*args)  # noqa: E731
-        return spec.module.apply(variables, sum(sizes[: group - 1]), x, layout, method=method)
+        return forward.module.apply(variables, sum(sizes[: group - 1]), x, layout, method=method)
 
     like = jax.eval_shape(block, x)
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like[1])
@@ -260,7 +367,7 @@ def first_block_repeated(spec: ForwardSpec, variables, group: int, x: Array, lay
 
 
 def run_group(
-    spec: ForwardSpec,
+    forward: ForwardSpec,
     plan: GroupPlan,
     variables: Mapping[str, Any],
     group: int,
@@ -283,8 +390,8 @@ def run_group(
       The state, the first places of its rows overwritten; where each of the kept tokens is now;
       and how many sub-batches ran in each shape.
     """
-    b, prefix = keep.shape[0], spec.module.backbone.num_prefix
-    turns = _take_turns(plan, keep.sum(axis=1) + prefix, spec.equal_counts)
+    b, prefix = keep.shape[0], forward.module.backbone.num_prefix
+    turns = _take_turns(plan, keep.sum(axis=1) + prefix, forward.equal_counts)
     # Where the first, second, .. token that goes on is now; anywhere, where there is none.
     ordered, new_places = kept_first(keep)
     source = jnp.take_along_axis(places, ordered, axis=1) + prefix
@@ -305,10 +412,10 @@ def run_group(
 
         sources = rows_of(source)[:, : max(shape[1:])]
         x, layout = _enter(rows_of(state["tokens"]), sources, turns.lengths[chunk], plan, shape)
-        if spec.equal_counts:
+        if forward.equal_counts:
             layout = EVERY_TOKEN  # no padding, so no masks
-        x, attention = run_blocks(spec, variables, group, x, layout)
-        new = _new_state(spec, variables, group, layout.spread(x), attention, wanted=state.keys())
+        x, attention = run_blocks(forward, variables, group, x, layout)
+        new = _new_state(forward, variables, group, layout.spread(x), attention, state.keys())
         return {name: put(state[name], new[name]) if name in new else state[name] for name in state}
 
     used = turns.stops - turns.starts
@@ -325,16 +432,21 @@ def run_group(
     return state, new_places, used
 
 
-def _new_state(spec: ForwardSpec, variables, group: int, x: Array, attention, wanted) -> State:
+def _new_state(
+    forward: ForwardSpec,
+    variables: Mapping[str, Any],
+    group: int,
+    x: Array,
+    attention: list[Array],
+    wanted: Collection[str],
+) -> State:
     """The sub-batch's tokens, and what the next group decides by."""
-    new = {"tokens": x}
-    prefix = spec.module.backbone.num_prefix
-    if group < spec.module.num_groups:
-        new |= _evidence(spec, variables, group + 1, x)
-        if spec.score == "attention":
-            new["scores"] = attention[-1].mean(axis=1)[:, prefix:]
+    new, rows = {"tokens": x}, [row[..., forward.module.num_prefix :] for row in attention]
+    if group < forward.module.num_groups and "scores" in wanted:
+        last = rows[-1] if rows else None
+        new |= evidence_in_place(forward, variables, group + 1, x, last)
     if "attention" in wanted:
-        new["attention"] = jnp.moveaxis(jnp.stack(attention)[..., prefix:], (0, 3), (2, 1))
+        new["attention"] = jnp.moveaxis(jnp.stack(rows), (0, 3), (2, 1))
     return new
 
 

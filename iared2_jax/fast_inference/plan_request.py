@@ -29,7 +29,7 @@ class PlanRequest:
     """What a plan is wanted for.
 
     Attributes:
-      spec, variables: the model, and what it has to compute.
+      forward, variables: what is to be computed, and the parameters.
       batch_size: images per call and device.
       thresholds: of `images`: one per group [D], or one each per image [m, D].
       images: some dozens of what will be asked [m, height, width, 3], normalised; not needed for a
@@ -37,7 +37,7 @@ class PlanRequest:
       devices: all alike; the plan is timed on the first.
     """
 
-    spec: ForwardSpec
+    forward: ForwardSpec
     variables: Mapping[str, Any]
     batch_size: int
     thresholds: np.ndarray
@@ -48,7 +48,7 @@ class PlanRequest:
 
     @property
     def module(self) -> IARed2:
-        return self.spec.module
+        return self.forward.module
 
     @property
     def platform(self) -> str:
@@ -56,13 +56,17 @@ class PlanRequest:
         return self.devices[0].platform
 
     @property
+    def num_patches(self) -> int:
+        return self.module.input_spec.num_patches
+
+    @property
     def most_tokens(self) -> tuple[int, ...]:
         """Tokens with the prefix that an image can have in each group."""
         vit = self.module.backbone
-        ratios = self.spec.keep_ratios
+        ratios = self.forward.keep_ratios
         if ratios is None:
-            return (vit.num_prefix + vit.num_patches,) * self.module.num_groups
-        return tuple(vit.num_prefix + k for k in self.module.budget(ratios))
+            return (vit.num_prefix + self.num_patches,) * self.module.num_groups
+        return tuple(vit.num_prefix + k for k in self.module.keep_counts(ratios))
 
     def key(self) -> dict[str, Any]:
         """All that a plan depends on, but for the images; JSON."""
@@ -75,9 +79,9 @@ class PlanRequest:
             "module": hashlib.sha256(repr(self.module).encode()).hexdigest()[:16],
             "interpreters": interpreters.hexdigest()[:16],
             "thresholds": np.round(self.thresholds.astype(float), 6).tolist(),
-            "keep_ratios": list(self.spec.keep_ratios) if self.spec.keep_ratios else None,
-            "score": self.spec.score,
-            "attention": self.spec.attention,
+            "keep_ratios": list(self.forward.keep_ratios) if self.forward.keep_ratios else None,
+            "selector": repr(self.forward.selector),
+            "attention": self.forward.attention,
             "batch_size": self.batch_size,
             "dtype": jnp.dtype(self.module.backbone.dtype).name,
             "device": self.devices[0].device_kind,

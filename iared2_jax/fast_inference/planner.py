@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.errors import UsageError
-from iared2_jax.fast_inference.engine import first_block_repeated, run_group, sub_batch_sizes
+from iared2_jax.fast_inference.engine import (
+    evidence_in_place,
+    first_block_repeated,
+    run_group,
+    sub_batch_sizes,
+)
 from iared2_jax.fast_inference.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.timing import Timing, interleaved
@@ -48,9 +53,9 @@ def plan_groups(request: PlanRequest) -> Plan:
 
 def _keep_of_sample(request: PlanRequest) -> np.ndarray:
     """Keep masks [images, groups, N] of the sample, by masked execution."""
-    n, groups = request.module.backbone.num_patches, request.module.num_groups
-    if request.spec.keep_ratios is not None:
-        counts = request.module.budget(request.spec.keep_ratios)
+    n, groups = request.num_patches, request.module.num_groups
+    if request.forward.keep_ratios is not None:
+        counts = request.module.keep_counts(request.forward.keep_ratios)
         return np.stack([np.arange(n) < count for count in counts])[None]
     if request.images is None or not len(request.images):
         raise UsageError(
@@ -60,8 +65,9 @@ def _keep_of_sample(request: PlanRequest) -> np.ndarray:
 
     @jax.jit
     def masks(variables, images, thresholds):
-        out = request.module.apply(variables, images, thresholds)[1]
-        return jnp.stack(out["keep"], axis=1)
+        selector = request.forward.selector
+        out = request.module.apply(variables, images, thresholds, selector=selector)[1]
+        return jnp.stack(out.keep, axis=1)
 
     images = np.asarray(request.images, np.float32)
     thresholds = request.thresholds
@@ -96,11 +102,10 @@ def _kernels(request: PlanRequest) -> list[str]:
     kernels = request.module.backbone.attention_kernels
     if request.platform != "gpu" or not half or "cudnn" not in kernels:
         return ["einsum"]
-    vit = request.module.backbone
-    images = jax.random.normal(jax.random.key(0), (2, vit.image_size, vit.image_size, 3))
+    images = jax.random.normal(jax.random.key(0), (2, *request.module.input_spec.shape))
 
     def logits(kernel):
-        module = request.spec.with_kernel(kernel).module
+        module = request.forward.with_kernel(kernel).module
         run = jax.jit(lambda v, x: module.apply(v, x, execution="dense")[0])
         return np.asarray(run(request.variables, images))
 
@@ -119,7 +124,7 @@ def _kernels(request: PlanRequest) -> list[str]:
 def _layouts(request: PlanRequest) -> list[tuple[str, int]]:
     """Every kind of layout with every sub-batch size that may be fastest."""
     sizes = sub_batch_sizes(request.batch_size, request.platform)
-    if request.spec.keep_ratios is not None:  # all rows alike: nothing to pack
+    if request.forward.keep_ratios is not None:  # all rows alike: nothing to pack
         return [("padded", rows) for rows in sizes]
     # One image's list is its row.
     return [(kind, rows) for kind in KINDS for rows in sizes if kind == "padded" or rows > 1]
@@ -132,7 +137,7 @@ def _laid_out(
     kind, rows = layout
     most = request.most_tokens[group - 1]
     blocks = _blocks(request, rows) if kind == "packed" else 1
-    if count == 1 or request.spec.keep_ratios is not None:
+    if count == 1 or request.forward.keep_ratios is not None:
         return GroupPlan(kind, rows, ((rows * most, *(most,) * blocks),))
     needed = needs(_lengths(request, keep, group), rows, blocks)
     step = _step(request, most)
@@ -238,27 +243,26 @@ def _time_group(
 
     Without `rounds`, as many as fit into a little time.
     """
-    spec = request.spec.with_kernel(kernel)
-    vit, b = spec.module.backbone, request.batch_size
+    forward = request.forward.with_kernel(kernel)
+    vit, b, n = forward.module.backbone, request.batch_size, request.num_patches
     drawn = keep[_draw(request, keep, 1, seed=1)[0]]
     alive = drawn[:, group - 2] if group > 1 else np.ones_like(drawn[:, 0])
     keep_places = jnp.asarray(drawn[:, group - 1]), kept_first(jnp.asarray(alive))[1]
     # The values do not change the time, so they need not be any image's.
-    shape = (b, vit.num_prefix + vit.num_patches, vit.embed_dim)
-    state = {
-        "tokens": jax.random.normal(jax.random.key(0), shape).astype(vit.dtype),
-        # The next group's evidence is part of this one's work.
-        "scores": jnp.zeros((b, vit.num_patches)),
-    }
-    if request.spec.score == "interpreter":
-        heads = request.module.interpreter_heads
-        state["head_logits"] = jnp.zeros((b, vit.num_patches, heads))
+    shape = (b, vit.num_prefix + n, vit.embed_dim)
+    tokens = jax.random.normal(jax.random.key(0), shape).astype(vit.dtype)
+    state = {"tokens": tokens}
+    if not forward.selector.scores_inputs:  # the next group's evidence is part of this one's work
+        shapes = jax.eval_shape(
+            lambda v, x: evidence_in_place(forward, v, 1, x, None), request.variables, tokens
+        )
+        state |= jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def timed(plan):
         """One call of the group in this plan."""
 
         def run(variables, state, keep, places):
-            ask = spec, plan, variables, group, state, keep, places, _switch(request)
+            ask = forward, plan, variables, group, state, keep, places, _switch(request)
             return run_group(*ask, run_blocks=first_block_repeated)[0]
 
         return functools.partial(jax.jit(run), request.variables, state, *keep_places)
@@ -331,9 +335,9 @@ def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
 
 def example_batch(request: PlanRequest) -> np.ndarray:
     """A batch for all devices, drawn from the request's images; noise for a fixed budget."""
-    side, size = request.module.backbone.image_size, request.batch_size * len(request.devices)
+    size = request.batch_size * len(request.devices)
     rng = np.random.default_rng(1)
     if request.images is None:
-        return rng.standard_normal((size, side, side, 3), np.float32)
+        return rng.standard_normal((size, *request.module.input_spec.shape), np.float32)
     images = np.asarray(request.images, np.float32)
     return images[np.arange(size) % len(images)]

@@ -1,11 +1,16 @@
 """Softmax attention over valid keys: by einsum, and by cuDNN's fused kernel."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 
 from iared2_jax.typing import Array
+
+# From attention weights to the weights to go on with (`models.taps`).
+Tap = Callable[[Array], Array]
 
 # Added to the attention logits of dropped keys. Finite: a row of -inf would make softmax NaN.
 MASKED_LOGIT = -1e9
@@ -16,10 +21,13 @@ def attend(
     k: Float[Array, "s h c e"],
     v: Float[Array, "s h c e"],
     valid: Bool[Array, "s c"] | None,
+    tap: Tap | None = None,
 ) -> tuple[Float[Array, "s h r e"], Float[Array, "s h c"]]:
     """softmax(q k^T / sqrt(e)) v over the valid keys, and the first query's weights (float32).
 
-    The weights are divided by their sum after they met the values: c x e divisions, not c x c.
+    Args:
+      valid: which keys are real; None: all.
+      tap: shows the whole weights [s, h, r, c], and returns those to go on with; None: nobody asks.
     """
     logits = jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if valid is not None:
@@ -27,6 +35,10 @@ def attend(
         logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
+    if tap is not None:
+        weights = tap(weights / total)
+        return jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v), weights[:, :, 0]
+    # Divided by their sum after they met the values: c x e divisions, not c x c.
     y = jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
     return y / total.astype(v.dtype), weights[:, :, 0] / total[:, :, 0]
 

@@ -1,5 +1,7 @@
 """Layers that all backbones are made of: norm, linear layer over tokens, GELU, MLP, patches."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -7,6 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from iared2_jax.models import input_spec
 from iared2_jax.typing import Array
 
 # DeiT's: its truncated normal is cut at 2.0, a hundred standard deviations out.
@@ -68,15 +71,13 @@ class Mlp(nn.Module):
 
 
 def to_patches(
-    images: Float[Array, "b height width 3"], image_size: int, patch_size: int
+    images: Float[Array, "b height width 3"], size: int, patch_size: int
 ) -> Float[Array, "b n f"]:
-    """Square patches in rows from the top left, each a vector (row, column, channel).
-
-    Raises:
-      ValueError: images of another size.
-    """
-    expected = (image_size, image_size, 3)
-    if images.shape[1:] != expected:
-        raise ValueError(f"images must be [B, {expected}], got {images.shape}")
-    p = patch_size
-    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+    """Square patches of square colour images; deprecated, see `InputSpec.to_patches`."""
+    warnings.warn(
+        "to_patches(images, size, patch_size) goes with the next release: use "
+        "self.input_spec.to_patches(inputs)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return input_spec.images(size, patch_size).to_patches(images)

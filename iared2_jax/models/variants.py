@@ -7,10 +7,7 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.models.backbones.vit import ViT
-from iared2_jax.typing import Norm
-
-IMAGENET_NORM: Norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF_NORM: Norm = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+from iared2_jax.models.input_spec import HALF_NORM, InputSpec, images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,17 +15,13 @@ class Variant:
     """What a name stands for.
 
     Attributes:
-      backbone: with its published sizes.
-      norm: of the pixels: mean and standard deviation.
-      crop_pct: of an evaluation image, the share that the centre crop keeps (`data.images`).
+      backbone: with its published sizes, and the preparation of its inputs.
       interpreter_heads: as many as the backbone's, or 6.
       parameters: of the backbone; a test counts them.
       timm: the same model's name in timm, which `create_model` takes, too.
     """
 
     backbone: Backbone
-    norm: Norm = IMAGENET_NORM
-    crop_pct: float = 0.9
     interpreter_heads: int = 6
     parameters: int = 0
     timm: str = ""
@@ -38,77 +31,72 @@ _tiny = functools.partial(ViT, embed_dim=192, num_heads=3)
 _small = functools.partial(ViT, embed_dim=384, num_heads=6)
 _base = functools.partial(ViT, embed_dim=768, num_heads=12)
 
+# How the published weights' pixels were prepared.
+_IMAGENET_224 = images(224, crop_pct=0.9)
+_IMAGENET_384 = images(384)
+_HALF_224 = images(224, norm=HALF_NORM, crop_pct=0.9)
+_HALF_384 = images(384, norm=HALF_NORM)
+_CAIT_224 = images(224)
+
 VARIANTS: dict[str, Variant] = {
     # DeiT (Touvron et al. 2021), ImageNet-1k.
     "deit_ti": Variant(
-        _tiny(), interpreter_heads=3, parameters=5_717_416, timm="deit_tiny_patch16_224"
+        _tiny(_IMAGENET_224),
+        interpreter_heads=3,
+        parameters=5_717_416,
+        timm="deit_tiny_patch16_224",
     ),
-    "deit_s": Variant(_small(), parameters=22_050_664, timm="deit_small_patch16_224"),
-    "deit_b": Variant(_base(), parameters=86_567_656, timm="deit_base_patch16_224"),
+    "deit_s": Variant(_small(_IMAGENET_224), parameters=22_050_664, timm="deit_small_patch16_224"),
+    "deit_b": Variant(_base(_IMAGENET_224), parameters=86_567_656, timm="deit_base_patch16_224"),
     "deit_b_384": Variant(
-        _base(image_size=384), crop_pct=1.0, parameters=86_859_496, timm="deit_base_patch16_384"
+        _base(_IMAGENET_384), parameters=86_859_496, timm="deit_base_patch16_384"
     ),
     "deit_ti_distilled": Variant(
-        _tiny(distilled=True),
+        _tiny(_IMAGENET_224, distilled=True),
         interpreter_heads=3,
         parameters=5_910_800,
         timm="deit_tiny_distilled_patch16_224",
     ),
     "deit_s_distilled": Variant(
-        _small(distilled=True), parameters=22_436_432, timm="deit_small_distilled_patch16_224"
+        _small(_IMAGENET_224, distilled=True),
+        parameters=22_436_432,
+        timm="deit_small_distilled_patch16_224",
     ),
     "deit_b_distilled": Variant(
-        _base(distilled=True), parameters=87_338_192, timm="deit_base_distilled_patch16_224"
+        _base(_IMAGENET_224, distilled=True),
+        parameters=87_338_192,
+        timm="deit_base_distilled_patch16_224",
     ),
     "deit_b_distilled_384": Variant(
-        _base(image_size=384, distilled=True),
-        crop_pct=1.0,
+        _base(_IMAGENET_384, distilled=True),
         parameters=87_630_032,
         timm="deit_base_distilled_patch16_384",
     ),
     # ViT with AugReg weights (Steiner et al. 2021): the same shapes, another normalisation.
-    "vit_s16": Variant(
-        _small(), norm=HALF_NORM, parameters=22_050_664, timm="vit_small_patch16_224"
-    ),
-    "vit_b16": Variant(_base(), norm=HALF_NORM, parameters=86_567_656, timm="vit_base_patch16_224"),
-    "vit_s16_384": Variant(
-        _small(image_size=384),
-        norm=HALF_NORM,
-        crop_pct=1.0,
-        parameters=22_196_584,
-        timm="vit_small_patch16_384",
-    ),
-    "vit_b16_384": Variant(
-        _base(image_size=384),
-        norm=HALF_NORM,
-        crop_pct=1.0,
-        parameters=86_859_496,
-        timm="vit_base_patch16_384",
-    ),
+    "vit_s16": Variant(_small(_HALF_224), parameters=22_050_664, timm="vit_small_patch16_224"),
+    "vit_b16": Variant(_base(_HALF_224), parameters=86_567_656, timm="vit_base_patch16_224"),
+    "vit_s16_384": Variant(_small(_HALF_384), parameters=22_196_584, timm="vit_small_patch16_384"),
+    "vit_b16_384": Variant(_base(_HALF_384), parameters=86_859_496, timm="vit_base_patch16_384"),
     # CaiT (Touvron et al. 2021), distilled on ImageNet-1k.
     "cait_xxs24": Variant(
-        CaiT(embed_dim=192, num_heads=4),
-        crop_pct=1.0,
+        CaiT(_CAIT_224, embed_dim=192, num_heads=4),
         interpreter_heads=4,
         parameters=11_956_264,
         timm="cait_xxs24_224",
     ),
     "cait_s24": Variant(
-        CaiT(), crop_pct=1.0, interpreter_heads=8, parameters=46_916_200, timm="cait_s24_224"
+        CaiT(_CAIT_224), interpreter_heads=8, parameters=46_916_200, timm="cait_s24_224"
     ),
     # Ours, for 64 px: the demo on Cluttered MNIST. Trained weights ship with the package.
     "vit_micro": Variant(
         ViT(
-            image_size=64,
-            patch_size=8,
+            images(64, 8, norm=HALF_NORM),
             embed_dim=96,
             depth=6,
             num_heads=3,
             mlp_ratio=2,
             num_classes=10,
         ),
-        norm=HALF_NORM,
-        crop_pct=1.0,
         interpreter_heads=3,
         parameters=474_730,
     ),
@@ -131,3 +119,34 @@ def get_variant(name: str) -> Variant:
     if not is_variant(name):
         raise UsageError(f"there is no model {name!r}{nearest(name, [*VARIANTS, *_TIMM_NAMES])}")
     return VARIANTS[_TIMM_NAMES.get(name.partition(".")[0], name)]
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size and tuple(size)
+
+
+def resized(
+    spec: InputSpec,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> InputSpec:
+    """A variant's input at another size; None leaves as it is.
+
+    With another number of channels, all get the mean of the norm.
+
+    Raises:
+      UsageError: sizes that make no input.
+    """
+    height, width = _pair(image_size) or spec.size
+    patch = _pair(patch_size) or spec.patch
+    count = spec.channels if channels is None else channels
+    norm = spec.norm
+    if count != spec.channels:
+        norm = tuple((sum(values) / len(values),) * count for values in norm)
+    try:
+        return dataclasses.replace(
+            spec, height=height, width=width, patch=patch, channels=count, norm=norm
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error

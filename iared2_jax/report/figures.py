@@ -13,7 +13,7 @@ from iared2_jax.attribution.maps import (
     keep_masks,
     normalized,
     raw_attention,
-    to_heatmap,
+    to_heatmaps,
 )
 from iared2_jax.token_reduction.model import IARed2, Thresholds
 
@@ -46,7 +46,7 @@ def draw_comparison(
     maps = raw_attention(module, attention_variables or variables, images)
     if maps:  # a backbone may have none
         shown = "last block" if block < 0 else f"block {block}"
-        columns[f"raw attention\n({shown})"] = to_heatmap(maps[block], pixels.shape[1])
+        columns[f"raw attention\n({shown})"] = to_heatmaps(maps[block], module.input_spec)
     columns |= {
         f"ours\n(group {group})": explain(module, variables, images, group, thresholds),
     }

@@ -57,12 +57,10 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
         raise UsageError("config.mode=explain needs config.data.path: which folder of pictures?")
     paths = pictures_in(Path(config.data.path))
     module, variables = _model(config)
-    done = []
+    spec, done = module.input_spec, []
     for path in paths:
         try:
-            pixels = eval_transform(
-                open_image(path), module.backbone.image_size, module.crop_pct, name=str(path)
-            )
+            pixels = eval_transform(open_image(path), spec.size, spec.crop_pct, name=str(path))
         except BadImage as error:
             log.warning("left out: %s", error)
             continue

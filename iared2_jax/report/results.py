@@ -15,13 +15,12 @@ import numpy as np
 
 from iared2_jax.config import dataset_of, flatten, weights_of
 from iared2_jax.data.image_files import EvalImages
-from iared2_jax.data.images import normalize
 from iared2_jax.evaluation import evaluators
 from iared2_jax.files import write_json
 from iared2_jax.report import figures, tables
 from iared2_jax.signals import Stop
-from iared2_jax.token_reduction.masks import random_like
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.selectors import random_like
 from iared2_jax.training import loop as train
 from iared2_jax.weights.load import save_weights
 
@@ -57,7 +56,9 @@ class Subject:
 
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
         """`fn(variables, images, batch)`, jitted, with the images normalised on the device."""
-        return jax.jit(lambda v, batch: fn(v, normalize(batch["pixels"], self.module.norm), batch))
+        return jax.jit(
+            lambda v, batch: fn(v, self.module.input_spec.normalize(batch["pixels"]), batch)
+        )
 
     def collect(self, fn, variables, **more: np.ndarray) -> dict[str, np.ndarray]:
         """A compiled `fn` over the whole evaluation set."""
@@ -125,7 +126,9 @@ def _measure(subject: Subject) -> dict[str, Any]:
             results["images_per_second"] = _speed(subject)
     if subject.truth is not None:
         results["foreground_share"] = float(subject.truth.mean())
-        results["segmentation"] = dict(evaluators.segmentation(maps, subject.truth))
+        results["segmentation"] = dict(
+            evaluators.segmentation(maps, subject.truth, subject.module.input_spec)
+        )
     results["config"] = flatten(subject.config)
     results["versions"] = _versions()
     return results
@@ -138,8 +141,8 @@ def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     def dense_pass(variables, images, batch):
         logits, out = subject.module.apply(variables, images, execution="dense")
         found = {"logits": logits}
-        if wanted and out["attention"]:
-            found["attention"] = jnp.stack([maps.mean(1) for maps in out["attention"]], axis=1)
+        if wanted and out.attention:
+            found["attention"] = jnp.stack([maps.mean(1) for maps in out.attention], axis=1)
         return found
 
     seen = subject.collect(subject.compiled(dense_pass), subject.original)
@@ -162,8 +165,8 @@ def _reduced(subject: Subject) -> tuple[dict[str, Any], np.ndarray, dict[str, np
         logits, out = subject.module.apply(variables, images, subject.config.reduction.threshold)
         return {
             "logits": logits,
-            "keep": jnp.stack(out["keep"], axis=1),
-            "scores": jnp.stack(out["scores"], axis=1),
+            "keep": jnp.stack(out.keep, axis=1),
+            "scores": jnp.stack(out.scores, axis=1),
         }
 
     seen = subject.collect(subject.compiled(masked_pass), subject.trained)
@@ -204,7 +207,7 @@ def _speed(subject: Subject) -> dict[str, Any]:
     """Images per second of one batch; the ragged plan is made with other images than the timed."""
     config, n = subject.config, subject.config.eval.speed_batch
     pixels = subject.pixels[: n + SPEED_SAMPLE]
-    images = np.asarray(normalize(jnp.asarray(pixels), subject.module.norm))
+    images = np.asarray(subject.module.input_spec.normalize(jnp.asarray(pixels)))
     figures = evaluators.throughput(
         subject.module,
         subject.original,

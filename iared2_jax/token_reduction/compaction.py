@@ -1,4 +1,4 @@
-"""Compaction under static shapes: kept tokens move into a shorter array with a validity mask."""
+"""Compaction under static shapes: kept tokens move into a shorter array, in image order."""
 
 import jax
 import jax.numpy as jnp
@@ -7,26 +7,8 @@ from jaxtyping import Bool, Float, Int
 from iared2_jax.typing import Array
 
 
-def top_k_slots(
-    scores: Float[Array, "b n"], keep: Bool[Array, "b n"], capacity: int
-) -> tuple[Int[Array, "b k"], Bool[Array, "b k"], Int[Array, " b"]]:
-    """Which tokens go into `capacity` slots: the kept ones, the highest scores first.
-
-    Returns:
-      slots: indices into the token axis; distinct within an image, ties to the lowest index.
-      valid: which slots hold a kept token; the others hold some dropped one, to be masked.
-      overflow: how many kept tokens found no slot. Where it is above 0 the result differs from
-        masked execution, and the batch belongs into a larger capacity.
-    """
-    priority = jnp.where(keep, scores.astype(jnp.float32), -1.0)
-    _, slots = jax.lax.top_k(priority, capacity)
-    valid = jnp.take_along_axis(keep, slots, axis=1)
-    overflow = keep.sum(axis=1) - valid.sum(axis=1)
-    return slots, valid, overflow
-
-
 def kept_first(keep: Bool[Array, "b n"]) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
-    """Kept tokens first, then the dropped, both in order; a threshold needs no sort.
+    """The order of kept tokens first, then the dropped, both in image order; it needs no sort.
 
     Returns:
       slots: which token comes first, second, ..; a permutation, so no two slots share a token.
@@ -39,6 +21,13 @@ def kept_first(keep: Bool[Array, "b n"]) -> tuple[Int[Array, "b n"], Int[Array, 
     columns = jnp.broadcast_to(jnp.arange(keep.shape[1], dtype=jnp.int32), keep.shape)
     slots = jnp.zeros_like(places).at[rows, places].set(columns, unique_indices=True)
     return slots, places
+
+
+def take_patches(
+    x: Float[Array, "b t d"], slots: Int[Array, "b k"], prefix: int
+) -> Float[Array, "b c d"]:
+    """The `prefix` first tokens, and the patch tokens behind them at `slots`."""
+    return jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], slots)], axis=1)
 
 
 @jax.custom_vjp
@@ -69,11 +58,11 @@ def _take_backward(residuals, gradient):
 take_tokens.defvjp(_take_forward, _take_backward)
 
 
-def to_grid(values: Array, slots: Int[Array, "b k"], num_patches: int) -> Array:
-    """Puts per-slot values [B, ..., k] back on the original patches [B, ..., N]; 0 elsewhere."""
+def to_grid(values: Array, origin: Int[Array, "b k"], num_patches: int) -> Array:
+    """Per-token values [B, .., k] back on the original patches [B, .., N]; 0 elsewhere."""
 
-    def one_image(values, slots):
+    def one_image(values, origin):
         grid = jnp.zeros((*values.shape[:-1], num_patches), values.dtype)
-        return grid.at[..., slots].set(values, unique_indices=True)
+        return grid.at[..., origin].set(values, unique_indices=True)
 
-    return jax.vmap(one_image)(values, slots)
+    return jax.vmap(one_image)(values, origin)

@@ -11,7 +11,7 @@ from scipy import special
 
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.backbones.cait import LAYER_SCALE
-from iared2_jax.models.variants import get_variant
+from iared2_jax.models.variants import get_variant, resized
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
@@ -46,6 +46,9 @@ def create_module(
     groups: int | Sequence[int] = 3,
     policy_token: str | None = None,
     dtype: Any = jnp.float32,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
@@ -69,15 +72,15 @@ def create_module(
             f"interpreter_heads={interpreter['interpreter_heads']} does not divide the width "
             f"{backbone.embed_dim} of {name}"
         )
-    backbone = backbone.clone(
-        num_classes=backbone.num_classes if num_classes is None else num_classes, dtype=dtype
-    )
+    changes = {"num_classes": backbone.num_classes if num_classes is None else num_classes}
+    spec = resized(backbone.input_spec, image_size, patch_size, channels)
+    if spec != backbone.input_spec:
+        changes["input_spec"] = spec
+    backbone = backbone.clone(**changes, dtype=dtype)
     return IARed2(
         backbone=backbone,
         group_sizes=split_into_groups(backbone.depth, groups),
         policy_token=policy_token,
-        norm=variant.norm,
-        crop_pct=variant.crop_pct,
         **interpreter,
     )
 
@@ -89,6 +92,9 @@ def create_model(
     policy_token: str | None = None,
     seed: int = 0,
     dtype: Any = jnp.float32,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     **interpreter: Any,
 ) -> tuple[IARed2, dict[str, Any]]:
     """A named backbone with its interpreters, freshly initialised.
@@ -101,6 +107,8 @@ def create_model(
         None: "cls", where the backbone's blocks have one.
       seed: of the initialisation.
       dtype: of the computation, e.g. jnp.bfloat16; parameters stay float32.
+      image_size, patch_size: px, one number or (height, width); None: the variant's own.
+      channels: of the inputs; another number than the variant's gets the mean of its norm.
       **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`).
 
     Returns:
@@ -112,10 +120,20 @@ def create_model(
     Example:
       >>> module, variables = create_model("vit_micro", groups=3)
       >>> logits, out = module.apply(variables, jnp.zeros([1, 64, 64, 3]), thresholds=0.5)
-      >>> logits.shape, [tuple(s.shape) for s in out["scores"]]
+      >>> logits.shape, [tuple(s.shape) for s in out.scores]
       ((1, 10), [(1, 64), (1, 64), (1, 64)])
     """
-    module = create_module(name, num_classes, groups, policy_token, dtype, **interpreter)
+    module = create_module(
+        name,
+        num_classes,
+        groups,
+        policy_token,
+        dtype,
+        image_size,
+        patch_size,
+        channels,
+        **interpreter,
+    )
     return module, init_variables(module, seed)
 
 
@@ -125,10 +143,8 @@ def init_variables(module: IARed2, seed: int = 0) -> dict[str, Any]:
     They are drawn on the host: the same on every device, and in a fraction of the time it takes to
     compile a random kernel for each of some hundred parameters.
     """
-    size = module.backbone.image_size
-    shapes = jax.eval_shape(
-        lambda key: module.init(key, jnp.zeros((1, size, size, 3))), jax.random.key(0)
-    )
+    inputs = jnp.zeros((1, *module.input_spec.shape))
+    shapes = jax.eval_shape(lambda key: module.init(key, inputs), jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def draw(path, shape: jax.ShapeDtypeStruct) -> Array:

@@ -57,21 +57,22 @@ def count_flops(
         vit, own_groups = model.backbone, model.group_sizes
     else:
         vit, own_groups = (get_variant(model).backbone if isinstance(model, str) else model), None
+    n = vit.input_spec.num_patches
     if interpreters is None:
         interpreters = kept is not None
     if kept is None:
-        kept = (vit.num_patches,) * len(group_sizes or own_groups or (1,))
+        kept = (n,) * len(group_sizes or own_groups or (1,))
     sizes = split_into_groups(vit.depth, group_sizes or own_groups or len(kept))
     if len(sizes) != len(kept):
         raise ValueError(f"kept has {len(kept)} entries, but there are {len(sizes)} groups")
     kept = [np.asarray(count, np.float64) for count in kept]
-    if any((count < 0).any() or (count > vit.num_patches).any() for count in kept):
-        raise ValueError(f"kept must be in 0..{vit.num_patches} patch tokens, in every group")
+    if any((count < 0).any() or (count > n).any() for count in kept):
+        raise ValueError(f"kept must be in 0..{n} patch tokens, in every group")
 
     d = vit.embed_dim
     linear, full = vit.other_flops(kept[-1])
     scoring = 0.0
-    entering = np.float64(vit.num_patches)
+    entering = np.float64(n)
     for blocks, count in zip(sizes, kept, strict=True):
         block = vit.block_flops(count + vit.num_prefix)
         linear = linear + blocks * block.linear

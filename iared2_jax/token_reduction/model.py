@@ -1,41 +1,35 @@
 """IA-RED²: a backbone in D groups, each an interpreter and L MSA-FFN blocks (paper, Fig. 2)."""
 
-import itertools
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
+from iared2_jax.models import taps
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.token_layouts import EVERY_TOKEN, Padded, TokenLayout
-from iared2_jax.token_reduction import policy
-from iared2_jax.token_reduction.compaction import kept_first, take_tokens, to_grid, top_k_slots
+from iared2_jax.token_reduction.compaction import to_grid
+from iared2_jax.token_reduction.groups import Compacted, GroupRecord, InPlace, run_groups
 from iared2_jax.token_reduction.interpreter import Interpreter
-from iared2_jax.token_reduction.masks import top_k
-from iared2_jax.typing import Array, Norm
+from iared2_jax.token_reduction.output import Output
+from iared2_jax.token_reduction.reducers import Reducer, get_reducer
+from iared2_jax.token_reduction.selectors import (
+    Selector,
+    get_selector,
+    keep_counts,
+    within_budget,
+)
+from iared2_jax.token_reduction.state import TokenState, all_alive
+from iared2_jax.typing import Array
 
 EXECUTIONS = ("dense", "masked", "gathered")
-SCORES = ("interpreter", "attention")
 
 # A threshold below every score: the interpreter keeps all that is still there.
 KEEP_ALL = -1.0
 
 Thresholds = float | Sequence[float] | Float[Array, "..."]
-
-
-class Entry(NamedTuple):
-    """What a group is handed.
-
-    x [b, P+k, d]: tokens. alive [b, k]: which patch tokens are still there. slots [b, k]: which
-    patch each of them is. overflow [b]: tokens that an earlier group found no slot for.
-    """
-
-    x: Float[Array, "b t d"]
-    alive: Bool[Array, "b k"]
-    slots: Int[Array, "b k"]
-    overflow: Int[Array, " b"]
 
 
 class IARed2(nn.Module):
@@ -45,8 +39,6 @@ class IARed2(nn.Module):
       backbone: the vision transformer (see `models.backbones.protocol`).
       group_sizes: blocks per group, e.g. (4, 4, 4); they add up to the backbone's depth.
       policy_token, interpreter_heads, scale, init_bias: see `Interpreter`.
-      norm, crop_pct: how images were prepared for these weights (mean and standard deviation of the
-        pixels; see `data.images.eval_transform`). Nothing here computes with them.
     """
 
     backbone: nn.Module
@@ -55,19 +47,25 @@ class IARed2(nn.Module):
     interpreter_heads: int = 6
     scale: bool = True
     init_bias: float = 0.0
-    norm: Norm | None = None
-    crop_pct: float = 1.0
 
     @property
     def num_groups(self) -> int:
         return len(self.group_sizes)
+
+    @property
+    def num_prefix(self) -> int:
+        return self.backbone.num_prefix
+
+    @property
+    def input_spec(self) -> InputSpec:
+        return self.backbone.input_spec
 
     def setup(self):
         if sum(self.group_sizes) != self.backbone.depth:
             raise ValueError(
                 f"group_sizes {self.group_sizes} must add up to the depth {self.backbone.depth}"
             )
-        if self.policy_token == "cls" and not self.backbone.num_prefix:
+        if self.policy_token == "cls" and not self.num_prefix:
             raise ValueError('without a prefix token, policy_token must be "learned"')
         self.interpreters = [
             Interpreter(
@@ -84,8 +82,8 @@ class IARed2(nn.Module):
     # -- One group, in two halves. Groups are counted from 1, as in the paper.
 
     def interpret(self, group: int, x: Float[Array, "b t d"]) -> Float[Array, "b n h"]:
-        """The group's per-head logits for the patch tokens of `x`."""
-        return self.interpreters[group - 1](x, self.backbone.num_prefix)
+        """The group's interpreter logits, per head, for the patch tokens of `x`."""
+        return self.interpreters[group - 1](x, self.num_prefix)
 
     def run_blocks(
         self, group: int, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
@@ -93,7 +91,7 @@ class IARed2(nn.Module):
         """The group's blocks over prefix and alive patches; each block's CLS attention, if any."""
         layout = EVERY_TOKEN
         if alive is not None:
-            prefix = jnp.ones((x.shape[0], self.backbone.num_prefix), bool)
+            prefix = jnp.ones((x.shape[0], self.num_prefix), bool)
             layout = Padded(jnp.concatenate([prefix, alive], axis=1))
         return self.run_layout(group, x, layout)
 
@@ -104,208 +102,115 @@ class IARed2(nn.Module):
         first = sum(self.group_sizes[: group - 1])
         attention = []
         for index in range(first, first + self.group_sizes[group - 1]):
+            x = taps.tap(self, f"{taps.BLOCK_INPUT}_{index}", x)
             x, row = self.backbone.run_block(index, x, layout)
             if row is not None:
                 attention.append(row)
         return x, attention
 
-    def _per_group(self, thresholds: Thresholds) -> Float[Array, "... D"]:
-        thresholds = jnp.asarray(thresholds, jnp.float32)
-        return jnp.broadcast_to(thresholds, (*thresholds.shape[:-1], self.num_groups))
-
     # -- The whole model.
 
     def __call__(
         self,
-        images: Float[Array, "b height width 3"],
+        inputs: Float[Array, "b ..."],
         thresholds: Thresholds = 0.5,
         execution: str = "masked",
         capacities: Sequence[int] | None = None,
         keep: Sequence[Bool[Array, "b n"] | None] | None = None,
         keep_ratios: Sequence[float] | None = None,
-        score: str = "interpreter",
-    ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+        selector: str | Selector = "interpreter",
+        reducer: str | Reducer = "drop",
+        score: str | None = None,
+    ) -> tuple[Float[Array, "b classes"], Output]:
         """Logits, and everything that led to them.
 
         Args:
-          images: normalised.
+          inputs: images [B, H, W, C] or clips [B, T, H, W, C], normalised.
           thresholds: keep iff score > threshold, in (0, 1); one for all groups, one each [D], or
-            one each per image [B, D]. `KEEP_ALL` switches a group's dropping off.
+            one each per input [B, D]. `KEEP_ALL` switches a group's dropping off.
           execution: "masked", the reference: all tokens stay in the array, dropped ones are masked
             keys. "gathered": kept tokens move into arrays of `capacities` patch slots; the same
-            logits as long as `out["overflow"]` is 0. "dense": nothing is dropped.
+            logits as long as `out.overflow` is 0. "dense": nothing is dropped.
           capacities: patch slots of each group; with execution="gathered" only.
-          keep: per group, a mask that replaces the interpreter's decision (None: its own). A token
+          keep: per group, a mask that replaces the selector's decision (None: its own). A token
             dropped in an earlier group stays dropped.
           keep_ratios: fixed budget: each group keeps its ceil(ratio * N) best-scoring tokens, the
-            same number for every image; the thresholds do not count.
-          score: what scores the tokens: "interpreter", or "attention", the CLS query's mean weights
-            in the block before the group, which needs no training (and a first ratio of 1).
+            same number for every input; the thresholds do not count.
+          selector: what scores the tokens: a name of `selectors.SELECTORS` ("interpreter";
+            "attention", the CLS query's mean weights in the block before the group, which needs no
+            training and a first ratio of 1; "random"), or a selector of your own.
+          reducer: what becomes of the others: "drop".
+          score: the old name of `selector`.
 
         Returns:
-          logits [B, classes], and a dict of one array per group, on the original patch grid:
-            scores [B, N]        informative scores, 0 where a token was already dropped
-            keep [B, N]          which tokens this group's blocks see
-            head_logits [B, N, H]
-            overflow [B]         kept tokens that found no slot (0 unless gathered)
-          and `attention`, the CLS query's weights [B, heads, N] for every block that has one (of
-          CaiT, the class-attention blocks), and `features` [B, d], what the head reads. Under jit,
-          what is not used is not computed.
+          The logits [B, classes], and an `Output`. Under jit, what is not used is not computed.
+          An input with a value that is not finite has logits that are NaN, and leaves the others
+          as they are.
 
         Raises:
-          ValueError: an unknown execution, capacities that are missing, too many, or out of 1..N.
+          ValueError: inputs of another shape or of integers; an unknown execution; thresholds,
+            capacities or ratios that do not fit the groups.
         """
-        capacities = self._check(execution, capacities)
-        self.check_budget(keep_ratios, score)
-        thresholds = self._per_group(thresholds)
-        n, prefix = self.backbone.num_patches, self.backbone.num_prefix
-        x = self.backbone.embed(images)
-        alive = jnp.ones((x.shape[0], n), bool)
-        slots = jnp.broadcast_to(jnp.arange(n), alive.shape)  # where each token came from
-        out = {"scores": [], "keep": [], "head_logits": [], "overflow": [], "attention": []}
-
-        def on_grid(values):
-            return to_grid(values, slots, n) if execution == "gathered" else values
-
-        cls_attention = jnp.ones(alive.shape)  # no block has attended to anything yet
-        for group in range(1, self.num_groups + 1):
-            if score == "attention":
-                evidence = cls_attention
-            else:
-                head_logits = self.interpret(group, x)
-                evidence = policy.informative_scores(head_logits)
-                out["head_logits"].append(
-                    jnp.moveaxis(on_grid(jnp.moveaxis(head_logits, -1, 1)), 1, -1)
-                )
-            scores = jnp.where(alive, evidence, 0.0)
-            out["scores"].append(on_grid(scores))
-
-            overflow = jnp.zeros(x.shape[0], jnp.int32)
-            if execution != "dense":
-                forced = keep[group - 1] if keep is not None else None
-                if forced is None:
-                    alive = self.decide(group, scores, alive, thresholds, keep_ratios)
-                else:
-                    alive = alive & jnp.take_along_axis(forced, slots, axis=1)
-            if execution == "gathered":
-                capacity = min(capacities[group - 1], alive.shape[1])
-                chosen, alive, overflow = top_k_slots(scores, alive, capacity)
-                x = self._with_patches(x, chosen)
-                slots = jnp.take_along_axis(slots, chosen, axis=1)
-            out["keep"].append(on_grid(alive))
-            out["overflow"].append(overflow)
-
-            x, attention = self.run_blocks(group, x, None if execution == "dense" else alive)
-            out["attention"] += [on_grid(row[..., prefix:]) for row in attention]
-            if attention:
-                cls_attention = attention[-1].mean(axis=1)[:, prefix:]
-
-        survivors = None if execution == "dense" else alive
-        logits, out["features"], attention = self.backbone.classify(x, survivors)
-        out["attention"] += [on_grid(row) for row in attention]
-        return logits, out
-
-    def decide(
-        self,
-        group: int,
-        scores: Float[Array, "b n"],
-        alive: Bool[Array, "b n"],
-        thresholds: Float[Array, "... D"],
-        keep_ratios: Sequence[float] | None = None,
-    ) -> Bool[Array, "b n"]:
-        """The alive tokens the group keeps: those above its threshold, or its share of the best."""
-        if keep_ratios is None:
-            return alive & (scores > thresholds[..., group - 1, None])
-        return top_k(scores, alive, self.budget(keep_ratios)[group - 1])
-
-    def budget(self, keep_ratios: Sequence[float]) -> tuple[int, ...]:
-        """Tokens that each group keeps: ceil(ratio * N), and no more than the group before."""
-        n = self.backbone.num_patches
-        counts = [math.ceil(round(ratio * n, 6)) for ratio in keep_ratios]
-        return tuple(itertools.accumulate(counts, min))
-
-    def check_budget(self, keep_ratios: Sequence[float] | None, score: str) -> None:
-        """Raises a ValueError if `keep_ratios` and `score` make no sense for this model."""
-        if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        if keep_ratios is not None:
-            ratios = tuple(keep_ratios)
-            if len(ratios) != self.num_groups or not all(0 < ratio <= 1 for ratio in ratios):
-                raise ValueError(
-                    f"keep_ratios must be {self.num_groups} shares in (0, 1], got {ratios}"
-                )
-        if score == "attention" and not self.backbone.num_prefix:
-            raise ValueError(
-                'score="attention" needs a CLS token in the blocks; this backbone has none there'
+        if score is not None:
+            warnings.warn(
+                "score= goes with the next release: use selector=", DeprecationWarning, stacklevel=2
             )
-        if score == "attention" and (keep_ratios is None or keep_ratios[0] != 1):
-            raise ValueError(
-                'score="attention" needs keep_ratios that start with 1: before the first block '
-                f"nothing has been attended to; got {keep_ratios}"
-            )
+            selector = score
+        selector, reducer = get_selector(selector), get_reducer(reducer)
+        self._check_inputs(inputs)
+        self.check_budget(keep_ratios, selector)
+        capacities = self._check_execution(execution, capacities)
+        thresholds = self.per_group(thresholds)
+        counts = self.keep_counts(keep_ratios)
 
-    def _check(self, execution, capacities):
-        if execution not in EXECUTIONS:
-            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
-        if (capacities is not None) != (execution == "gathered"):
-            raise ValueError('capacities go with execution="gathered", and it needs them')
-        if capacities is None:
-            return None
-        n = self.backbone.num_patches
-        if len(capacities) != self.num_groups or not all(1 <= c <= n for c in capacities):
-            raise ValueError(
-                f"capacities must be {self.num_groups} numbers in 1..{n}, one per group, "
-                f"got {tuple(capacities)}"
-            )
-        return tuple(int(c) for c in capacities)
+        def decide(group: int, scores: Array, state: TokenState) -> Array:
+            """The kept tokens: as given, or by the budget."""
+            given = keep[group - 1] if keep is not None else None
+            if given is not None:
+                return state.alive & jnp.take_along_axis(given, state.origin, axis=1)
+            return within_budget(group, scores, state.alive, thresholds, counts)
 
-    def _with_patches(
-        self, x: Float[Array, "b t d"], slots: Int[Array, "b k"]
-    ) -> Float[Array, "b c d"]:
-        """The prefix, and the patch tokens at `slots`."""
-        prefix = self.backbone.num_prefix
-        return jnp.concatenate([x[:, :prefix], take_tokens(x[:, prefix:], slots)], axis=1)
+        x = self.backbone.embed(inputs)
+        state = all_alive(x, self.input_spec.num_patches)
+        known = selector.input_scores(inputs, x, self)
+        if execution == "gathered":
+            how = Compacted(self, selector, known, reducer, capacities)
+        else:
+            how = InPlace(self, selector, known, reducer, dense=execution == "dense")
+        state, records = run_groups(how, state, range(1, self.num_groups + 1), decide)
+        survivors = None if execution == "dense" else state.alive
+        logits, features, attention = self.backbone.classify(state.x, survivors)
+        if execution != "dense":
+            logits, features = (nan_where_not_finite(y, x) for y in (logits, features))
+        if execution == "gathered":
+            n = self.input_spec.num_patches
+            attention = [to_grid(row, state.origin, n) for row in attention]
+        return logits, output_of(records, features, attention)
 
     # -- The parts that training needs: the prefix once, the suffix for several rollouts.
-
-    def compact(
-        self, x: Float[Array, "b t d"], keep: Bool[Array, "b n"], capacity: int
-    ) -> tuple[Float[Array, "b c d"], Bool[Array, "b k"], Int[Array, "b k"], Int[Array, " b"]]:
-        """Moves the kept patch tokens into `capacity` slots, in order.
-
-        Returns the tokens, which slots are valid, where each came from, and how many tokens found
-        no slot (then the result is not masked execution's, and must not be used).
-        """
-        slots = kept_first(keep)[0][:, :capacity]
-        valid = jnp.take_along_axis(keep, slots, axis=1)
-        return self._with_patches(x, slots), valid, slots, keep.sum(axis=1) - valid.sum(axis=1)
 
     def up_to(
         self,
         group: int,
-        images: Float[Array, "b height width 3"],
+        inputs: Float[Array, "b ..."],
         thresholds: Thresholds = 0.5,
         capacities: Sequence[int] | None = None,
-    ) -> Entry:
-        """Up to the entry of `group`: by masked execution, or gathered into `capacities` slots.
+    ) -> TokenState:
+        """The tokens at the entry of `group`, by masked execution or in `capacities` slots.
 
         Args:
-          capacities: patch slots of the groups before `group`; None: masked.
+          capacities: patch slots of the groups before `group`; None: masked. The state's overflow
+            is then the sum over these groups, and where it is not 0 the tokens must not be used.
         """
-        thresholds = self._per_group(thresholds)
-        x = self.backbone.embed(images)
-        alive = jnp.ones((x.shape[0], self.backbone.num_patches), bool)
-        slots = jnp.broadcast_to(jnp.arange(alive.shape[1]), alive.shape)
-        overflow = jnp.zeros(x.shape[0], jnp.int32)
-        for earlier in range(1, group):
-            head_logits = self.interpret(earlier, x)
-            alive = policy.greedy(head_logits, alive, thresholds[..., earlier - 1, None])
-            if capacities is not None:
-                x, alive, chosen, more = self.compact(x, alive, capacities[earlier - 1])
-                slots = jnp.take_along_axis(slots, chosen, axis=1)
-                overflow = overflow + more
-            x, _ = self.run_blocks(earlier, x, alive)
-        return Entry(x, alive, slots, overflow)
+        selector, reducer = get_selector("interpreter"), get_reducer("drop")
+        state = all_alive(self.backbone.embed(inputs), self.input_spec.num_patches)
+        if capacities is None:
+            how = InPlace(self, selector, None, reducer)
+        else:
+            how = Compacted(self, selector, None, reducer, capacities, keep_best=False)
+        decide = self._by_threshold(thresholds)
+        state, records = run_groups(how, state, range(1, group), decide)
+        return state._replace(overflow=sum((r.overflow for r in records), state.overflow * 0))
 
     def onward(
         self,
@@ -314,10 +219,109 @@ class IARed2(nn.Module):
         keep: Bool[Array, "b n"],
         thresholds: Thresholds = 0.5,
     ) -> Float[Array, "b classes"]:
-        """Masked execution from the entry of `group`, whose keep mask is given, to the logits."""
-        thresholds = self._per_group(thresholds)
-        x, _ = self.run_blocks(group, x, keep)
-        for later in range(group + 1, self.num_groups + 1):
-            keep = policy.greedy(self.interpret(later, x), keep, thresholds[..., later - 1, None])
-            x, _ = self.run_blocks(later, x, keep)
-        return self.backbone.classify(x, keep)[0]
+        """The logits, by masked execution from the entry of `group`, whose keep mask is given."""
+        how = InPlace(self, get_selector("interpreter"), None, get_reducer("drop"))
+        own = self._by_threshold(thresholds)
+
+        def decide(number: int, scores: Array, state: TokenState) -> Array:
+            """The mask that is given, and later the interpreters' own."""
+            return state.alive if number == group else own(number, scores, state)
+
+        state = all_alive(x, keep.shape[1])._replace(alive=keep)
+        state, _ = run_groups(how, state, range(group, self.num_groups + 1), decide)
+        return self.backbone.classify(state.x, state.alive)[0]
+
+    def compact(self, state: TokenState, keep: Bool[Array, "b k"], capacity: int) -> TokenState:
+        """The kept patch tokens in `capacity` slots, in order; `overflow` says how many found none.
+
+        Where it is not 0 the result is not masked execution's, and must not be used.
+        """
+        return get_reducer("drop").compacted(state, keep, None, self.num_prefix, capacity)
+
+    # -- What is asked, checked.
+
+    def per_group(self, thresholds: Thresholds) -> Float[Array, "... D"]:
+        """The thresholds as an array [D], or [B, D] where each input has its own.
+
+        Raises:
+          ValueError: not one number, D, or D per input.
+        """
+        values = jnp.asarray(thresholds, jnp.float32)
+        if values.ndim > 2 or values.shape[-1:] not in ((), (1,), (self.num_groups,)):
+            raise ValueError(
+                f"thresholds must be one number, {self.num_groups} (one per group), or "
+                f"{self.num_groups} per input, got the shape {values.shape}"
+            )
+        return jnp.broadcast_to(values, (*values.shape[:-1], self.num_groups))
+
+    def keep_counts(self, keep_ratios: Sequence[float] | None) -> tuple[int, ...] | None:
+        """Tokens that each group keeps under a fixed budget; None: there is none."""
+        if keep_ratios is None:
+            return None
+        return keep_counts(keep_ratios, self.input_spec.num_patches)
+
+    def check_budget(self, keep_ratios: Sequence[float] | None, selector: Selector) -> None:
+        """Raises a ValueError if `keep_ratios` and `selector` make no sense for this model."""
+        if keep_ratios is not None:
+            ratios = tuple(keep_ratios)
+            if len(ratios) != self.num_groups or not all(0 < ratio <= 1 for ratio in ratios):
+                raise ValueError(
+                    f"keep_ratios must be {self.num_groups} shares in (0, 1], got {ratios}"
+                )
+        selector.check(self, keep_ratios)
+
+    def _by_threshold(self, thresholds: Thresholds) -> Callable[[int, Array, TokenState], Array]:
+        values = self.per_group(thresholds)
+        return lambda group, scores, state: within_budget(group, scores, state.alive, values, None)
+
+    def _check_inputs(self, inputs: Array) -> None:
+        self.input_spec.check(inputs)
+        if not jnp.issubdtype(inputs.dtype, jnp.floating):
+            raise ValueError(
+                f"inputs are {inputs.dtype}, but must be normalised: "
+                "module.input_spec.normalize(pixels) takes pixels 0..255"
+            )
+
+    def _check_execution(
+        self, execution: str, capacities: Sequence[int] | None
+    ) -> tuple[int, ...] | None:
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+        if (capacities is not None) != (execution == "gathered"):
+            raise ValueError('capacities go with execution="gathered", and it needs them')
+        if capacities is None:
+            return None
+        if taps.asked(self, taps.BLOCK_INPUT):
+            raise ValueError('taps show the tokens where they are: not with execution="gathered"')
+        n = self.input_spec.num_patches
+        if len(capacities) != self.num_groups or not all(1 <= c <= n for c in capacities):
+            raise ValueError(
+                f"capacities must be {self.num_groups} numbers in 1..{n}, one per group, "
+                f"got {tuple(capacities)}"
+            )
+        return tuple(int(c) for c in capacities)
+
+
+def nan_where_not_finite(y: Float[Array, "b k"], x: Float[Array, "b t d"]) -> Float[Array, "b k"]:
+    """`y`, NaN for inputs whose embedded tokens `x` are not all finite.
+
+    Dense execution gives NaN there by itself. Where tokens are dropped, NaN scores keep none, and
+    the answer of what is left would look like any other.
+    """
+    finite = jnp.isfinite(x).all(axis=(1, 2))
+    return jnp.where(finite[:, None], y, jnp.nan)
+
+
+def output_of(
+    records: Sequence[GroupRecord], features: Array, attention: Sequence[Array]
+) -> Output:
+    """The output of a forward pass, from what happened in each group and in the classifier."""
+    logits = [record.interpreter_logits for record in records]
+    return Output(
+        scores=tuple(record.scores for record in records),
+        keep=tuple(record.keep for record in records),
+        interpreter_logits=tuple(x for x in logits if x is not None),
+        overflow=tuple(record.overflow for record in records),
+        attention=(*(row for record in records for row in record.attention), *attention),
+        features=features,
+    )

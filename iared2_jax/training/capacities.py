@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iared2_jax.data.images import normalize
 from iared2_jax.errors import UsageError
 from iared2_jax.files import write_json
 from iared2_jax.token_reduction.model import IARed2
@@ -35,16 +34,18 @@ def measure_capacities(
     groups = phase.group - (phase.kind == "interpreter")
 
     @jax.jit
-    def counts(params, images):
-        _, out = module.apply({"params": params}, normalize(images, module.norm), phase.thresholds)
-        return jnp.stack([keep.sum(-1) for keep in out["keep"]], axis=1)
+    def counts(params, inputs):
+        _, out = module.apply(
+            {"params": params}, module.input_spec.normalize(inputs), phase.thresholds
+        )
+        return jnp.stack([keep.sum(-1) for keep in out.keep], axis=1)
 
     seen: list[np.ndarray] = []
     while sum(len(part) for part in seen) < SAMPLE:
-        seen.append(np.asarray(counts(params, next(batches)["image"])))
+        seen.append(np.asarray(counts(params, next(batches)["input"])))
     most = np.concatenate(seen)[:, :groups].max(axis=0)
     slots = -(-(most * HEADROOM) // STEP) * STEP
-    return tuple(int(c) for c in np.clip(slots, 1, module.backbone.num_patches))
+    return tuple(int(c) for c in np.clip(slots, 1, module.input_spec.num_patches))
 
 
 def recalled(path: Path, phase: Phase, measure) -> Capacities:

@@ -52,6 +52,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "policy_token": config.model.policy_token or None,
         "scale": config.model.scale,
         "init_bias": config.model.init_bias,
+        **{key: size for key, size in config_lib.input_sizes(config).items() if size},
     }
     if config.model.interpreter_heads:
         options["interpreter_heads"] = config.model.interpreter_heads

@@ -56,7 +56,7 @@ def supervised_loss(
     task: Task, params: Params, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Array, Metrics]:
     """Cross-entropy of the plain backbone."""
-    logits, _ = task.module.apply({"params": params}, batch["image"], execution="dense")
+    logits, _ = task.module.apply({"params": params}, batch["input"], execution="dense")
     loss, metrics = cross_entropy(logits, batch, task.phase.options.label_smoothing)
     return loss, {**metrics, "overflow": jnp.zeros(())}
 
@@ -71,15 +71,16 @@ def backbone_loss(
     module, phase, capacities = task.module, task.phase, task.capacities
     apply = functools.partial(module.apply, {"params": params})
     group, thresholds = phase.group, phase.thresholds
-    x, alive, _, overflow = apply(group, batch["image"], thresholds, capacities, method="up_to")
-    head_logits = apply(group, x, method="interpret")
-    keep = policy.greedy(head_logits, alive, _own_threshold(phase))
+    state = apply(group, batch["input"], thresholds, capacities, method="up_to")
+    head_logits = apply(group, state.x, method="interpret")
+    keep = policy.greedy(head_logits, state.alive, _own_threshold(phase))
+    overflow = state.overflow
     if capacities is not None:
-        x, keep, _, more = apply(x, keep, capacities[group - 1], method="compact")
-        overflow = overflow + more
-    logits = apply(group, x, keep, thresholds, method="onward")
+        state = apply(state, keep, capacities[group - 1], method="compact")
+        keep, overflow = state.alive, overflow + state.overflow
+    logits = apply(group, state.x, keep, thresholds, method="onward")
     loss, metrics = cross_entropy(logits, batch, task.phase.options.label_smoothing)
-    kept = (keep.sum(-1) / module.backbone.num_patches).mean()
+    kept = (keep.sum(-1) / module.input_spec.num_patches).mean()
     return loss, {**metrics, "keep_rate": kept, "overflow": overflow.sum().astype(jnp.float32)}
 
 
@@ -94,16 +95,16 @@ def interpreter_loss(
     """
     module, config, phase = task.module, task.config, task.phase
     group, labels, rollouts = phase.group, batch["label"], config.interpreter.rollouts
-    n = module.backbone.num_patches
+    n = module.input_spec.num_patches
     apply = functools.partial(module.apply, {"params": params})
-    entry = apply(group, batch["image"], phase.thresholds, task.capacities, method="up_to")
+    entry = apply(group, batch["input"], phase.thresholds, task.capacities, method="up_to")
     x, alive = jax.lax.stop_gradient(entry.x), entry.alive
     head_logits = apply(group, x, method="interpret")
 
     greedy = policy.greedy(head_logits, alive, _own_threshold(phase))
     keys = jax.random.split(key, rollouts)
     sampled = jnp.stack(
-        [policy.sample(k, head_logits, alive, entry.slots, n) for k in keys], axis=1
+        [policy.sample(k, head_logits, alive, entry.origin, n) for k in keys], axis=1
     )
 
     # Rollouts of one image stay next to each other, so that rows split over devices as images do.

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PRNGKeyArray
 
-from iared2_jax.data.images import normalize
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training import optimizers
 from iared2_jax.training.curriculum import Phase
@@ -89,7 +88,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = {**batch, "image": normalize(batch["image"], module.norm)}
+        batch = {**batch, "input": module.input_spec.normalize(batch["input"])}
         grads, metrics = _fitting_gradients(task, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         trainable, frozen = optimizers.split_trainable(

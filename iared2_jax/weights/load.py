@@ -40,7 +40,7 @@ from iared2_jax.weights.layouts import (
 log = logging.getLogger(__name__)
 
 # What a file of ours says of its model, beside what shapes tell.
-_TOLD = ("group_sizes", "policy_token", "interpreter_heads", "scale", "init_bias", "norm")
+_TOLD = ("group_sizes", "policy_token", "interpreter_heads", "scale", "init_bias")
 _NEAREST = 10  # names that a failure lists
 
 
@@ -93,7 +93,7 @@ def load_weights(
     for path, recipe in recipes.items():
         value = _made(source, recipe, tensors)
         if path == "backbone/pos_embed" and value.ndim == 3:
-            value = resize_positions(value, module.backbone.num_prefix, module.backbone.num_patches)
+            value = resize_positions(value, module.num_prefix, module.input_spec.num_patches)
         if value.shape == fresh[path].shape:
             loaded[path] = jnp.asarray(value, fresh[path].dtype)
         elif not path.startswith("backbone/head") or value.shape[:-1] != fresh[path].shape[:-1]:
@@ -264,8 +264,8 @@ def _has_shapes_of(
         return False
     d, last = backbone.embed_dim, f"block_{backbone.depth - 1}/mlp/fc1/kernel"
     expected = {
-        "pos_embed": (1, backbone.num_prefix + backbone.num_patches, d),
-        "patch_embed/kernel": (3 * backbone.patch_size**2, d),
+        "pos_embed": (1, backbone.num_prefix + backbone.input_spec.num_patches, d),
+        "patch_embed/kernel": (backbone.input_spec.patch_values, d),
         last: (d, backbone.mlp_ratio * d),
         f"block_{backbone.depth}/mlp/fc1/kernel": None,
         "class_block_0/gamma_1": None if backbone.num_prefix else (d,),

@@ -5,6 +5,8 @@ read the patches, which they leave as they are. Dropped patches must be masked i
 within talking heads twice: see `TalkingHeads`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -12,10 +14,11 @@ from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from iared2_jax.models import taps
 from iared2_jax.models.attention import MASKED_LOGIT, attend
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm, to_patches
+from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
 
@@ -64,6 +67,7 @@ class TalkingHeads(nn.Module):
             # Once more: the second mixing's bias gives every dropped key a weight.
             if valid is not None:
                 weights = weights * valid[:, None, None, :]
+            weights = taps.tap(self, taps.ATTENTION, weights)
             y = jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
             return rearrange(y, "s h c e -> s c (h e)"), weights[:, :, 0]
 
@@ -108,7 +112,10 @@ class ClassAttention(nn.Module):
             )
             for name, tokens in (("q", x[:, :1]), ("k", x), ("v", x))
         )
-        y, weights = attend(q, k, v, valid)
+        show = None
+        if taps.asked(self, taps.ATTENTION):
+            show = functools.partial(taps.tap, self, taps.ATTENTION)
+        y, weights = attend(q, k, v, valid, show)
         y = rearrange(y, "b h t e -> b t (h e)")
         return TokenDense(d, self.dtype, name="proj")(y), weights
 
@@ -142,8 +149,7 @@ class CaiT(nn.Module):
     Attributes: as `models.backbones.vit.ViT`'s. The positions have no CLS.
     """
 
-    image_size: int = 224
-    patch_size: int = 16
+    input_spec: InputSpec = images(224)
     embed_dim: int = 384
     depth: int = 24
     class_depth: int = 2
@@ -156,18 +162,11 @@ class CaiT(nn.Module):
     num_prefix = 0
     attention_kernels = ("einsum",)
 
-    @property
-    def input_spec(self) -> InputSpec:
-        return images(self.image_size, self.patch_size)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
     def setup(self):
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
         self.cls_token = self.param("cls_token", kernel_init, (1, 1, self.embed_dim))
-        self.pos_embed = self.param("pos_embed", kernel_init, (1, self.num_patches, self.embed_dim))
+        tokens = self.input_spec.num_patches
+        self.pos_embed = self.param("pos_embed", kernel_init, (1, tokens, self.embed_dim))
         options = (self.num_heads, self.mlp_ratio, self.dtype)
         self.blocks = [Block(*options, name=f"block_{index}") for index in range(self.depth)]
         self.class_blocks = [
@@ -176,9 +175,9 @@ class CaiT(nn.Module):
         self.norm = layer_norm(self.dtype)
         self.head = nn.Dense(self.num_classes, kernel_init=kernel_init)
 
-    def embed(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b n d"]:
+    def embed(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b n d"]:
         """Images to patch tokens, positions added."""
-        x = self.patch_embed(to_patches(inputs, self.image_size, self.patch_size))
+        x = self.patch_embed(self.input_spec.to_patches(inputs))
         return x + self.pos_embed.astype(self.dtype)
 
     def run_block(
@@ -212,12 +211,13 @@ class CaiT(nn.Module):
     def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
         """Patch embedding, class-attention blocks (keys and values of kept + 1 tokens), head."""
         d = self.embed_dim
-        outer = self.num_patches * 3 * self.patch_size**2 * d + d * self.num_classes
+        spec = self.input_spec
+        outer = spec.num_patches * spec.patch_values * d + d * self.num_classes
         block = 2 * (kept + 1) * d**2 + (2 + 2 * self.mlp_ratio) * d**2
         linear = outer + self.class_depth * block
         return linear, linear + self.class_depth * 2 * (kept + 1) * d
 
-    def __call__(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
+    def __call__(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b classes"]:
         x = self.embed(inputs)
         for index in range(self.depth):
             x, _ = self.run_block(index, x)

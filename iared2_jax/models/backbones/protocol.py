@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float
 
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.token_layouts import TokenLayout
 from iared2_jax.typing import Array
 
@@ -37,31 +38,31 @@ class BlockFlops(NamedTuple):
 class Backbone(Protocol):
     """A linen module with these attributes and methods.
 
-    `num_classes`, `dtype` and `attention_kernel` must be fields, for `clone`; others may be what
-    they like.
+    `num_classes`, `dtype` and `attention_kernel` must be fields, for `clone`; so must `input_spec`,
+    where `create_model` is to build it at another size.
 
     Attributes:
-      image_size, num_classes, embed_dim, num_heads, depth: as everywhere; depth counts the blocks
-        that groups are made of.
-      num_patches: N, the tokens that interpreters score. num_prefix: tokens before them, never
-        dropped, the first of them CLS; 0 if the blocks see patches alone.
+      input_spec: the shape and the patches of its inputs; N patch tokens, which interpreters score.
+      num_classes, embed_dim, num_heads, depth: as everywhere; depth counts the blocks that groups
+        are made of.
+      num_prefix: tokens before the patches, never dropped, the first of them CLS; 0 if the blocks
+        see patches alone.
       dtype: of the computation. attention_kernel: one of `attention_kernels`.
     """
 
-    image_size: int
+    input_spec: InputSpec
     num_classes: int
     embed_dim: int
     num_heads: int
     depth: int
-    num_patches: int
     num_prefix: int
     dtype: DTypeLike
     attention_kernel: str
     attention_kernels: tuple[str, ...]
     clone: Callable[..., "Backbone"]
 
-    def embed(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
-        """Images to tokens, prefix first, positions added."""
+    def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
+        """Images or clips to tokens, prefix first, then patches in the order of `InputSpec`."""
 
     def run_block(
         self, index: int, x: Float[Array, "b t d"], layout: TokenLayout

@@ -1,15 +1,18 @@
 """The plain vision transformer (ViT, DeiT, distilled DeiT) in Flax linen."""
 
+import functools
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from iared2_jax.models import taps
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm, to_patches
+from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
 
@@ -37,7 +40,10 @@ class Attention(nn.Module):
         lengths: Int[Array, " s"] | None,
     ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
         q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
-        if self.kernel == "cudnn" and (valid is None or lengths is not None):
+        if taps.asked(self, taps.ATTENTION):
+            show = functools.partial(taps.tap, self, taps.ATTENTION)
+            y, attention = attend(q, k, v, valid, show)
+        elif self.kernel == "cudnn" and (valid is None or lengths is not None):
             y, attention = attend_cudnn(q, k, v, lengths)
         else:  # scattered valid keys would reach cuDNN as a bias that skips nothing
             y, attention = attend(q, k, v, valid)
@@ -68,7 +74,7 @@ class ViT(nn.Module):
     """ViT / DeiT with `num_prefix` tokens before the patches: CLS, and DeiT's distillation token.
 
     Attributes:
-      image_size, patch_size: square, px; the image size is a multiple of the patch size.
+      input_spec: shape and patches of the inputs.
       embed_dim, depth, num_heads, mlp_ratio: the usual.
       num_classes: of the head; a distilled model has two heads, averaged (DeiT, at test time).
       distilled: add the distillation token and its head.
@@ -76,8 +82,7 @@ class ViT(nn.Module):
       attention_kernel: "einsum", or "cudnn" (NVIDIA GPU, half precision).
     """
 
-    image_size: int = 224
-    patch_size: int = 16
+    input_spec: InputSpec = images(224)
     embed_dim: int = 384
     depth: int = 12
     num_heads: int = 6
@@ -93,20 +98,12 @@ class ViT(nn.Module):
     def num_prefix(self) -> int:
         return 2 if self.distilled else 1
 
-    @property
-    def input_spec(self) -> InputSpec:
-        return images(self.image_size, self.patch_size)
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
     def setup(self):
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
         self.cls_token = self.param("cls_token", kernel_init, (1, 1, self.embed_dim))
         if self.distilled:
             self.dist_token = self.param("dist_token", kernel_init, (1, 1, self.embed_dim))
-        tokens = self.num_prefix + self.num_patches
+        tokens = self.num_prefix + self.input_spec.num_patches
         self.pos_embed = self.param("pos_embed", kernel_init, (1, tokens, self.embed_dim))
         self.blocks = [
             Block(
@@ -123,9 +120,9 @@ class ViT(nn.Module):
         if self.distilled:
             self.head_dist = nn.Dense(self.num_classes, kernel_init=kernel_init)
 
-    def embed(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b t d"]:
+    def embed(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b t d"]:
         """Images to tokens, prefix first, positions added."""
-        x = self.patch_embed(to_patches(inputs, self.image_size, self.patch_size))
+        x = self.patch_embed(self.input_spec.to_patches(inputs))
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
         prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
@@ -156,11 +153,12 @@ class ViT(nn.Module):
     def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
         """Patch embedding and head(s)."""
         heads = 2 if self.distilled else 1
-        cost = self.num_patches * 3 * self.patch_size**2 * self.embed_dim
+        spec = self.input_spec
+        cost = spec.num_patches * spec.patch_values * self.embed_dim
         cost += heads * self.embed_dim * self.num_classes
         return cost, cost
 
-    def __call__(self, inputs: Float[Array, "b height width 3"]) -> Float[Array, "b classes"]:
+    def __call__(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b classes"]:
         x = self.embed(inputs)
         for index in range(self.depth):
             x, _ = self.run_block(index, x)

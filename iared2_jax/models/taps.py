@@ -1,0 +1,115 @@
+"""Taps: what happens inside a model, shown to whoever asks, with gradients; free where nobody does.
+
+A module shows a value with `tap(self, name, value)`. `apply_with_taps` collects what was shown,
+`tap_gradients` also differentiates with respect to it. Attention rollout, GradCAM and relevance
+propagation need no more.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Float
+
+from iared2_jax.typing import Array
+
+# linen leaves this collection out of `init`, so that taps are no parameters.
+_SHOWN = "intermediates"
+_OFFSETS = "tap_offsets"
+
+ATTENTION = "attention"
+BLOCK_INPUT = "block_input"
+
+
+class Taps(NamedTuple):
+    """Values of a forward pass, or their gradients, block by block; dense or masked execution.
+
+    attention: weights [B, heads, queries, keys] of every attention layer, prefix tokens first; of
+      CaiT's class-attention blocks, which come last, the CLS query's alone.
+    block_inputs: tokens [B, P+N, d] that enter each block of the groups.
+    """
+
+    attention: tuple[Array, ...]
+    block_inputs: tuple[Array, ...]
+
+
+def asked(module: nn.Module, name: str) -> bool:
+    """Whether somebody wants to see the value that `module` shows as `name`."""
+    return module.is_mutable_collection(_SHOWN) or module.has_variable(_OFFSETS, name)
+
+
+def tap(module: nn.Module, name: str, value: Array) -> Array:
+    """The value itself, shown to whoever asks; go on with what this returns.
+
+    Its gradient is that of an offset of zero which is added here.
+    """
+    if module.has_variable(_OFFSETS, name):
+        value = value + module.get_variable(_OFFSETS, name)
+    module.sow(_SHOWN, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return value
+
+
+def apply_with_taps(
+    module: nn.Module, variables: Mapping[str, Any], inputs: Float[Array, "b ..."], **options: Any
+) -> tuple[Array, Any, Taps]:
+    """`module.apply(variables, inputs, **options)`, and what was shown on the way.
+
+    Returns:
+      Logits, the model's output, and the taps.
+
+    Example:
+      >>> import iared2_jax
+      >>> module, variables = iared2_jax.create_model("vit_micro")
+      >>> _, _, taps = apply_with_taps(module, variables, jnp.zeros([1, 64, 64, 3]))
+      >>> len(taps.attention), taps.attention[0].shape, taps.block_inputs[0].shape
+      (6, (1, 3, 65, 65), (1, 65, 96))
+    """
+    (logits, out), shown = module.apply(variables, inputs, **options, mutable=[_SHOWN])
+    return logits, out, _in_order(shown[_SHOWN])
+
+
+def tap_gradients(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    inputs: Float[Array, "b ..."],
+    objective: Callable[[Float[Array, "b classes"]], Float[Array, " b"]],
+    **options: Any,
+) -> tuple[Array, Any, Taps, Taps]:
+    """The taps of a forward pass, and the gradient of an objective with respect to each.
+
+    Args:
+      objective: logits to one number per image, e.g. the logit of a class. Images do not see each
+        other, so the gradient of the sum is each image's own.
+
+    Returns:
+      Logits, the model's output, the taps, and d objective / d tap, alike in structure.
+    """
+
+    def forward(offsets: Mapping[str, Any]):
+        everything = {**variables, _OFFSETS: offsets}
+        (logits, out), shown = module.apply(everything, inputs, **options, mutable=[_SHOWN])
+        return objective(logits).sum(), (logits, out, shown[_SHOWN])
+
+    shapes = jax.eval_shape(lambda: forward({})[1][2])
+    offsets = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    gradients, (logits, out, shown) = jax.grad(forward, has_aux=True)(offsets)
+    return logits, out, _in_order(shown), _in_order(gradients)
+
+
+def _in_order(tree: Mapping[str, Any]) -> Taps:
+    """The values of a collection of taps by kind, in the order of the blocks."""
+    flat = traverse_util.flatten_dict(dict(tree), sep="/")
+    kinds: dict[str, list[Array]] = {ATTENTION: [], BLOCK_INPUT: []}
+    for path in sorted(flat, key=_natural):
+        kind = re.sub(r"_\d+$", "", path.rpartition("/")[2])
+        kinds.setdefault(kind, []).append(flat[path])
+    return Taps(tuple(kinds[ATTENTION]), tuple(kinds[BLOCK_INPUT]))
+
+
+def _natural(path: str) -> list[Any]:
+    """A sort key that puts block_10 after block_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

@@ -1,0 +1,141 @@
+"""The one loop over the groups, which every execution runs: score, decide, reduce, run the blocks.
+
+An `Execution` says how the tokens lie meanwhile: `InPlace` (masked and dense) leaves all of them in
+the array, `Compacted` (gathered) moves the survivors into fewer slots; the ragged engine of
+`fast_inference` is a third. Training runs the same loop up to a group, and on from it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from iared2_jax.token_reduction.compaction import to_grid
+from iared2_jax.token_reduction.reducers.base import Reducer
+from iared2_jax.token_reduction.selectors.base import Evidence, Selector
+from iared2_jax.token_reduction.state import TokenState
+from iared2_jax.typing import Array
+
+# (group, scores [b, k], state) -> which tokens the group keeps [b, k].
+Decide = Callable[[int, Array, Any], Array]
+
+
+class GroupRecord(NamedTuple):
+    """What happened in a group, on the patch grid; the fields are those of `Output`."""
+
+    scores: Float[Array, "b n"]
+    keep: Bool[Array, "b n"]
+    interpreter_logits: Float[Array, "b n heads"] | None
+    overflow: Array
+    attention: Sequence[Float[Array, "b h n"]]
+
+
+@runtime_checkable
+class Execution(Protocol):
+    """How the tokens lie while the groups run. Its `state` has `alive` and `overflow`."""
+
+    def evidence(self, group: int, state: Any) -> Evidence:
+        """The selector's word on the tokens that enter the group, where `state.alive` has them."""
+
+    def reduce(self, group: int, state: Any, keep: Array, scores: Array) -> Any:
+        """The state with only the kept tokens alive."""
+
+    def run_blocks(self, group: int, state: Any) -> tuple[Any, Sequence[Array]]:
+        """The state behind the group's blocks, and each block's CLS attention on the grid."""
+
+    def on_grid(self, state: Any, values: Array) -> Array:
+        """Values per token [b, k, ..] by patch [b, N, ..], 0 where there is none."""
+
+
+def run_groups(
+    execution: Execution, state: Any, groups: Iterable[int], decide: Decide
+) -> tuple[Any, list[GroupRecord]]:
+    """Runs some groups in turn (counted from 1), and says what happened in each."""
+    records = []
+    for group in groups:
+        evidence = execution.evidence(group, state)
+        scores = jnp.where(state.alive, evidence.scores, 0.0)
+        keep = decide(group, scores, state)
+        seen, logits = execution.on_grid(state, scores), evidence.interpreter_logits
+        if logits is not None:
+            logits = execution.on_grid(state, logits)
+        state = execution.reduce(group, state, keep, scores)
+        kept = execution.on_grid(state, state.alive)
+        state, attention = execution.run_blocks(group, state)
+        records.append(GroupRecord(seen, kept, logits, state.overflow, attention))
+    return state, records
+
+
+class InPlace(NamedTuple):
+    """All tokens stay in the array; dropped ones are masked keys. The reference semantics.
+
+    model: the bound module. input_scores: the selector's, if it has some. dense: nothing is
+    dropped, so there is nothing to mask.
+    """
+
+    model: Any
+    selector: Selector
+    input_scores: Float[Array, "b n"] | None
+    reducer: Reducer
+    dense: bool = False
+
+    def evidence(self, group: int, state: TokenState) -> Evidence:
+        if self.input_scores is not None:
+            return Evidence(self.input_scores)
+        return self.selector.token_scores(group, state.x, state.attention, self.model)
+
+    def reduce(self, group: int, state: TokenState, keep: Array, scores: Array) -> TokenState:
+        prefix = self.model.num_prefix
+        return state if self.dense else self.reducer.in_place(state, keep, scores, prefix)
+
+    def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
+        alive = None if self.dense else state.alive
+        return _run_blocks(self.model, group, state, alive)
+
+    def on_grid(self, state: TokenState, values: Array) -> Array:
+        return values
+
+
+class Compacted(NamedTuple):
+    """Survivors move into `capacities[group - 1]` slots at each group's entry, in image order.
+
+    keep_best: of too many tokens those with the highest scores; else the first ones, for a caller
+    that looks at the overflow and computes such a batch again.
+    """
+
+    model: Any
+    selector: Selector
+    input_scores: Float[Array, "b n"] | None
+    reducer: Reducer
+    capacities: Sequence[int]
+    keep_best: bool = True
+
+    def evidence(self, group: int, state: TokenState) -> Evidence:
+        if self.input_scores is not None:
+            return Evidence(jnp.take_along_axis(self.input_scores, state.origin, axis=1))
+        return self.selector.token_scores(group, state.x, state.attention, self.model)
+
+    def reduce(self, group: int, state: TokenState, keep: Array, scores: Array) -> TokenState:
+        capacity = self.capacities[group - 1]
+        scores = scores if self.keep_best else None
+        return self.reducer.compacted(state, keep, scores, self.model.num_prefix, capacity)
+
+    def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
+        new, rows = _run_blocks(self.model, group, state, state.alive)
+        n = self.model.input_spec.num_patches
+        return new, [to_grid(row, state.origin, n) for row in rows]
+
+    def on_grid(self, state: TokenState, values: Array) -> Array:
+        by_patch = to_grid(
+            jnp.moveaxis(values, 1, -1), state.origin, self.model.input_spec.num_patches
+        )
+        return jnp.moveaxis(by_patch, -1, 1)
+
+
+def _run_blocks(
+    model: Any, group: int, state: TokenState, alive: Bool[Array, "b k"] | None
+) -> tuple[TokenState, list[Array]]:
+    x, rows = model.run_blocks(group, state.x, alive)
+    rows = [row[..., model.num_prefix :] for row in rows]
+    return state._replace(x=x, attention=rows[-1] if rows else state.attention), rows

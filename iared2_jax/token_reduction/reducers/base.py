@@ -1,0 +1,37 @@
+"""The contract of a reducer."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
+
+from iared2_jax.token_reduction.state import TokenState
+from iared2_jax.typing import Array
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """What becomes of the tokens that a group does not keep; a frozen dataclass.
+
+    Both methods must lead to the same logits, as long as no token overflows.
+
+    Attributes:
+      exact_counts: whether a group's blocks see the kept tokens and no others. Then compiled ragged
+        execution, which moves them itself, can run it.
+    """
+
+    exact_counts: bool
+
+    def in_place(
+        self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
+    ) -> TokenState:
+        """The state after the reduction, in arrays of the same shape (masked execution)."""
+
+    def compacted(
+        self,
+        state: TokenState,
+        keep: Bool[Array, "b k"],
+        scores: Float[Array, "b k"],
+        prefix: int,
+        capacity: int,
+    ) -> TokenState:
+        """The state after the reduction, in `capacity` slots (gathered execution)."""

@@ -1,0 +1,50 @@
+"""Selectors: what scores the tokens that enter a group. Which of them stay, budgets decide.
+
+A selector is a frozen dataclass in a file of its own; docs/add_a_selector.md shows how to add one.
+"""
+
+from iared2_jax.errors import UsageError, nearest
+from iared2_jax.token_reduction.selectors.attention import Attention
+from iared2_jax.token_reduction.selectors.base import Evidence, Selector
+from iared2_jax.token_reduction.selectors.budgets import (
+    keep_counts,
+    random_like,
+    top_k,
+    within_budget,
+)
+from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
+from iared2_jax.token_reduction.selectors.random import Random
+
+SELECTORS: dict[str, Selector] = {
+    "interpreter": ByInterpreter(),
+    "attention": Attention(),
+    "random": Random(),
+}
+
+
+def get_selector(selector: str | Selector) -> Selector:
+    """The selector of that name, or the one that is given.
+
+    Raises:
+      UsageError: there is no such name.
+    """
+    if isinstance(selector, Selector):
+        return selector
+    if selector not in SELECTORS:
+        raise UsageError(f"there is no selector {selector!r}{nearest(str(selector), SELECTORS)}")
+    return SELECTORS[selector]
+
+
+__all__ = [
+    "SELECTORS",
+    "Attention",
+    "ByInterpreter",
+    "Evidence",
+    "Random",
+    "Selector",
+    "get_selector",
+    "keep_counts",
+    "random_like",
+    "top_k",
+    "within_budget",
+]

@@ -1,0 +1,79 @@
+"""The contract of a selector."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtyping import Float
+
+from iared2_jax.typing import Array
+
+if TYPE_CHECKING:
+    from iared2_jax.token_reduction.model import IARed2
+
+
+class Evidence(NamedTuple):
+    """What a selector says of tokens.
+
+    scores [s, n]: the higher, the more a token matters. interpreter_logits [s, n, heads]: what the
+    scores were made of, if an interpreter made them.
+    """
+
+    scores: Array
+    interpreter_logits: Array | None = None
+
+
+class Selector:
+    """What scores the tokens that enter a group; a subclass overrides one of the two methods.
+
+    Selectors are compared and hashed (a compiled program belongs to one), so they are frozen
+    dataclasses. `model` is something with the methods of `IARed2`: the module, or its stand-in in
+    compiled execution.
+
+    Attributes:
+      probabilities: whether scores lie in [0, 1] and mean how sure it is that a token is needed. If
+        not, no threshold makes sense, and a budget (`keep_ratios`) must say how many tokens stay.
+    """
+
+    probabilities: bool = False
+
+    @property
+    def scores_inputs(self) -> bool:
+        """Whether this selector has `input_scores`."""
+        return type(self).input_scores is not Selector.input_scores
+
+    def input_scores(
+        self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
+    ) -> Float[Array, "b n"] | None:
+        """Scores that are known before the first block, for all groups; None: `token_scores`.
+
+        Args:
+          inputs: normalised. tokens: what the backbone embeds them as, prefix first.
+        """
+        return None
+
+    def token_scores(
+        self,
+        group: int,
+        x: Float[Array, "s t d"],
+        attention: Float[Array, "s h n"] | None,
+        model: Any,
+    ) -> Evidence:
+        """Scores of the patch tokens of `x`, at the entry of `group` (from 1).
+
+        Args:
+          x: tokens, prefix first; rows may hold fewer than N patches, and padding.
+          attention: the CLS query's weights in the block before; None before the first.
+        """
+        raise TypeError(f"{type(self).__name__} has neither input_scores nor token_scores")
+
+    def check(self, module: "IARed2", keep_ratios: Sequence[float] | None) -> None:
+        """Refuses a model or budget that this selector makes no sense for.
+
+        Raises:
+          ValueError: one sentence.
+        """
+        if not self.probabilities and keep_ratios is None:
+            raise ValueError(
+                f"the selector {type(self).__name__} needs keep_ratios: its scores are no "
+                "probabilities that a threshold could cut"
+            )

@@ -1,0 +1,39 @@
+"""Selection at random: the baseline that any other has to beat."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from iared2_jax.token_reduction.selectors.base import Selector
+from iared2_jax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Selector):
+    """A random order of the patches, a pure function of the seed and of what the image shows.
+
+    So every execution, batch and device keeps the same tokens of an image. The groups share the
+    order: a token that a later group keeps was among the first's.
+    """
+
+    seed: int = 0
+
+    def input_scores(
+        self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
+    ) -> Float[Array, "b n"]:
+        n = model.input_spec.num_patches
+        key = jax.random.key(self.seed)
+
+        def order(image):
+            return jax.random.uniform(jax.random.fold_in(key, _fingerprint(image)), (n,))
+
+        return jax.vmap(order)(inputs)
+
+
+def _fingerprint(image: Float[Array, "..."]) -> Array:
+    """A number that differs between images: their bits, each times another odd number, summed."""
+    bits = jax.lax.bitcast_convert_type(image.astype(jnp.float32), jnp.uint32).ravel()
+    return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
