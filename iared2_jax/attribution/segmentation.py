@@ -24,16 +24,17 @@ class SegmentationScores(NamedTuple):
     mean_iou: float
 
 
-def foreground(heatmaps: Float[np.ndarray, "b h w"]) -> Bool[np.ndarray, "b h w"]:
+def foreground(heatmaps: Float[np.ndarray, "b ..."]) -> Bool[np.ndarray, "b ..."]:
     """What exceeds the mean of the min-max normalised map; a constant map has no foreground."""
-    low = heatmaps.min(axis=(1, 2), keepdims=True)
-    span = heatmaps.max(axis=(1, 2), keepdims=True) - low
+    pixels = tuple(range(1, heatmaps.ndim))
+    low = heatmaps.min(axis=pixels, keepdims=True)
+    span = heatmaps.max(axis=pixels, keepdims=True) - low
     normalised = (heatmaps - low) / np.where(span > 0, span, 1)
-    return normalised > normalised.mean(axis=(1, 2), keepdims=True)
+    return normalised > normalised.mean(axis=pixels, keepdims=True)
 
 
 def score_segmentation(
-    predicted: Bool[np.ndarray, "b h w"], masks: Bool[np.ndarray, "b h w"]
+    predicted: Bool[np.ndarray, "b ..."], masks: Bool[np.ndarray, "b ..."]
 ) -> SegmentationScores:
     """The three figures of Table 1, from one 2x2 confusion matrix over all pixels.
 

@@ -137,7 +137,7 @@ OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
     "imagenet": _imagenet,
     "folder": _folder,
 }
-MADE = ("cluttered_mnist",)  # needs no files
+MADE = {"cluttered_mnist"}  # those that need no files
 
 
 def open_dataset(name: str, request: DataRequest) -> Dataset:

@@ -15,6 +15,7 @@ from iared2_jax.attribution.maps import (
     raw_attention,
     to_heatmaps,
 )
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.token_reduction.model import IARed2, Thresholds
 
 _CELL = 1.5  # inches
@@ -24,7 +25,7 @@ _DROPPED = 0.25  # brightness of a dropped patch
 def draw_comparison(
     module: IARed2,
     variables: Mapping[str, Any],
-    pixels: UInt8[np.ndarray, "b h w 3"],
+    pixels: UInt8[np.ndarray, "b ..."],
     path: str | Path,
     *,
     group: int = 2,
@@ -35,7 +36,7 @@ def draw_comparison(
     """Figure 3: input, raw attention, and the informative scores, one row per image.
 
     Args:
-      pixels: images at the model's size.
+      pixels: images or clips at the model's size; a clip is shown as its frames in a row.
       group: of the scores; the paper shows the second.
       block: of the raw attention, from 0, or -1 for the last; the paper takes Block_1.
       attention_variables: the backbone whose attention is shown; by default `variables`. For a
@@ -50,19 +51,21 @@ def draw_comparison(
     columns |= {
         f"ours\n(group {group})": explain(module, variables, images, group, thresholds),
     }
-    figure, axes = _grid(len(pixels), list(columns))
+    spec = module.input_spec
+    figure, axes = _grid(len(pixels), list(columns), spec)
     for row, image in enumerate(pixels):
         for axis, heatmaps in zip(axes[row], columns.values(), strict=True):
-            axis.imshow(image)
+            axis.imshow(_picture(image, spec))
             if heatmaps is not None:
-                axis.imshow(_stretched(np.asarray(heatmaps[row])), cmap="jet", alpha=0.5)
+                heatmap = _in_a_row(np.asarray(heatmaps[row]), spec)
+                axis.imshow(_stretched(heatmap), cmap="jet", alpha=0.5)
     return _save(figure, path)
 
 
 def draw_hierarchy(
     module: IARed2,
     variables: Mapping[str, Any],
-    pixels: UInt8[np.ndarray, "b h w 3"],
+    pixels: UInt8[np.ndarray, "b ..."],
     path: str | Path,
     *,
     thresholds: Thresholds = 0.5,
@@ -71,13 +74,14 @@ def draw_hierarchy(
     images = normalized(module, pixels)
     masks = keep_masks(module, variables, images, thresholds)
     titles = ["input", *(f"group {group}" for group in range(1, module.num_groups + 1))]
-    figure, axes = _grid(len(pixels), titles)
-    size = pixels.shape[1]
+    spec = module.input_spec
+    figure, axes = _grid(len(pixels), titles, spec)
     for row, image in enumerate(pixels):
-        axes[row, 0].imshow(image)
+        picture = _picture(image, spec)
+        axes[row, 0].imshow(picture)
         for axis, keep in zip(axes[row, 1:], masks, strict=True):
             kept = np.asarray(keep[row])
-            axis.imshow(_shaded(image, kept, size))
+            axis.imshow(_shaded(picture, kept, spec))
             axis.text(
                 0.04, 0.95, f"{kept.mean():.2f}", transform=axis.transAxes, va="top", fontsize=9,
                 color="white", bbox={"facecolor": "black", "pad": 1.5, "linewidth": 0},
@@ -85,11 +89,21 @@ def draw_hierarchy(
     return _save(figure, path)
 
 
-def _shaded(image: np.ndarray, kept: np.ndarray, size: int) -> np.ndarray:
-    """The image over a grey ground; dropped patches are dimmed, so that black images show it."""
-    side = round(len(kept) ** 0.5)
-    mask = np.kron(kept.reshape(side, side), np.ones((size // side, size // side)))[..., None]
-    lit = 0.35 + 0.65 * image / 255
+def _in_a_row(values: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """A picture [H, W, ..] as it is; the frames of a clip [T, H, W, ..] side by side."""
+    return np.concatenate(list(values), axis=1) if spec.is_clip else values
+
+
+def _picture(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """Pixels [H, W, 3] of an input; grey ones in colour, of more channels the first three."""
+    picture = _in_a_row(pixels, spec)
+    return np.repeat(picture, 3, axis=-1) if spec.channels < 3 else picture[..., :3]
+
+
+def _shaded(picture: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """The picture over a grey ground; dropped patches are dimmed, so that black images show it."""
+    mask = np.kron(_in_a_row(spec.on_grid(kept), spec), np.ones(spec.patch))[..., None]
+    lit = 0.35 + 0.65 * picture / 255
     return np.where(mask, lit, lit * _DROPPED)
 
 
@@ -99,9 +113,10 @@ def _stretched(heatmap: np.ndarray) -> np.ndarray:
     return (heatmap - heatmap.min()) / (span if span > 0 else 1)
 
 
-def _grid(rows: int, titles: Sequence[str]):
-    columns = len(titles)
-    figure = Figure(figsize=(_CELL * columns, _CELL * rows + 0.5), layout="constrained")
+def _grid(rows: int, titles: Sequence[str], spec: InputSpec):
+    """A figure with an axis per input and column, each as wide as its picture."""
+    columns, width = len(titles), spec.width * (spec.frames or 1) / spec.height
+    figure = Figure(figsize=(_CELL * width * columns, _CELL * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
