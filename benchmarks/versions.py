@@ -37,6 +37,9 @@ class Version:
         self._outside = {k: v for k, v in sys.modules.items() if _is_ours(k)}
         for name in self._outside:
             del sys.modules[name]
+        # A version that was imported before finds old names for itself.
+        self._finders = list(sys.meta_path)
+        sys.meta_path[:] = [f for f in sys.meta_path if not _is_ours(type(f).__module__)]
         sys.path.insert(0, str(root))
         try:
             self.package = importlib.import_module("iared2_jax")
@@ -57,6 +60,7 @@ class Version:
         for name in [name for name in sys.modules if _is_ours(name)]:
             del sys.modules[name]
         sys.modules.update(self._outside)
+        sys.meta_path[:] = self._finders
 
     def calls(self, model: str, batch: int, plan: Path | None) -> dict[str, Callable[[], Any]]:
         """Compiled calls on the same images, weights and masks in every version."""

@@ -8,7 +8,7 @@ from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.image_files import resized
 from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import eval_batches, train_batches
-from iared2_jax.models.input_spec import images
+from iared2_jax.models import input_spec
 
 
 def test_splits_share_no_digit():
@@ -72,7 +72,7 @@ def test_bad_arguments_are_named():
 
 
 def test_training_batches_depend_only_on_their_place():
-    source = open_dataset("cluttered_mnist", DataRequest(images(64, 8)))
+    source = open_dataset("cluttered_mnist", DataRequest(input_spec.images(64, 8)))
     run = iter(train_batches(source, 4, first_example=0, seed=5, threads=2))
     batches = [next(run) for _ in range(3)]
     resumed = next(iter(train_batches(source, 4, first_example=8, seed=5)))
@@ -84,13 +84,13 @@ def test_training_batches_depend_only_on_their_place():
 
 
 def test_images_are_resized_to_the_model():
-    source = open_dataset("cluttered_mnist", DataRequest(images(224)))
+    source = open_dataset("cluttered_mnist", DataRequest(input_spec.images(224)))
     batch = next(iter(train_batches(source, 2, 0, seed=0)))
     assert batch["input"].shape == (2, 224, 224, 3)
     pixels, _, masks = source.load("test", 3, 0)
     assert pixels.shape == (3, 224, 224, 3)
     assert masks.shape == (3, 224, 224)
-    image = open_dataset("cluttered_mnist", DataRequest(images(64, 8))).train_example(0, 0)["input"]
+    image = open_dataset("cluttered_mnist", DataRequest(input_spec.images(64, 8))).train_example(0, 0)["input"]
     assert resized(image, (64, 64)) is image
 
 

@@ -30,7 +30,8 @@ from iared2_jax.training.monitoring import MetricWriter, Profile, Window
 from iared2_jax.training.step import TrainState, data_mesh, initial_state, make_train_step
 
 NANO = ViT(
-    input_spec.images(64, 16, norm=input_spec.HALF_NORM), embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=10
+    input_spec.images(64, 16, norm=input_spec.HALF_NORM),
+    embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, num_classes=10,
 )  # fmt: skip
 # Both kinds of phase twice, 2 steps each.
 ARGUMENTS = [

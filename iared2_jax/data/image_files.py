@@ -131,7 +131,7 @@ class EvalImages:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b h w 3"]:
+    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b h w c"]:
         """Pixels of a slice or an array of indices.
 
         Raises:

@@ -37,7 +37,7 @@ class Output:
     def __getitem__(self, name: str) -> Array | tuple[Array, ...]:
         """The field of that name: how it was read when this was a dict."""
         field = _RENAMED.get(name, name)
-        if field not in self.keys():
+        if field not in self:
             raise KeyError(name)
         warnings.warn(
             f'out["{name}"] goes with the next release: read out.{field}',
@@ -45,6 +45,9 @@ class Output:
             stacklevel=2,
         )
         return getattr(self, field)
+
+    def __contains__(self, name: str) -> bool:
+        return _RENAMED.get(name, name) in self.__dataclass_fields__
 
     def keys(self) -> tuple[str, ...]:
         """The names of the fields."""
