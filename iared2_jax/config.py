@@ -115,6 +115,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.keep_checkpoints = 3
     config.profile = False  # trace steps 10..15 after the start to <workdir>/profile
 
+    config.explain = ml_collections.ConfigDict()
+    config.explain.upright = True  # turn pictures by their EXIF orientation, as a person sees them
+
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 100
     config.eval.figures = 8  # images in the figures; 0 draws none

@@ -100,5 +100,5 @@ def test_target_speed_end_to_end(setting):
 def test_bad_questions(setting, targets):
     module, variables, images, _ = setting
     labels = np.asarray(targets.pop("labels")) if "labels" in targets else None
-    with pytest.raises(UsageError, match=r"exactly one of|a label for each"):
+    with pytest.raises(UsageError, match=r"exactly one of|one class each|at least one"):
         calibrate(module, variables, images, labels, **targets)

@@ -90,7 +90,9 @@ def test_images_are_resized_to_the_model():
     pixels, _, masks = source.load("test", 3, 0)
     assert pixels.shape == (3, 224, 224, 3)
     assert masks.shape == (3, 224, 224)
-    image = open_dataset("cluttered_mnist", DataRequest(input_spec.images(64, 8))).train_example(0, 0)["input"]
+    image = open_dataset("cluttered_mnist", DataRequest(input_spec.images(64, 8))).train_example(
+        0, 0
+    )["input"]
     assert resized(image, (64, 64)) is image
 
 

@@ -1,16 +1,19 @@
-"""Maps over an image: per-patch values, and the heatmaps they are shown and judged as."""
+"""`explain`: values per patch as heatmaps over the images, and what each group keeps."""
 
-import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 
-from iared2_jax.data.images import eval_transform, open_image
+from iared2_jax.attribution.methods import Method, attribute
+from iared2_jax.attribution.methods.interpreter import masked_pass
+from iared2_jax.attribution.methods.raw_attention import attention_of_blocks
+from iared2_jax.data.inputs import Images, as_inputs, refuse_non_finite
+from iared2_jax.models import input_spec
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.typing import Array
@@ -26,51 +29,51 @@ def to_heatmaps(values: Float[Array, "b n"], spec: InputSpec) -> Float[Array, "b
     return jax.image.resize(grid, (*grid.shape[:-2], *spec.size), "bilinear")
 
 
-def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b height width 3"]:
-    """Image files as the model's weights expect them: cropped, resized, normalised.
+def to_heatmap(values: Float[Array, "b n"], size: int) -> Float[Array, "b size size"]:
+    """Values on a square grid as heatmaps of `size` px; deprecated, see `to_heatmaps`.
 
     Raises:
-      BadImage: a file cannot be read as an image.
-      ValueError: the module does not say how; those of `create_model` and `load_model` do.
+      ValueError: the number of values is no square.
     """
-    spec = module.input_spec
-    pixels = [
-        eval_transform(open_image(path), spec.size, spec.crop_pct, name=str(path)) for path in paths
-    ]
-    return normalized(module, np.stack(pixels))
-
-
-def normalized(
-    module: IARed2, pixels: UInt8[Array, "b height width 3"]
-) -> Float[Array, "b height width 3"]:
-    """Pixels 0..255 as the model's weights expect them.
-
-    Raises:
-      ValueError: the module does not say how; those of `create_model` and `load_model` do.
-    """
-    return module.input_spec.normalize(pixels)
+    warnings.warn(
+        "to_heatmap(values, size) goes with the next release: use "
+        "to_heatmaps(values, module.input_spec)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    side = round(values.shape[-1] ** 0.5)
+    grid = input_spec.images(side, 1).on_grid(jnp.asarray(values))
+    return jax.image.resize(grid, (*grid.shape[:-2], size, size), "bilinear")
 
 
 def explain(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "b height width 3"] | str | Path | Sequence[str | Path],
-    group: int = 2,
-    thresholds: Thresholds = 0.5,
-) -> Float[Array, "b height width"]:
-    """Where the model looked: the informative scores of one group, as heatmaps in [0, 1].
+    images: Images,
+    group: int | None = None,
+    thresholds: Thresholds | None = None,
+    *,
+    method: str | Method = "interpreter",
+    upright: bool = True,
+    **options: Any,
+) -> Float[Array, "b ..."]:
+    """Where the model looked, as heatmaps [B, H, W] (of clips [B, T, H, W]).
 
-    A patch that an earlier group dropped scores 0. The paper shows the second group (Fig. 3). The
-    model's weights are used as they are: no gradient, no second model.
+    By default the informative scores of the second group (the paper's Fig. 3), in [0, 1]; a patch
+    that an earlier group dropped scores 0. The model's weights are used as they are: no gradient,
+    no second model.
 
     Args:
-      images: normalised, at the model's size; or JPEG and PNG files, which are cropped, resized and
-        normalised as the model's weights expect.
-      group: from 1 to D.
-      thresholds: keep iff score > threshold; one for all groups or one each.
+      images: see `data.inputs.as_inputs`: normalised arrays, uint8 pixels, PIL images, JPEG and PNG
+        files, or a list of these.
+      group, thresholds: options of the method "interpreter": which group's scores, from 1 to D;
+        keep iff score > threshold, one for all groups or one each.
+      method: a name of `attribution.methods.METHODS`, or a function of your own.
+      upright: turn pictures by their EXIF orientation; the heatmap is of the upright picture.
+      **options: the method's own.
 
     Raises:
-      ValueError: if there is no such group.
+      UsageError: images that cannot be used or are not finite; no such method, group or option.
       BadImage: a file cannot be read as an image.
 
     Example:
@@ -79,44 +82,39 @@ def explain(
       >>> iared2_jax.explain(module, variables, jnp.zeros([2, 64, 64, 3])).shape
       (2, 64, 64)
     """
-    if not 1 <= group <= module.num_groups:
-        raise ValueError(f"group must be in 1..{module.num_groups}, got {group}")
-    if isinstance(images, str | Path):
-        images = [images]
-    if not hasattr(images, "shape"):
-        images = read_images(module, images)
-
-    out = _masked(module, variables, images, jnp.asarray(thresholds, jnp.float32))
-    return to_heatmaps(out["scores"][group - 1], module.input_spec)
+    given = {"group": group, "thresholds": thresholds}
+    options |= {name: value for name, value in given.items() if value is not None}
+    inputs = as_inputs(images, module.input_spec, upright)
+    refuse_non_finite(inputs)
+    values = attribute(method, module, variables, inputs, **options)
+    return to_heatmaps(values, module.input_spec)
 
 
 def keep_masks(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "b height width 3"],
+    images: Images,
     thresholds: Thresholds = 0.5,
 ) -> tuple[Bool[Array, "b n"], ...]:
     """Which patches each group's blocks see."""
-    return _masked(module, variables, images, jnp.asarray(thresholds, jnp.float32))["keep"]
-
-
-@functools.partial(jax.jit, static_argnums=0)  # compiled once per model, not once per picture
-def _masked(module: IARed2, variables, images, thresholds):
-    out = module.apply(variables, images, thresholds)[1]
-    return {"scores": out.scores, "keep": out.keep}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _raw_attention(module: IARed2, variables, images):
-    _, out = module.apply(variables, images, execution="dense")
-    return [maps.mean(axis=1) for maps in out.attention]
+    inputs = as_inputs(images, module.input_spec)
+    return masked_pass(module, variables, inputs, thresholds).keep
 
 
 def raw_attention(
-    module: IARed2, variables: Mapping[str, Any], images: Float[Array, "b height width 3"]
+    module: IARed2, variables: Mapping[str, Any], images: Images
 ) -> list[Float[Array, "b n"]]:
     """CLS-to-patch attention, mean over heads, of every block of the dense backbone.
 
     The paper's "raw attention" is entry 1 (Block_1, counted from 0).
     """
-    return _raw_attention(module, variables, images)
+    return attention_of_blocks(module, variables, as_inputs(images, module.input_spec))
+
+
+def read_images(module: IARed2, paths: Sequence[str | Path]) -> Float[Array, "b h w c"]:
+    """Image files as the model's weights expect them: cropped, resized, normalised.
+
+    Raises:
+      BadImage: a file cannot be read as an image.
+    """
+    return as_inputs(list(paths), module.input_spec)

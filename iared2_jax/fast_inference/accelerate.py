@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
+from iared2_jax.data.inputs import Images, as_inputs, is_traced, refuse_non_finite
 from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference import plan_request, planner
 from iared2_jax.fast_inference.engine import ForwardSpec, run_masked, run_ragged, sub_batch_sizes
@@ -24,6 +28,8 @@ from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.token_reduction.output import Output
 from iared2_jax.token_reduction.selectors import Selector, get_selector
 from iared2_jax.typing import Array
+
+log = logging.getLogger(__name__)
 
 _KEPT_PENDING = 32  # usage counts that may still be on the device
 
@@ -57,8 +63,8 @@ class Accelerated:
     """A compiled model; made by `accelerate`. Call it with images: logits, out.
 
     Attributes:
-      plan: how it runs; print it.
-      batch_size: images per call, over all devices.
+      plan: how it runs; print it. None before the first call, if that is to be planned for.
+      batch_size: images per compiled call, over all devices.
       sharding: of the images; those that have it already are not copied.
       compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
     """
@@ -66,18 +72,28 @@ class Accelerated:
     def __init__(
         self,
         request: PlanRequest,
-        plan: Plan,
+        plan: Plan | None,
         programs: Path | None = None,
+        plan_for: Callable[[np.ndarray], "Accelerated"] | None = None,
     ):
+        """A model compiled for `plan`, or for what `plan_for` makes of the first call's images."""
         module, devices = request.module, request.devices
         self.plan = plan
         self.batch_size = request.batch_size * len(devices)
-        self._num_groups = module.num_groups
-        self._image_shape = module.input_spec.shape
+        self._num_groups, self._spec = module.num_groups, module.input_spec
+        self._shape = (self.batch_size, *self._spec.shape)
+        self._plan_for = plan_for
+        self._pending: list[jax.Array] = []
         mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
         )
         self.sharding, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        if plan is not None:
+            self._compile(request, plan, programs, mesh)
+
+    def _compile(
+        self, request: PlanRequest, plan: Plan, programs: Path | None, mesh: jax.sharding.Mesh
+    ) -> None:
         self._variables = jax.device_put(request.variables, self._everywhere)
         of_sample = request.thresholds
         if of_sample.ndim == 2:
@@ -85,8 +101,7 @@ class Accelerated:
         self._thresholds = self._per_image(of_sample)
         self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
         nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
-        self._overflow = [nothing] * module.num_groups
-        self._pending: list[jax.Array] = []
+        self._overflow = (nothing,) * self._num_groups
         self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
         execute = run_ragged if plan.groups else run_masked
 
@@ -106,8 +121,7 @@ class Accelerated:
             out_specs=P("data"),
             check_vma=False,  # the loops start from constants, which vary over no axis
         )
-        shape = (self.batch_size, *self._image_shape)
-        images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.sharding)
+        images = jax.ShapeDtypeStruct(self._shape, jnp.float32, sharding=self.sharding)
         lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
         with _programs_kept(programs):
             self.compiled = lowered.compile()
@@ -124,39 +138,64 @@ class Accelerated:
         return jax.device_put(values, self.sharding)
 
     def __call__(
-        self, images: Float[Array, "b height width 3"], thresholds: Thresholds | None = None
+        self, images: Images, thresholds: Thresholds | None = None
     ) -> tuple[Float[Array, "b classes"], Output]:
         """Logits, and `out` on the original patch grid, as of masked execution.
 
         Args:
-          images: normalised; at most `batch_size`. Fewer are padded, and the results, then NumPy
-            arrays, cut; no size compiles anything.
+          images: see `data.inputs.as_inputs`; any number. A batch on the device, in float32 and
+            with `sharding`, is taken as it is. Fewer than `batch_size` are padded, more run batch
+            after batch; then the results are NumPy arrays. No number compiles anything.
           thresholds: others than those of `accelerate`; the plan stays the same.
 
         Raises:
-          UsageError: more images than `batch_size`, none, or of another size.
+          UsageError: no images, or of another size; a call within a function that is compiled.
         """
-        size = images.shape[0]
-        if images.shape[1:] != self._image_shape or not 1 <= size <= self.batch_size:
+        if not self._in_place(images, self._shape):
+            if is_traced(images):
+                raise UsageError(
+                    "an accelerated model is compiled already: call it as it is, or call "
+                    "module.apply within the function that you compile"
+                )
+            images = as_inputs(images, self._spec)
+        if self.plan is None:
+            self.__dict__.update(self._plan_for(np.asarray(images, np.float32)).__dict__)
+        if images.shape[0] > self.batch_size:
+            return self._batch_after_batch(np.asarray(images), thresholds)
+        return self._one_batch(images, thresholds)
+
+    def _batch_after_batch(
+        self, images: np.ndarray, thresholds: Thresholds | None
+    ) -> tuple[np.ndarray, Output]:
+        own = thresholds is not None and np.ndim(thresholds) == 2  # one each per image
+        if own and len(thresholds) != len(images):
             raise UsageError(
-                f"images are {list(images.shape)}; this was accelerated for "
-                f"1..{self.batch_size} images of {list(self._image_shape)}"
+                f"thresholds are for {len(thresholds)} images, the call has {len(images)}"
             )
-        given, real = self._thresholds, self._size
+        parts = []
+        for first in range(0, len(images), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            parts.append(self._one_batch(images[rows], thresholds[rows] if own else thresholds))
+        return jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *parts)
+
+    def _one_batch(
+        self, images: Array, thresholds: Thresholds | None
+    ) -> tuple[Float[Array, "b classes"], Output]:
+        size, given, real = images.shape[0], self._thresholds, self._size
         if thresholds is not None:
             ready = self._in_place(thresholds, given.shape)
             given = thresholds if ready else self._per_image(thresholds)
         if size < self.batch_size:
             # On the host: the device would compile a program for every size.
-            full = np.zeros((self.batch_size, *self._image_shape), np.float32)
+            full = np.zeros(self._shape, np.float32)
             full[:size] = np.asarray(images)
             images, real = full, jax.device_put(np.int32(size), self._everywhere)
-        if not self._in_place(images, (self.batch_size, *self._image_shape)):
+        if not self._in_place(images, self._shape):
             if images.dtype != np.float32:
                 images = np.asarray(images, np.float32)
             images = jax.device_put(images, self.sharding)
         logits, out, used = self.compiled(self._variables, images, given, real)
-        out = out.replace(overflow=tuple(self._overflow))
+        out = out.replace(overflow=self._overflow)
         self._count(used)
         if size < self.batch_size:
             logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
@@ -166,6 +205,7 @@ class Accelerated:
         """Whether the program can take `x` as it is."""
         return (
             isinstance(x, jax.Array)
+            and not is_traced(x)
             and x.shape == shape
             and x.dtype == jnp.float32
             and x.sharding.is_equivalent_to(self.sharding, x.ndim)
@@ -193,6 +233,8 @@ class Accelerated:
         A plan whose `larger` is not rare was made from images that keep fewer tokens than these:
         plan anew, with these images.
         """
+        if self.plan is None:
+            return []
         self._fold(self._pending)
         self._pending = []
         report = []
@@ -231,13 +273,14 @@ def accelerate(
     batch_size: int,
     thresholds: Thresholds = 0.5,
     *,
-    images: Float[Array, "m height width 3"] | None = None,
+    images: Images | None = None,
     keep_ratios: Sequence[float] | None = None,
     selector: str | Selector = "interpreter",
     attention: bool = False,
     plan: Plan | None = None,
     cache_dir: str | Path | None = "auto",
     devices: Sequence[jax.Device] | None = None,
+    score: str | None = None,
 ) -> Accelerated:
     """Compiles a model so that the tokens it drops buy time; the logits stay masked execution's.
 
@@ -250,8 +293,9 @@ def accelerate(
       batch_size: images per call, over all devices. Smaller batches run padded.
       thresholds: keep iff score > threshold; one for all groups, one each [D], or one each per
         image of `images` [m, D] (those of a call's own images go to the call).
-      images: normalised; what will be asked, some dozens of it. The shapes are planned for the
-        counts that these keep. Needed unless there is a plan or a fixed budget.
+      images: what will be asked, some dozens of it (`data.inputs.as_inputs`). The shapes are
+        planned for the counts that these keep. Without them, a plan or a fixed budget, the images of the
+        first call give the plan, and that call takes as long as planning does.
       keep_ratios, selector: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
       attention: whether `out` has the CLS attention of every block.
       plan: a plan to pin, e.g. `Plan.load(path)`; nothing is measured then.
@@ -259,6 +303,7 @@ def accelerate(
         under $XDG_CACHE_HOME). A cached plan is used where module, interpreters, thresholds,
         batch, device and versions agree. A `jax_compilation_cache_dir` of your own is respected.
       devices: the batch is split over them; None: the default device.
+      score: the old name of `selector`.
 
     Raises:
       UsageError: arguments that do not fit each other, the model or the plan.
@@ -277,6 +322,11 @@ def accelerate(
         raise UsageError(
             f"batch_size={batch_size} must be a positive multiple of the {len(devices)} devices"
         )
+    if score is not None:
+        warnings.warn(
+            "score= goes with the next release: use selector=", DeprecationWarning, stacklevel=2
+        )
+        selector = score
     selector = get_selector(selector)
     try:
         module.check_budget(keep_ratios, selector)
@@ -289,9 +339,11 @@ def accelerate(
         variables=variables,
         batch_size=batch_size // len(devices),
         thresholds=per_group(thresholds, module.num_groups),
-        images=images,
+        images=None if images is None else np.asarray(as_inputs(images, module.input_spec)),
         devices=devices,
     )
+    if request.images is not None:
+        refuse_non_finite(request.images)
     folder = plan_request.cache_folder(cache_dir)
     programs = folder / "programs" if folder else None
     if plan is not None:
@@ -300,10 +352,36 @@ def accelerate(
         plan = plan_request.cached_plan(request, folder)
     if plan is not None:
         return Accelerated(request, plan, programs)
+    if request.images is None and not request.forward.equal_counts:
+        return Accelerated(request, None, programs, _planned_late(request, folder, programs))
+    return _planned(request, folder, programs)
+
+
+def _planned(request: PlanRequest, folder: Path | None, programs: Path | None) -> Accelerated:
     with _programs_kept(programs):
         run = _fastest(request, planner.plan_groups(request))
     plan_request.keep_plan(request, run.plan, folder)
     return run
+
+
+def _planned_late(
+    request: PlanRequest, folder: Path | None, programs: Path | None
+) -> Callable[[np.ndarray], Accelerated]:
+    """Plans when the first images come, and says so."""
+
+    def plan_for(images: np.ndarray) -> Accelerated:
+        begun = time.monotonic()
+        thresholds = request.thresholds
+        if thresholds.ndim == 2:  # of a sample that was not given
+            raise UsageError("thresholds per image need the images= that they belong to")
+        run = _planned(dataclasses.replace(request, images=images), folder, programs)
+        plan = dataclasses.replace(run.plan, planned_from=f"the first call's {len(images)} images")
+        run.plan = plan
+        plan_request.keep_plan(request, plan, folder)
+        log.info("planned from %s in %.0f s", plan.planned_from, time.monotonic() - begun)
+        return run
+
+    return plan_for
 
 
 def _fastest(request: PlanRequest, ragged: Plan) -> Accelerated:

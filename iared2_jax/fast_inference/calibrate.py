@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
 
+from iared2_jax.data.inputs import Images, as_inputs, check_labels, refuse_non_finite
 from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference import planner
 from iared2_jax.fast_inference.accelerate import Accelerated, accelerate, per_group
@@ -22,6 +23,8 @@ from iared2_jax.typing import Array
 
 # From a threshold to its point, and all scores that were compared with it.
 Measure = Callable[[float], "tuple[BudgetPoint, np.ndarray]"]
+
+log = logging.getLogger(__name__)
 
 _POINTS = 33  # of the dial
 _ROUNDS = 7  # of timing
@@ -49,8 +52,8 @@ class BudgetPoint:
 def budget_curve(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "m height width 3"],
-    labels: Int[Array, " labels"] | None = None,
+    images: Images,
+    labels: Sequence[int] | Array | None = None,
     *,
     points: int = _POINTS,
     batch_size: int = 32,
@@ -61,7 +64,7 @@ def budget_curve(
     in any group, so that every step drops about as many tokens as the one before.
 
     Args:
-      images: normalised, held-out.
+      images: held-out (`data.inputs.as_inputs`).
       labels: the right answers; None judges by the answers of the model that keeps all.
     """
     return _curve(_measure_fn(module, variables, images, labels, batch_size), points)
@@ -77,8 +80,8 @@ def _curve(measure: Measure, points: int) -> list[BudgetPoint]:
 def calibrate(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "m height width 3"],
-    labels: Int[Array, " labels"] | None = None,
+    images: Images,
+    labels: Sequence[int] | Array | None = None,
     *,
     target_flops: float | None = None,
     target_images_per_second: float | None = None,
@@ -88,7 +91,7 @@ def calibrate(
     """Thresholds that meet one target on held-out images; no weight changes.
 
     Args:
-      images: normalised; not those the result will be reported on.
+      images: see `data.inputs.as_inputs`; not those the result will be reported on.
       labels: the right answers; None counts agreement with the model that keeps all.
       target_flops: at most so many full multiply-adds per image in the mean; the dearest setting
         below it is returned.
@@ -100,7 +103,8 @@ def calibrate(
       One threshold per group, for `accelerate` and `module.apply`.
 
     Raises:
-      UsageError: not exactly one target, or one that no setting reaches; says what can be reached.
+      UsageError: not exactly one target, or one that no setting reaches (it says what can be
+        reached); images that are not finite, labels that are no classes of the model.
 
     Example:
       >>> import jax, iared2_jax
@@ -131,7 +135,7 @@ def calibrate(
 def with_speed(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "m height width 3"],
+    images: Images,
     curve: Sequence[BudgetPoint],
     batch_size: int = 32,
 ) -> list[BudgetPoint]:
@@ -140,13 +144,19 @@ def with_speed(
     return [dataclasses.replace(p, images_per_second=speed_of(p.thresholds)) for p in curve]
 
 
-def _measure_fn(module, variables, images, labels, batch_size) -> Measure:
-    images = np.asarray(images, np.float32)
-    if not len(images) or (labels is not None and len(labels) != len(images)):
-        raise UsageError(
-            f"calibrate needs images, and a label for each: got {len(images)} images"
-            + ("" if labels is None else f" and {len(labels)} labels")
-        )
+def _measure_fn(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    images: Images,
+    labels: Sequence[int] | Array | None,
+    batch_size: int,
+) -> Measure:
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} must be at least 1")
+    images = np.asarray(as_inputs(images, module.input_spec), np.float32)
+    refuse_non_finite(images)
+    if labels is not None:
+        labels = check_labels(labels, len(images), module.backbone.num_classes)
     size = min(batch_size, len(images))
     rows = np.arange(-(-len(images) // size) * size) % len(images)
 
@@ -161,7 +171,9 @@ def _measure_fn(module, variables, images, labels, batch_size) -> Measure:
         whole = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *parts)
         return [x[: len(images)] for x in whole]
 
-    truth = run(KEEP_ALL)[0] if labels is None else np.asarray(labels)
+    answers = run(KEEP_ALL)[0]
+    truth = answers if labels is None else labels
+    _warn_near_chance(float((answers == truth).mean()), len(images), module.backbone.num_classes)
 
     def measure(threshold: float) -> tuple[BudgetPoint, np.ndarray]:
         """One setting of the dial."""
@@ -176,6 +188,17 @@ def _measure_fn(module, variables, images, labels, batch_size) -> Measure:
         return point, scores[scores > 0]
 
     return measure
+
+
+def _warn_near_chance(accuracy: float, count: int, num_classes: int) -> None:
+    """Says that the model hardly beats guessing with all tokens: its labels must be wrong."""
+    chance = 1 / num_classes
+    if accuracy < 2 * chance + 2 * (chance * (1 - chance) / count) ** 0.5 and num_classes > 2:
+        log.warning(
+            "with all tokens kept the accuracy is only %.1f%% on these %d images, guessing has "
+            "%.1f%%: are the labels those of this model, counted from 0, and the weights trained?",
+            100 * accuracy, count, 100 * chance,
+        )  # fmt: skip
 
 
 def _for_flops(
@@ -225,7 +248,7 @@ def _for_speed(
 def speed_meter(
     module: IARed2,
     variables: Mapping[str, Any],
-    images: Float[Array, "m height width 3"],
+    images: Images,
     batch_size: int,
 ) -> Callable[[tuple[float, ...]], float]:
     """A function from thresholds to images per second, from images on the device to logits.
@@ -233,7 +256,7 @@ def speed_meter(
     The layouts are planned once, at a threshold of 0.5; every setting gets the shapes that suit
     its counts.
     """
-    images = np.asarray(images, np.float32)
+    images = np.asarray(as_inputs(images, module.input_spec), np.float32)
     plan = accelerate(module, variables, batch_size, images=images, cache_dir=None).plan
 
     @functools.cache

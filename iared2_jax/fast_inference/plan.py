@@ -53,6 +53,7 @@ class Plan:
       attention_kernel: one of the backbone's `attention_kernels`.
       key: what the plan was made for; a saved plan is only used where all of it agrees.
       measured: seconds per batch of what was tried, on `key["device"]`.
+      planned_from: whose token counts the shapes suit, if not those of the images that were given.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class Plan:
     switch: bool = False
     key: dict[str, Any] = dataclasses.field(default_factory=dict)
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    planned_from: str = ""
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""
@@ -151,6 +153,8 @@ class Plan:
             f"  measured: {name} {1e3 * seconds:.2f} ms"
             for name, seconds in sorted(self.measured.items(), key=lambda item: item[1])
         ]
+        if self.planned_from:
+            lines.append(f"  planned from {self.planned_from}")
         return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from iared2_jax.attribution.maps import (
     explain,
     keep_masks,
-    normalized,
     raw_attention,
     to_heatmaps,
 )
@@ -42,7 +41,7 @@ def draw_comparison(
       attention_variables: the backbone whose attention is shown; by default `variables`. For a
         fine-tuned model the paper's baseline is the backbone as it was before.
     """
-    images = normalized(module, pixels)
+    images = module.input_spec.normalize(pixels)
     columns = {"input": None}
     maps = raw_attention(module, attention_variables or variables, images)
     if maps:  # a backbone may have none
@@ -71,7 +70,7 @@ def draw_hierarchy(
     thresholds: Thresholds = 0.5,
 ) -> Path:
     """Figure 4: what each group still sees, with the share of patches kept on each image."""
-    images = normalized(module, pixels)
+    images = module.input_spec.normalize(pixels)
     masks = keep_masks(module, variables, images, thresholds)
     titles = ["input", *(f"group {group}" for group in range(1, module.num_groups + 1))]
     spec = module.input_spec

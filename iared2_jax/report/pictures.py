@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from iared2_jax.data.folder import EXTENSIONS
-from iared2_jax.data.images import BadImage, eval_transform, open_image
+from iared2_jax.data.images import BadImage, eval_transform, open_image, with_channels
 from iared2_jax.errors import UsageError
 from iared2_jax.report.figures import draw_comparison, draw_hierarchy
 from iared2_jax.token_reduction.model import IARed2
@@ -60,10 +60,16 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     spec, done = module.input_spec, []
     for path in paths:
         try:
-            pixels = eval_transform(open_image(path), spec.size, spec.crop_pct, name=str(path))
+            pixels = eval_transform(
+                open_image(path, exif_rotation=config.explain.upright),
+                spec.size,
+                spec.crop_pct,
+                name=str(path),
+            )
         except BadImage as error:
             log.warning("left out: %s", error)
             continue
+        pixels = with_channels(pixels, spec.channels)
         _draw(module, variables, pixels[None], path, config.reduction.threshold)
         done.append(path)
         log.info("%s: written beside it", path)

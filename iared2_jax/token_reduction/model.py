@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from iared2_jax.models import taps
 from iared2_jax.models.input_spec import InputSpec
@@ -112,7 +112,7 @@ class IARed2(nn.Module):
 
     def __call__(
         self,
-        inputs: Float[Array, "b ..."],
+        inputs: Shaped[Array, "b ..."],
         thresholds: Thresholds = 0.5,
         execution: str = "masked",
         capacities: Sequence[int] | None = None,

@@ -189,13 +189,14 @@ class HealthAlarms:
             self._raise(
                 "all-kept",
                 f"interpreter {group} keeps every token at step {step}: lower "
-                "config.interpreter.tau or config.model.init_bias, or raise config.interpreter.learning_rate",
+                "config.interpreter.tau or config.model.init_bias, or raise "
+                "config.interpreter.learning_rate",
             )
         if figures["keep_rate"] < 0.001:
             self._raise(
                 "none-kept",
-                f"interpreter {group} drops every token at step {step}: raise config.interpreter.tau or "
-                "config.model.init_bias, or lower config.interpreter.learning_rate",
+                f"interpreter {group} drops every token at step {step}: raise "
+                "config.interpreter.tau or config.model.init_bias, or lower config.interpreter.learning_rate",
             )
 
     def _raise(self, name: str, message: str) -> None:
