@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from iared2_jax import count_flops
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.variants import get_variant
-from iared2_jax.weights.load import timm_tensors
+from iared2_jax.weights.save import timm_tensors
 
 try:
     import torch

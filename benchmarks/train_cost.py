@@ -25,9 +25,9 @@ from iared2_jax.fast_inference.engine import run_dense
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.model import KEEP_ALL
-from iared2_jax.training import losses
 from iared2_jax.training.curriculum import Phase
 from iared2_jax.training.optimizers import merge, split_trainable
+from iared2_jax.training.phases import PHASES, PhaseContext
 
 LEARNING_RATE = 1e-6  # so small that all steps are alike
 
@@ -43,23 +43,23 @@ def _phases(module) -> dict[str, Phase]:
                 trains = frozenset({("blocks", k) for k in groups if k >= j})
             thresholds = tuple(0.5 if g <= j else KEEP_ALL for g in groups)
             made[f"{kind} {j}"] = Phase(
-                f"{kind} {j}", kind, j, trains, thresholds, 0, 1, 0, default_config()[kind]
+                PHASES[kind], j, trains, thresholds, 0, 1, 0, default_config()[kind]
             )
     everything = frozenset({("blocks", k) for k in groups})
     made["plain fine-tuning"] = Phase(
-        "plain", "supervised", 0, everything, (KEEP_ALL,) * module.num_groups, 0, 1, 0,
+        PHASES["supervised"], 0, everything, (KEEP_ALL,) * module.num_groups, 0, 1, 0,
         default_config().supervised,
     )  # fmt: skip
     return made
 
 
-def _step(task: losses.Task):
+def _step(task: PhaseContext):
     def step(params, batch, key):
         """Forward, backward, SGD; and the tokens that found no slot."""
-        trainable, frozen = split_trainable(params, task.phase.trains, task.module.group_sizes)
+        trainable, frozen = split_trainable(params, task.phase.trains, task.module)
 
         def loss(trainable):
-            return losses.LOSSES[task.phase.kind](task, merge(trainable, frozen), batch, key)
+            return task.phase.kind.loss(task, merge(trainable, frozen), batch, key)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         moved = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, trainable, grads)
@@ -82,9 +82,9 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
         return cost
 
     groups, j = list(range(1, module.num_groups + 1)), phase.group
-    if phase.kind == "supervised":
+    if not phase.kind.reduces:
         return 1.0
-    fixed = j - (phase.kind == "interpreter")
+    fixed = phase.kind.fixed_groups(j)
     kept = [
         np.minimum.accumulate(counts, axis=1)[:, min(g, fixed) - 1] if gathered and fixed else n
         for g in groups
@@ -93,27 +93,27 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
         kept[g - 1] = counts[:, g - 1] if gathered else n
     before = groups_cost(kept, groups[: j - 1])
     after = groups_cost(kept, groups[j - 1 :])
-    passes = 2 if phase.kind == "interpreter" else 3
+    passes = 2 if phase.kind is PHASES["interpreter"] else 3
     return (before + passes * after) / (3 * dense)
 
 
-def _tasks(work: Workload) -> Iterator[tuple[str, losses.Task]]:
+def _contexts(work: Workload) -> Iterator[tuple[str, PhaseContext]]:
     """Every step to be timed, by what the table calls it."""
-    module, config = work.module, default_config()
+    module = work.module
     n = module.input_spec.num_patches
     slots = [int(min(n, -(-count // 8) * 8)) for count in work.counts.max(0)]
     for name, phase in _phases(module).items():
-        if phase.kind == "supervised":
-            yield name, losses.Task(module, config, phase)
+        if not phase.kind.reduces:
+            yield name, PhaseContext(module, phase)
             continue
         # Each image has its own thresholds, so that it keeps the drawn number of tokens.
         thresholds = work.thresholds.copy()
         thresholds[:, phase.group :] = KEEP_ALL
         phase = dataclasses.replace(phase, thresholds=thresholds)
-        fixed = phase.group - (phase.kind == "interpreter")
-        yield f"{name}, masked", losses.Task(module, config, phase)
+        fixed = phase.kind.fixed_groups(phase.group)
+        yield f"{name}, masked", PhaseContext(module, phase)
         if fixed:
-            yield f"{name}, gathered", losses.Task(module, config, phase, tuple(slots[:fixed]))
+            yield f"{name}, gathered", PhaseContext(module, phase, tuple(slots[:fixed]))
 
 
 def table(title: str, rows: dict[str, Any]) -> str:
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         memory = common.memory(program)
         rows[name] = {**row, "compile_seconds": seconds, "memory_bytes": memory}
 
-    for name, task in _tasks(work):
+    for name, task in _contexts(work):
         ideal = _ideal(work.module, task.phase, work.counts, task.capacities is not None)
         add(name, _step(task), params, batch, key, ideal=ideal, capacities=task.capacities)
         lost = float(calls[name]()[1])

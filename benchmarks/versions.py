@@ -100,8 +100,15 @@ class Version:
             mesh = steps.data_mesh(jax.devices()[:1])
             step = steps.make_train_step(module, phase, config, mesh)
             params = jax.tree.map(jnp.copy, variables["params"])
-            state = steps.initial_state(params, phase, module.group_sizes, 0.0)
+            state = _initial(steps, params, phase, module)
             yield name, _stepping(step, state, data)
+
+
+def _initial(steps: Any, params: Any, phase: Any, module: Any) -> Any:
+    try:
+        return steps.initial_state(params, phase, module, 0.0)
+    except TypeError:  # version 0.1 asked for the sizes of the groups
+        return steps.initial_state(params, phase, module.group_sizes, 0.0)
 
 
 def _stepping(step: Callable[..., Any], state: Any, data: dict[str, Any]) -> Callable[[], Any]:

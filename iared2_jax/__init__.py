@@ -14,7 +14,8 @@ from iared2_jax.attribution.maps import explain
 from iared2_jax.fast_inference import accelerate, calibrate
 from iared2_jax.token_reduction.create import create_model
 from iared2_jax.token_reduction.flops import count_flops
-from iared2_jax.weights.load import load_model, load_weights, save_weights
+from iared2_jax.weights.load import load_model, load_weights
+from iared2_jax.weights.save import save_weights
 
 __all__ = [
     "accelerate",

@@ -27,9 +27,29 @@ class NonFiniteError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """No usable checkpoint could be written or read."""
+    """A file could not be written, or there is no usable checkpoint to read."""
 
     exit_code = 74
+
+
+class Interrupted(RuntimeError):
+    """A signal stopped the command, its state saved: the same command goes on from there."""
+
+    exit_code = 75
+
+
+# What a command of ours ends with; schedulers and launch/ go by it.
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    UsageError.exit_code: "the command, the config or an argument is wrong; nothing was changed",
+    DataError.exit_code: "a file of the data is damaged: mend it",
+    NonFiniteError.exit_code: "training diverged; the last good checkpoint is kept",
+    CheckpointError.exit_code: "something could not be written, or no checkpoint be read",
+    Interrupted.exit_code: "stopped by a signal, the state saved: the same command goes on",
+    130: "interrupted a second time; since the last checkpoint nothing was saved",
+    143: "ended by SIGTERM a second time, likewise",
+    1: "a defect of this program, with a traceback",
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,10 +4,6 @@
 
 With --config.mode=eval it only evaluates config.weights; with --config.mode=explain it writes
 heatmaps next to the pictures in config.data.path.
-
-Exit codes: 0 done, or stopped by a signal with the state saved; 2 the command or config is wrong;
-65 an image is damaged; 70 training diverged; 74 no checkpoint could be written or read; 130
-interrupted without saving.
 """
 
 import argparse
@@ -18,16 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import ml_collections
 
 from iared2_jax import config as config_lib
-from iared2_jax.command import Parser, exit_code
+from iared2_jax.command import Parser, exit_code, exit_codes
 from iared2_jax.errors import UsageError, nearest
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m iared2_jax.main",
-        description=__doc__,
+        description=__doc__ + "\nExit codes:\n" + exit_codes(),
         epilog="Any option of the config: --config.KEY=VALUE, e.g. --config.interpreter.steps=50; "
-        "all of them, with their defaults, are in iared2_jax/config.py.",
+        "all of them, with their defaults, are in iared2_jax/config/defaults.py.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -66,9 +62,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         """What the flags say."""
         config, workdir = parse(sys.argv[1:] if argv is None else argv)
-        from iared2_jax.training import loop as train  # slow to import: after the flags
+        from iared2_jax.experiment import run as experiment  # slow to import: after the flags
 
-        train.run(config, workdir)
+        experiment.run(config, workdir)
 
     return exit_code(command)
 

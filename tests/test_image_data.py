@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from iared2_jax.config import dataset_of
-from iared2_jax.config_checks import validate
+from iared2_jax.config.checks import validate
 from iared2_jax.data import small
 from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
 from iared2_jax.data.datasets import DataRequest, open_dataset
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
 from iared2_jax.errors import UsageError
+from iared2_jax.experiment.build import check_data, dataset_of
+from iared2_jax.experiment.run_directory import adopt_config
 from iared2_jax.models.input_spec import HALF_NORM, images
-from iared2_jax.training.loop import claimed
 
 
 @pytest.fixture(scope="module")
@@ -157,19 +157,29 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(folder, tmp_path):
     config = load_config("folder", "model=deit_ti,runlocal")
     config.data.path = str(folder)
     config.interpreter.batch_size = config.backbone.batch_size = 8
-    with claimed(config, tmp_path / "run"):
-        pass
+    (tmp_path / "run").mkdir()
+
+    def adopted():
+        adopt_config(config, dataset_of(config), tmp_path / "run")
+
+    adopted()
     moved = folder.rename(tmp_path / "moved")
     config.data.path = str(moved)
-    with claimed(config, tmp_path / "run"):
-        pass
+    adopted()
     shutil.copytree(moved, tmp_path / "other")
     classes = (tmp_path / "other" / "train").iterdir()
     next(max(classes, key=lambda of_class: len(list(of_class.iterdir()))).iterdir()).unlink()
     config.data.path = str(tmp_path / "other")
-    with pytest.raises(UsageError, match=r"data found \('48 images of 10 classes"):  # noqa: SIM117
-        with claimed(config, tmp_path / "run"):
-            pass
+    with pytest.raises(UsageError, match=r"data found \('48 images of 10 classes"):
+        adopted()
+    # As many images of as many classes, but one has become another's.
+    shutil.copytree(moved, tmp_path / "relabelled")
+    ones, twos = (sorted((tmp_path / "relabelled" / "train" / c).iterdir()) for c in "12")
+    ones[0].rename(twos[0].parent / "from another.jpg")
+    config.data.path = str(tmp_path / "relabelled")
+    assert dataset_of(config).summary in (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UsageError, match="labels"):
+        adopted()
 
 
 @pytest.mark.parametrize(
@@ -191,5 +201,6 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(folder, tmp_path):
 def test_data_that_cannot_be_used_are_refused(cache, changes, says):
     config = load_config("vit_augreg_s16", "runlocal")
     config.update_from_flattened_dict(changes)
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=says):  # noqa: PT012
         validate(config, device_count=1)
+        check_data(config)

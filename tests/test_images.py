@@ -166,7 +166,7 @@ def test_what_cannot_be_transformed_is_said():
     with pytest.raises(UsageError, match="did you mean 'bicubic'"):
         eval_transform(image, 8, 1.0, "bicubik")
     for size, crop_pct in ((8, 0.0), (8, -1.0), (8, math.nan), (8, 9.0), (0, 1.0)):
-        with pytest.raises(UsageError, match="crop_pct must be in|size must be"):
+        with pytest.raises(UsageError, match=r"crop_pct must be in|size must be"):
             eval_transform(image, size, crop_pct)
     for scale, ratio in (((0.5, 0.1), (1, 1)), ((0, 1), (1, 1)), ((0.1, 1), (2, 1))):
         with pytest.raises(UsageError, match="least, greatest"):

@@ -1,5 +1,6 @@
 """The command line: every mistake is one line and exit code 2, a signal is a clean stop."""
 
+import contextlib
 import json
 import logging
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from iared2_jax import main
-from iared2_jax.errors import CheckpointError, NonFiniteError
-from iared2_jax.training import loop as train
+from iared2_jax.errors import CheckpointError, Interrupted, NonFiniteError
+from iared2_jax.experiment import run as experiment
+from iared2_jax.experiment.build import dataset_of
+from iared2_jax.experiment.run_directory import adopt_config, locked
 
 ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/cluttered_mnist.py:runlocal"
@@ -31,7 +34,7 @@ def refusal(monkeypatch, capsys, tmp_path):
     def train_nothing(*_):
         raise AssertionError("the training began")
 
-    monkeypatch.setattr(train, "_train", train_nothing)
+    monkeypatch.setattr(experiment, "train_phases", train_nothing)
 
     def run(*arguments):
         workdir = [] if any("--workdir" in x for x in arguments) else [f"--workdir={tmp_path}/new"]
@@ -125,10 +128,18 @@ def test_a_workdir_that_is_a_file_is_refused(refusal, tmp_path):
     assert "give another --workdir" in line
 
 
+@contextlib.contextmanager
+def at_work(config, workdir):
+    """A run of the config in the workdir, as far as others see it."""
+    with locked(workdir):
+        adopt_config(config, dataset_of(config), workdir)
+        yield
+
+
 @pytest.fixture
 def workdir(tmp_path, tiny_config):
     """A workdir of the demo, and nobody at work there."""
-    with train.claimed(tiny_config, tmp_path / "run"):
+    with at_work(tiny_config, tmp_path / "run"):
         pass
     return tmp_path / "run"
 
@@ -142,7 +153,7 @@ def test_a_workdir_with_another_config_is_refused_by_its_first_keys(refusal, wor
     assert "holds another run's config: seed (0 there, 1 here); give another --workdir" in line
     assert (workdir / "config.json").read_text() == before
     tiny_config.log_every = 7  # what does not change the result may change
-    with train.claimed(tiny_config, workdir):
+    with at_work(tiny_config, workdir):
         assert json.loads((workdir / "config.json").read_text())["log_every"] == 7
 
 
@@ -154,12 +165,12 @@ def test_a_workdir_with_a_damaged_config_is_refused(refusal, workdir):
 
 
 def test_a_workdir_in_use_is_refused(refusal, workdir, tiny_config):
-    with train.claimed(tiny_config, workdir):
+    with at_work(tiny_config, workdir):
         line = refusal(
             DEMO, "--config.weights=", "--config.data.eval_size=16", f"--workdir={workdir}"
         )
     assert f"another run is at work in {workdir}" in line
-    with train.claimed(tiny_config, workdir):  # and free again afterwards
+    with at_work(tiny_config, workdir):  # and free again afterwards
         pass
 
 
@@ -168,6 +179,7 @@ def test_a_workdir_in_use_is_refused(refusal, workdir, tiny_config):
     [
         (NonFiniteError("diverged"), 70, "iared2_jax: diverged\n"),
         (CheckpointError("none is\nwhole"), 74, "iared2_jax: none is whole\n"),
+        (Interrupted("state saved"), 75, "iared2_jax: state saved\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -175,7 +187,7 @@ def test_every_known_end_has_its_exit_code(monkeypatch, capsys, error, code, lin
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(train, "train_and_evaluate", fail)
+    monkeypatch.setattr(experiment, "train_and_evaluate", fail)
     assert main.run([DEMO]) == code
     assert capsys.readouterr().err == line
 
@@ -185,7 +197,7 @@ def test_help_says_how(capsys):
         main.run(["--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("--config", "--workdir", "--config.KEY=VALUE", "70"))
+    assert all(word in said for word in ("--config", "--workdir", "--config.KEY=VALUE", "70", "75"))
 
 
 def test_overrides_are_typed_and_the_workdir_has_a_default():
@@ -231,7 +243,7 @@ def test_sigterm_saves_and_the_same_command_finishes(tmp_path):
             first.append(line)
             if line.startswith("supervised: step 3/120"):
                 process.send_signal(signal.SIGTERM)
-    assert process.returncode == 0
+    assert process.returncode == 75
     assert "the same command goes on" in first[-1]
     assert all(line.startswith("supervised: step") for line in first[:-1])
     stopped_at = len(first) - 1

@@ -9,15 +9,16 @@ from conftest import ROOT, load_config
 from PIL import Image
 
 from iared2_jax import load_model
-from iared2_jax.config_checks import validate
-from iared2_jax.evaluation.evaluators import accuracy, collect, cost, kept_tokens
+from iared2_jax.config.checks import validate
+from iared2_jax.errors import Interrupted
+from iared2_jax.evaluation.evaluators import accuracy, collect, cost, kept_tokens, top_classes
+from iared2_jax.experiment.build import build_model, dataset_of, model_options
 from iared2_jax.report.results import evaluate_run
 from iared2_jax.report.tables import as_text
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.selectors import random_like
-from iared2_jax.training.loop import build_model
 from iared2_jax.weights.files import read_tensors
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -32,6 +33,14 @@ def test_every_config_builds_and_is_valid(name):
     assert f"--config=configs/{name}.py" in text
 
 
+def evaluated_into(config, workdir, stop=None):
+    module, variables = build_model(config)
+    dataset, options = dataset_of(config), model_options(config)
+    return evaluate_run(
+        config, workdir, module, variables["params"], variables, dataset, stop, options
+    )
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """The tiny config's untrained model, evaluated."""
@@ -39,8 +48,7 @@ def evaluated(tmp_path_factory):
     config.weights = ""
     config.data.eval_size = 20  # not a multiple of the batch: the last one is padded
     workdir = tmp_path_factory.mktemp("run")
-    _, variables = build_model(config)
-    return config, workdir, evaluate_run(config, workdir, variables["params"])
+    return config, workdir, evaluated_into(config, workdir)
 
 
 def test_results_have_the_promised_keys(evaluated):
@@ -96,10 +104,10 @@ def test_a_written_model_comes_back_as_it_was(evaluated):
 
 def test_an_evaluation_that_is_stopped_writes_nothing(evaluated, tmp_path):
     config, _, _ = evaluated
-    _, variables = build_model(config)
     stop = Stop()
     stop.request()
-    assert evaluate_run(config, tmp_path, variables["params"], stop) is None
+    with pytest.raises(Interrupted, match="nothing was written"):
+        evaluated_into(config, tmp_path, stop)
     assert not list(tmp_path.iterdir())
 
 
@@ -110,20 +118,19 @@ def test_collect_cuts_the_padding_off():
 
 def test_accuracy_by_hand():
     logits = np.array([[0, 1, 2, 3, 4, 5.0], [9, 1, 2, 3, 4, 5.0]])
-    figures = dict(accuracy(logits, np.array([5, 1])))
+    figures = dict(accuracy(np.asarray(top_classes(logits)), np.array([5, 1])))
     assert figures == {"top1": 0.5, "top5": 0.5}
-    assert dict(accuracy(logits, np.array([1, 2])))["top5"] == 1.0
+    assert dict(accuracy(np.asarray(top_classes(logits)), np.array([1, 2])))["top5"] == 1.0
 
 
 def test_cost_is_a_mean_over_images_not_of_the_mean_image():
     module = create_module("vit_micro")
-    keep = np.zeros((2, 3, 64), bool)
-    keep[0] = True
-    figures = dict(cost(module, keep))
+    counts = np.array([[64] * 3, [0] * 3])
+    figures = dict(cost(module, counts))
     each = [count_flops(module, (n, n, n)).full for n in (64, 0)]
     assert figures["flops"]["full"] == pytest.approx(np.mean(each))
     assert figures["flops"]["full"] != pytest.approx(count_flops(module, (32, 32, 32)).full)
-    assert dict(kept_tokens(keep))["kept"] == [0.5, 0.5, 0.5]
+    assert dict(kept_tokens(counts, 64))["kept"] == [0.5, 0.5, 0.5]
 
 
 def test_random_masks_are_nested_and_keep_the_counts():

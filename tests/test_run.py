@@ -12,6 +12,7 @@ import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
@@ -19,14 +20,14 @@ from tensorboardX.proto.event_pb2 import Event
 from iared2_jax import main
 from iared2_jax.data import datasets
 from iared2_jax.errors import CheckpointError, NonFiniteError
+from iared2_jax.experiment.build import build_model, build_phases
+from iared2_jax.experiment.run import train
 from iared2_jax.models import input_spec, variants
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.signals import Stop
-from iared2_jax.training import losses
 from iared2_jax.training.checkpoints import RunCheckpoints
-from iared2_jax.training.curriculum import phases
-from iared2_jax.training.loop import build_model, train
 from iared2_jax.training.monitoring import MetricWriter, Profile, Window
+from iared2_jax.training.phases import PHASES, SupervisedPhase
 from iared2_jax.training.step import TrainState, data_mesh, initial_state, make_train_step
 
 NANO = ViT(
@@ -45,9 +46,10 @@ STEPS = 8
 POISON = 99  # a label that makes the supervised loss NaN
 
 
-def poisonable_loss(task, params, batch, key):
-    value, metrics = losses.supervised_loss(task, params, batch, key)
-    return jnp.where((batch["label"] == POISON).any(), jnp.nan, value), metrics
+class PoisonablePhase(SupervisedPhase):
+    def loss(self, context, params, batch, key):
+        value, metrics = super().loss(context, params, batch, key)
+        return jnp.where((batch["label"] == POISON).any(), jnp.nan, value), metrics
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def _nano(shared):
     variant = variants.Variant(NANO, interpreter_heads=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(variants.VARIANTS, "vit_nano", variant)
-        patch.setitem(losses.LOSSES, "supervised", poisonable_loss)
+        patch.setitem(PHASES, "supervised", PoisonablePhase())
         yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -153,7 +155,7 @@ def test_a_run_stopped_after_every_step_ends_bitwise_the_same(finished, tmp_path
 
 
 def test_a_gathered_run_goes_on_with_the_same_shapes(tmp_path):
-    config = nano_config(train_execution="gathered", **{"model.init_bias": 0.05})
+    config = nano_config(**{"reduction.train_execution": "gathered"}, **{"model.init_bias": 0.05})
     whole = train(config, tmp_path / "whole")
     stops = [train(config, tmp_path / "stopped", StopAfter(3)) for _ in range(4)]
     state = stops[-1]
@@ -351,15 +353,35 @@ def test_ten_bad_steps_in_a_row_end_the_run(poison, tmp_path):
     # What was saved meanwhile are the parameters of the third step.
     newest, step = RunCheckpoints(tmp_path / "bad").restore_newest(lambda _: abstract(good))
     assert step == 12
-    assert_same(newest, good.replace(step=jnp.int32(12), bad_steps=jnp.int32(9)))
+    assert_same(newest.params, good.params)
+    expected = good.replace(step=jnp.int32(12), bad_steps=jnp.int32(9))
+    assert_same(newest.replace(opt_state=()), expected.replace(opt_state=()))
+    # The learning rate goes by the phase's steps, whether they were applied or not.
+    assert schedule_counts(newest) == [12]
+
+
+def _is_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def schedule_counts(state):
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=_is_schedule)
+    return [int(node.count) for node in nodes if _is_schedule(node)]
+
+
+def without_schedule(state):
+    kept = jax.tree.map(
+        lambda node: () if _is_schedule(node) else node, state.opt_state, is_leaf=_is_schedule
+    )
+    return state.replace(opt_state=kept)
 
 
 def one_phase(config):
     """The phase of a supervised config, its jitted step, a fresh state and a batch."""
     module, variables = build_model(config)
-    phase = phases(config, module.group_sizes)[0]
+    phase = build_phases(config, module)[0]
     mesh = data_mesh()
-    state = initial_state(variables["params"], phase, module.group_sizes, config.ema_decay)
+    state = initial_state(variables["params"], phase, module, config.ema_decay)
     images = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), np.uint8)
     batch = {"input": images, "label": np.arange(16, dtype=np.int32) % 10}
     return make_train_step(module, phase, config, mesh), state, batch
@@ -371,7 +393,10 @@ def test_a_bad_step_changes_only_the_counters():
     before = jax.device_get(state)
     bad, metrics = step(state, {**batch, "label": batch["label"] * 0 + POISON})
     assert float(metrics["bad_steps"]) == 1
-    assert_same(bad, before.replace(step=np.int32(2), bad_steps=np.int32(1)))
+    assert schedule_counts(before) == [1]
+    assert schedule_counts(bad) == [2]
+    expected = before.replace(step=np.int32(2), bad_steps=np.int32(1))
+    assert_same(without_schedule(bad), without_schedule(expected))
     after, _ = step(bad, batch)
     assert (int(after.step), int(after.bad_steps)) == (3, 0)
     assert np.abs(flat(after.params) - flat(before.params)).max() > 0

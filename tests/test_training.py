@@ -10,18 +10,20 @@ from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import shard_batch
 from iared2_jax.errors import UsageError
-from iared2_jax.models import input_spec
+from iared2_jax.experiment.build import build_model
+from iared2_jax.models.parameters import declared
+from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import KEEP_ALL
 from iared2_jax.training import optimizers
 from iared2_jax.training.capacities import measure_capacities, recalled
 from iared2_jax.training.curriculum import phase_at, phases
-from iared2_jax.training.loop import build_model
 from iared2_jax.training.step import data_mesh, enter_phase, initial_state, make_train_step
 
 SIZES = (2, 2, 2)
+MODULE = create_module("vit_micro", groups=SIZES)
+EPOCH = 50_000
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def batch():
 
 
 def start(config, phase, params, mesh):
-    state = initial_state(jax.tree.map(jnp.copy, params), phase, SIZES, config.ema_decay)
+    state = initial_state(jax.tree.map(jnp.copy, params), phase, MODULE, config.ema_decay)
     return jax.device_put(state, NamedSharding(mesh, P()))
 
 
@@ -55,7 +57,7 @@ def flat(params):
 
 def plan_of(config, curriculum):
     config.curriculum = curriculum
-    return phases(config, SIZES)
+    return phases(config, SIZES, EPOCH)
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -86,24 +88,24 @@ def test_supervised_training_moves_the_whole_backbone(tiny_config, batch):
 
 
 def test_train_head_adds_norm_and_head(tiny_config):
-    tiny_config.train_head = True
+    tiny_config.backbone.train_head = True
     plan = plan_of(tiny_config, "iared2")
-    assert ("head", 0) in plan[1].trains
-    assert ("head", 0) not in plan[0].trains
+    assert ("classifier", 0) in plan[1].trains
+    assert ("classifier", 0) not in plan[0].trains
 
 
 def test_every_parameter_belongs_to_a_part(tiny_config):
     _, variables = build_model(tiny_config)
-    parts = {optimizers.part_of(path, SIZES) for path in flat(variables["params"])}
+    parts = {optimizers.part_of(path, MODULE) for path in flat(variables["params"])}
     groups = {(kind, group) for kind in ("interpreter", "blocks") for group in (1, 2, 3)}
-    assert parts == groups | {("embedding", 0), ("head", 0)}
+    assert parts == groups | {("embedding", 0), ("classifier", 0)}
     with pytest.raises(ValueError, match="backbone/adapter"):
-        optimizers.part_of("backbone/adapter/kernel", SIZES)
+        optimizers.part_of("backbone/adapter/kernel", MODULE)
 
 
 def test_partition_and_merge_are_inverse(tiny_config):
     _, variables = build_model(tiny_config)
-    trainable, frozen = optimizers.split_trainable(variables["params"], {("blocks", 2)}, SIZES)
+    trainable, frozen = optimizers.split_trainable(variables["params"], {("blocks", 2)}, MODULE)
     assert set(trainable) | set(frozen) == set(flat(variables["params"]))
     merged = optimizers.merge(trainable, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(dict(variables["params"]))
@@ -115,7 +117,7 @@ def test_8_devices_give_the_update_of_1(tiny_config, batch, kind):
     for options in (tiny_config.interpreter, tiny_config.backbone, tiny_config.supervised):
         options.optimizer, options.learning_rate, options.clip_norm = "sgd", 0.1, 0.0
     curriculum = "supervised" if kind == "supervised" else "iared2"
-    phase = next(p for p in plan_of(tiny_config, curriculum) if p.kind == kind)
+    phase = next(p for p in plan_of(tiny_config, curriculum) if p.kind.section == kind)
     _, alone, metrics = run_step(tiny_config, phase, batch, devices=1)
     _, spread, metrics_8 = run_step(tiny_config, phase, batch, devices=8)
     for path, value in flat(alone.params).items():
@@ -151,10 +153,10 @@ def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index,
     tiny_config.model.init_bias = 0.05  # some go, most stay
     phase = plan_of(tiny_config, "iared2")[index]
     module, variables = build_model(tiny_config)
-    images = normalize(batch["input"], input_spec.HALF_NORM)
+    images = MODULE.input_spec.normalize(batch["input"])
     logits, _ = module.apply(variables, images, phase.thresholds)
     batch["label"] = np.asarray(logits.argmax(-1), np.int32)  # right answers: rewards that differ
-    fixed = phase.group - (phase.kind == "interpreter")
+    fixed = phase.kind.fixed_groups(phase.group)
     capacities = ((64, 56, 48) if enough else (24, 8, 8))[:fixed]
     masked = run_step(tiny_config, phase, batch)
     gathered = run_step(tiny_config, phase, batch, capacities=capacities)
@@ -178,7 +180,7 @@ def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, ba
     def measure(phase):
         return measure_capacities(module, variables["params"], phase, itertools.repeat(batch))
 
-    images = normalize(batch["input"], input_spec.HALF_NORM)
+    images = MODULE.input_spec.normalize(batch["input"])
     _, out = module.apply(variables, images, phases_[3].thresholds)
     most = [int(keep.sum(-1).max()) for keep in out.keep]
     found = measure(phases_[3])
@@ -247,8 +249,42 @@ def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch)
 def test_enter_phase_starts_a_fresh_optimizer(tiny_config):
     plan = plan_of(tiny_config, "iared2")
     _, variables = build_model(tiny_config)
-    state = initial_state(variables["params"], plan[0], SIZES, 0.0)
+    state = initial_state(variables["params"], plan[0], MODULE, 0.0)
     trained = set(jax.tree.leaves(jax.tree.map(id, state.opt_state)))
-    later = enter_phase(state, plan[1], SIZES)
+    later = enter_phase(state, plan[1], MODULE)
     assert trained.isdisjoint(jax.tree.leaves(jax.tree.map(id, later.opt_state)))
-    assert enter_phase(state, None, SIZES).opt_state == ()
+    assert enter_phase(state, None, MODULE).opt_state == ()
+
+
+def test_decay_acts_on_weights_and_on_nothing_else():
+    """Not on the learned policy token, a [1, d] that looks like a matrix; nor on CLS or gammas."""
+    for name in ("vit_micro", "deit_ti_distilled", "cait_xxs24"):
+        module = create_module(name, policy_token="learned")
+        paths = declared(module, module.input_spec.shape)
+        decaying = optimizers.weights_that_decay(module)
+        assert decaying == {path for path in paths if path.endswith("kernel")}
+        assert "interpreter_1/policy_token" in paths.keys() - decaying
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_policy_token_without_gradient_stays(tiny_config, optimizer):
+    module = create_module("vit_micro", groups=SIZES, policy_token="learned")
+    options = tiny_config.interpreter
+    options.optimizer, options.weight_decay, options.learning_rate = optimizer, 0.5, 0.1
+    params = flat(init_variables(module)["params"])
+    params = {path: value for path, value in params.items() if "interpreter_1" in path}
+    made = optimizers.make_optimizer(options, 10, module)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = made.update(zeros, made.init(params), params)
+    moved = {path for path, update in updates.items() if np.abs(update).max() > 0}
+    assert moved == {f"interpreter_1/{name}/kernel" for name in ("q", "k")}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("vit_micro", 10.251562608806436), ("cait_xxs24", 53.60819862704767)]
+)
+def test_host_initialisation_draws_what_version_0_1_drew(name, expected):
+    """The first weights of a run from scratch: same numbers, parameter by parameter."""
+    leaves = jax.tree.leaves(init_variables(create_module(name), seed=0))
+    projections = [np.asarray(x, np.float64).ravel() @ np.cos(np.arange(x.size)) for x in leaves]
+    assert sum(projections) == pytest.approx(expected, rel=1e-6)

@@ -15,7 +15,8 @@ from iared2_jax.models.input_spec import images
 from iared2_jax.models.variants import VARIANTS
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.weights.files import read_tensors
-from iared2_jax.weights.load import resize_positions, timm_tensors
+from iared2_jax.weights.load import resize_positions
+from iared2_jax.weights.save import timm_tensors
 from tests import oracles
 
 STORED = oracles.stored()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Dataset:
       epoch_size: examples that count as one epoch of training.
       train_example: (seed, index) -> {"input": uint8, shaped as the spec, "label": int32}, a pure
         function.
+      open_split: looks at what a split's files are, and refuses what cannot be read later.
+      content: tells the training examples' labels from others'; "" if they are made.
       load: (split, size, seed) -> pixels uint8 [size, ..], which may be read only when they are
         indexed; labels; masks (bool [size, h, w], or None if there are none). size 0: all of them.
     """
@@ -56,6 +59,8 @@ class Dataset:
     epoch_size: int
     train_example: Callable[[int, int], dict[str, np.ndarray]]
     load: Callable[..., tuple]
+    open_split: Callable[[str], object] = lambda split: None
+    content: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -63,8 +68,13 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Tells it from other datasets: by its classes and the length of its epoch."""
-        names = hashlib.sha256("\n".join(self.class_names).encode()).hexdigest()[:8]
+        """What tells this dataset from others: its classes, how many examples, their labels."""
+        return f"{self.summary}, labels {self.content}" if self.content else self.summary
+
+    @property
+    def summary(self) -> str:
+        """What version 0.1 knew a dataset by: its classes and the length of its epoch."""
+        names = hashlib.sha256(os.fsencode("\n".join(self.class_names))).hexdigest()[:8]
         return f"{self.epoch_size} images of {self.num_classes} classes ({names})"
 
 
@@ -115,7 +125,15 @@ def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) 
         pixels = files.evaluation(size)
         return pixels, pixels.labels(), None
 
-    return Dataset(train.class_names, splits, len(train), train.train_example, load)
+    return Dataset(
+        class_names=train.class_names,
+        splits=splits,
+        epoch_size=len(train),
+        train_example=train.train_example,
+        load=load,
+        open_split=lambda split: open_split(Path(request.path), split),
+        content=train.content,
+    )
 
 
 def _imagenet(request: DataRequest) -> Dataset:

@@ -8,6 +8,7 @@ folders, `val_synsets.txt` gives the class of each file, in the order of their n
 
 import collections
 import dataclasses
+import hashlib
 import logging
 import os
 import re
@@ -39,8 +40,16 @@ class Folder(Sequence):
     def __len__(self) -> int:
         return len(self._files)
 
+    def digest(self) -> str:
+        """A digest of the files' names, in their folders, and of their labels."""
+        lines = (f"{file} {label}\n" for file, label in zip(self._files, self._labels, strict=True))
+        digest = hashlib.sha256()
+        for line in lines:  # a name may be in no Unicode
+            digest.update(os.fsencode(line))
+        return digest.hexdigest()[:16]
+
     def label(self, index: int) -> int:
-        """Without reading the image."""
+        """The class of an image, without reading it."""
         return self._labels[index]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:

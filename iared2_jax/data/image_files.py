@@ -42,11 +42,12 @@ class BadImages:
         self._lock = threading.Lock()
 
     def good(self) -> None:
-        """One was readable."""
-        self._in_a_row = 0
+        """Counts one that was readable."""
+        with self._lock:
+            self._in_a_row = 0
 
     def bad(self, row: int, error: DataError) -> None:
-        """One was not; warns once for each.
+        """Counts one that was not; warns once for each.
 
         Raises:
           BadImage: they are more than the share that is allowed, or too many in a row.
@@ -66,7 +67,8 @@ class BadImages:
 class ImageFiles:
     """Records {"image": bytes, "label", "file_name"} of a split, made into pixels.
 
-    A split also has `class_names`, and `label(i)`, for less than a whole record where it can.
+    A split also has `class_names`, `label(i)`, for less than a whole record where it can, and
+    `digest()`, which changes with its labels.
     """
 
     def __init__(self, records: Sequence, request: "DataRequest"):
@@ -76,6 +78,11 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def content(self) -> str:
+        """A digest of the records' names and labels, or of what stands for them."""
+        return self._records.digest()
 
     def train_example(self, seed: int, index: int) -> dict[str, np.ndarray]:
         """Example `index` of an endless stream of shuffled epochs; a pure function of both.
@@ -148,7 +155,7 @@ class EvalImages:
         return with_channels(pixels, spec.channels)
 
     def labels(self) -> np.ndarray:
-        """Of all of them."""
+        """The classes of all of them."""
         with ThreadPoolExecutor(THREADS) as pool:
             labels = pool.map(self._records.label, self._rows.tolist())
             return np.fromiter(labels, np.int32, len(self))

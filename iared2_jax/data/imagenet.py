@@ -45,6 +45,7 @@ TARS = {
     "validation": ("ILSVRC2012_img_val.tar", 50_000),
 }
 COMMAND = "python -m iared2_jax.data.imagenet --tars=DIR --data_dir=DIR"
+_ENDS = 4096  # bytes of a shard that its digest looks at
 _NEW_COPY = "copy it again, or remove its folder and prepare anew"
 
 NOT_RGB_JPEG = frozenset(stock.CMYK_IMAGES + stock.PNG_IMAGES)  # of the train tar
@@ -275,6 +276,17 @@ class Records(Sequence):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def digest(self) -> str:
+        """A digest of the shards' sizes and both ends, which differ with their records."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            size = Path(shard).stat().st_size
+            with open(shard, "rb") as file:
+                digest.update(b"%d" % size + file.read(_ENDS))
+                file.seek(max(0, size - _ENDS))
+                digest.update(file.read(_ENDS))
+        return digest.hexdigest()[:16]
 
     def label(self, index: int) -> int:
         """A record is read as a whole, its label too."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from iared2_jax.data import cluttered_mnist
+from iared2_jax.errors import UsageError
 from iared2_jax.files import cache_folder
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,18 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
+def _cache() -> Path:
+    folder = cache_folder()
+    if folder is None:
+        raise UsageError("small data are made in the cache: set XDG_CACHE_HOME to a folder")
+    return folder
+
+
 def small_imagenet() -> Path:
     """A prepared `imagenet2012` of a few scenes, in the cache; made where it is not there yet."""
     from iared2_jax.data import imagenet
 
-    folder = cache_folder() / "small" / "imagenet"
+    folder = _cache() / "small" / "imagenet"
     if not (folder / "imagenet2012" / imagenet.VERSION / "dataset_info.json").is_file():
         log.info("making a small imagenet2012 in %s", folder)
         imagenet.log.setLevel(logging.ERROR)  # it would warn that these tars are not whole
@@ -93,7 +101,7 @@ def _made_whole(folder: Path) -> Iterator[Path]:
 
 def small_folder() -> Path:
     """A folder with train/<digit>/*.jpg and val/<digit>/*.jpg, in the cache."""
-    folder = cache_folder() / "small" / "folder"
+    folder = _cache() / "small" / "folder"
     if not folder.is_dir():
         log.info("making a small folder of images in %s", folder)
         with _made_whole(folder) as draft:

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from iared2_jax.attribution.maps import to_heatmaps
 from iared2_jax.attribution.segmentation import foreground, score_segmentation
 from iared2_jax.data.pipeline import eval_batches
+from iared2_jax.errors import Interrupted
 from iared2_jax.fast_inference import accelerate
 from iared2_jax.fast_inference.engine import run_dense, sub_batch_sizes
 from iared2_jax.models.input_spec import InputSpec
@@ -20,10 +22,6 @@ from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.typing import Array
 
 Named = Iterator[tuple[str, Any]]
-
-
-class Interrupted(Exception):
-    """A signal asked to stop in the middle of an evaluation; nothing was written."""
 
 
 def collect(
@@ -44,28 +42,38 @@ def collect(
     parts: list[dict[str, np.ndarray]] = []
     for batch in eval_batches(arrays, batch_size):
         if stop is not None and stop.requested:
-            raise Interrupted
+            raise Interrupted("the evaluation was stopped by a signal: nothing was written")
         counted = batch.pop("counted")
         parts.append({k: np.asarray(v)[counted] for k, v in fn(batch).items()})
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> Named:
-    """Top-1 and top-5, as shares in [0, 1]."""
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    yield "top1", float((order[:, 0] == labels).mean())
-    yield "top5", float((order[:, :5] == labels[:, None]).any(axis=-1).mean())
+def top_classes(logits: Float[Array, "b classes"], most: int = 5) -> Int[Array, "b k"]:
+    """The most likely classes of each image, the likeliest first; ties to the lower class."""
+    return jax.lax.top_k(logits, min(most, logits.shape[-1]))[1]
+
+
+def accuracy(top: Int[np.ndarray, "n k"], labels: np.ndarray) -> Named:
+    """Top-1 and top-5, as shares in [0, 1].
+
+    Args:
+      top: `top_classes`.
+    """
+    yield "top1", float((top[:, 0] == labels).mean())
+    yield "top5", float((top[:, :5] == labels[:, None]).any(axis=-1).mean())
 
 
 def confusions(
-    logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], most: int = 10
+    answers: Int[np.ndarray, " n"],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    most: int = 10,
 ) -> list[dict[str, Any]]:
     """Which classes are taken for which, the most frequent first.
 
     Returns:
       {"is": name, "taken_for": name, "images": how many, "share": of that class's images} each.
     """
-    answers = logits.argmax(axis=-1)
     wrong = answers != labels
     pairs, counts = np.unique(
         np.stack([labels[wrong], answers[wrong]], axis=1), axis=0, return_counts=True
@@ -82,28 +90,28 @@ def confusions(
     ]
 
 
-def kept_tokens(keep: np.ndarray) -> Named:
+def kept_tokens(counts: Int[np.ndarray, "n groups"], num_patches: int) -> Named:
     """Share of the N patches each group's blocks see: mean, p5 and p95 over images.
 
     Args:
-      keep: [images, groups, N].
+      counts: tokens kept, per image and group.
     """
-    share = keep.mean(axis=-1)
+    share = counts / num_patches
     yield "kept", share.mean(axis=0).tolist()
     yield "kept_p5", np.percentile(share, 5, axis=0).tolist()
     yield "kept_p95", np.percentile(share, 95, axis=0).tolist()
 
 
-def cost(module: IARed2, keep: np.ndarray | None) -> Named:
-    """FLOPs (multiply-accumulates) per image, linear and full; of the dense backbone without keep.
+def cost(module: IARed2, counts: Int[np.ndarray, "n groups"] | None) -> Named:
+    """FLOPs (multiply-accumulates) per image, linear and full; None: of the dense backbone.
 
     Args:
-      keep: [images, groups, N].
+      counts: tokens kept, per image and group.
     """
-    if keep is None:
+    if counts is None:
         yield "flops", count_flops(module)._asdict()
         return
-    flops = count_flops(module, tuple(keep.sum(axis=-1).T))
+    flops = count_flops(module, tuple(counts.T))
     for name, reduce in (
         ("flops", np.mean),
         ("flops_p5", functools.partial(np.percentile, q=5)),

@@ -294,8 +294,8 @@ def accelerate(
       thresholds: keep iff score > threshold; one for all groups, one each [D], or one each per
         image of `images` [m, D] (those of a call's own images go to the call).
       images: what will be asked, some dozens of it (`data.inputs.as_inputs`). The shapes are
-        planned for the counts that these keep. Without them, a plan or a fixed budget, the images of the
-        first call give the plan, and that call takes as long as planning does.
+        planned for the counts that these keep. Without them, a plan or a fixed budget, the images
+        of the first call give the plan, and that call takes as long as planning does.
       keep_ratios, selector: a fixed budget (see `IARed2.__call__`): top-k, no thresholds.
       attention: whether `out` has the CLS attention of every block.
       plan: a plan to pin, e.g. `Plan.load(path)`; nothing is measured then.

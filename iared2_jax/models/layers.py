@@ -10,10 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from iared2_jax.models import input_spec
+from iared2_jax.models.parameters import ONES, WEIGHT, ZEROS
 from iared2_jax.typing import Array
-
-# DeiT's: its truncated normal is cut at 2.0, a hundred standard deviations out.
-kernel_init = nn.initializers.normal(stddev=0.02)
 
 
 def layer_norm(dtype, name: str | None = None, affine: bool = True) -> nn.LayerNorm:
@@ -23,6 +21,8 @@ def layer_norm(dtype, name: str | None = None, affine: bool = True) -> nn.LayerN
         use_fast_variance=False,
         use_bias=affine,
         use_scale=affine,
+        scale_init=ONES,
+        bias_init=ZEROS,
         dtype=dtype,
         name=name,
     )
@@ -41,8 +41,8 @@ class TokenDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n features"]:
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", WEIGHT, (x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
         flat = rearrange(x.astype(self.dtype), "b n d -> (b n) d")
         y = flat @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         return rearrange(y, "(b n) f -> b n f", b=x.shape[0])
@@ -55,6 +55,11 @@ def gelu(x: Array) -> Array:
     form goes through erfc, which is slower.
     """
     return x * 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def classifier(num_classes: int, name: str | None = None) -> nn.Dense:
+    """The linear layer from features to logits, in float32."""
+    return nn.Dense(num_classes, kernel_init=WEIGHT, bias_init=ZEROS, name=name)
 
 
 class Mlp(nn.Module):
@@ -81,3 +86,7 @@ def to_patches(
         stacklevel=2,
     )
     return input_spec.images(size, patch_size).to_patches(images)
+
+
+# Other people's backbones start their weights by it; ours by `parameters.WEIGHT`.
+kernel_init = WEIGHT

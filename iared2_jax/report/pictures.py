@@ -1,6 +1,7 @@
 """Explains a folder of pictures: what a model looked at, written next to each, without labels."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,6 @@ from iared2_jax.data.images import BadImage, eval_transform, open_image, with_ch
 from iared2_jax.errors import UsageError
 from iared2_jax.report.figures import draw_comparison, draw_hierarchy
 from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.training import loop as train
-from iared2_jax.weights.files import read_tensors
-from iared2_jax.weights.load import load_model, num_classes_of, warn_if_untrained
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +38,16 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
-def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
+def explain_pictures(
+    config: ml_collections.ConfigDict, load: Callable[[], tuple[IARed2, dict[str, Any]]]
+) -> list[Path]:
     """Writes <picture>.heatmap.png and <picture>.hierarchy.png beside every picture of data.path.
 
-    The model is what a file of ours says it is, else config.model with config.weights. The heatmaps
-    are the scores of the second group (Fig. 3), the hierarchy what each group still sees (Fig. 4).
-    A picture that cannot be read is named, and left out.
+    The heatmaps are the scores of the second group (Fig. 3), the hierarchy what each group still
+    sees (Fig. 4). A picture that cannot be read is named, and left out.
+
+    Args:
+      load: gives module and variables, once there are pictures.
 
     Returns:
       The pictures that were explained.
@@ -56,7 +58,7 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     if not config.data.path:
         raise UsageError("config.mode=explain needs config.data.path: which folder of pictures?")
     paths = pictures_in(Path(config.data.path))
-    module, variables = _model(config)
+    module, variables = load()
     spec, done = module.input_spec, []
     for path in paths:
         try:
@@ -76,17 +78,6 @@ def explain_pictures(config: ml_collections.ConfigDict) -> list[Path]:
     if not done:
         raise BadImage(f"none of the {len(paths)} pictures in {config.data.path} could be read")
     return done
-
-
-def _model(config: ml_collections.ConfigDict) -> tuple[IARed2, dict[str, Any]]:
-    tensors, metadata = read_tensors(config.weights)
-    if "create_model" in metadata:
-        return load_model(config.weights)
-    warn_if_untrained(config.weights, tensors)
-    config = config.copy_and_resolve_references().unlock()
-    classes = config.model.num_classes or num_classes_of(tensors)
-    config.model.num_classes = classes or 1  # no kind of weights we know: loading will say so
-    return train.build_model(config)
 
 
 def _draw(module, variables, pixels, path: Path, threshold: float) -> None:

@@ -1,9 +1,10 @@
-"""The evaluation of a finished run: results.json, tables, figures and an HTML report."""
+"""The evaluation of a finished model: results.json, tables, figures and an HTML report."""
 
 import dataclasses
 import importlib.metadata
 import logging
 import platform
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from iared2_jax.config import dataset_of, flatten, weights_of
+from iared2_jax.config import flatten
+from iared2_jax.config.loading import weights_of
+from iared2_jax.data.datasets import Dataset
 from iared2_jax.data.image_files import EvalImages
 from iared2_jax.evaluation import evaluators
-from iared2_jax.files import write_json
+from iared2_jax.files import write_json, writing
 from iared2_jax.report import figures, tables
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import random_like
-from iared2_jax.training import loop as train
-from iared2_jax.weights.load import save_weights
+from iared2_jax.training.curriculum import reduces
+from iared2_jax.weights.save import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +34,15 @@ SPEED_SAMPLE = 128  # images that the ragged plan is made with
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is evaluated, and on what.
+class Comparison:
+    """A trained model beside the dense baseline, on one evaluation set.
 
     Attributes:
       trained: variables of the finished model.
       original: variables of the dense baseline: the backbone as `config.weights` has it. A backbone
         that was trained from scratch is its own baseline.
       reduces: whether it drops tokens at all (a supervised run does not).
-      pixels, labels, truth: the evaluation set; truth, the segmentation masks, may be None.
+      pixels, labels, masks: the evaluation set; masks, the segmentation truth, may be None.
       class_names: of the labels.
     """
 
@@ -50,18 +53,19 @@ class Subject:
     reduces: bool
     pixels: np.ndarray | EvalImages
     labels: np.ndarray
-    truth: np.ndarray | None
+    masks: np.ndarray | None
     class_names: tuple[str, ...]
     stop: Stop | None
 
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
-        """`fn(variables, images, batch)`, jitted, with the images normalised on the device."""
-        return jax.jit(
-            lambda v, batch: fn(v, self.module.input_spec.normalize(batch["pixels"]), batch)
-        )
+        """`fn(variables, inputs, batch)`, jitted, with the inputs normalised on the device."""
+        spec = self.module.input_spec
+        return jax.jit(lambda v, batch: fn(v, spec.normalize(batch["pixels"]), batch))
 
-    def collect(self, fn, variables, **more: np.ndarray) -> dict[str, np.ndarray]:
-        """A compiled `fn` over the whole evaluation set."""
+    def collect(
+        self, fn: Callable[..., Any], variables: dict[str, Any], **more: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The results of a compiled `fn` over the whole evaluation set."""
         arrays = {"pixels": self.pixels, **more}
         return evaluators.collect(
             lambda batch: fn(variables, batch), arrays, self.config.eval.batch_size, self.stop
@@ -71,85 +75,86 @@ class Subject:
 def evaluate_run(
     config: ml_collections.ConfigDict,
     workdir: Path,
+    module: IARed2,
     params: dict[str, Any],
+    original: dict[str, Any],
+    dataset: Dataset,
     stop: Stop | None = None,
-    write_weights: bool = True,
-) -> dict[str, Any] | None:
-    """Evaluates trained parameters against the dense backbone that `config.weights` has.
+    model_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluates trained parameters against the dense backbone that a run started from.
 
     Writes into the workdir: results.json, report.html, figures/*.png, and weights.safetensors if
-    asked; prints the tables.
+    asked; prints the tables. All of it appears when all of it is made.
+
+    Args:
+      original: variables that the run started from.
+      model_options: what `create_model` made the module with, to write weights.safetensors; None
+        writes none.
 
     Returns:
-      The results as written; None if `stop` was requested on the way (nothing is written then).
+      The results as written.
+
+    Raises:
+      Interrupted: `stop` was requested on the way; nothing is written then.
+      CheckpointError: the disk is full, or refuses.
     """
-    subject = _subject(config, params, stop)
-    try:
-        results = _measure(subject)
-    except evaluators.Interrupted:
-        return None
-    if write_weights:
-        _write_weights(subject, results, workdir)
-    _write(subject, results, workdir)
-    return results
-
-
-def _subject(config, params, stop) -> Subject:
-    module, initial = train.build_model(config)
+    data, drops = config.data, reduces(config)
+    pixels, labels, masks = dataset.load(data.eval_split, data.eval_size, data.seed)
     trained = {"params": params}
-    reduces = config.curriculum != "supervised"
-    source = dataset_of(config)
-    data = config.data
-    pixels, labels, truth = source.load(data.eval_split, data.eval_size, data.seed)
-    return Subject(
+    comparison = Comparison(
         config=config,
         module=module,
         trained=trained,
-        original=initial if weights_of(config) and reduces else trained,
-        reduces=reduces,
+        original=original if weights_of(config) and drops else trained,
+        reduces=drops,
         pixels=pixels,
         labels=labels,
-        truth=truth,
-        class_names=source.class_names,
+        masks=masks,
+        class_names=dataset.class_names,
         stop=stop,
     )
+    results = _measure(comparison)
+    if model_options is not None:
+        _write_weights(comparison, results, workdir, model_options)
+    _write(comparison, results, workdir)
+    return results
 
 
-def _measure(subject: Subject) -> dict[str, Any]:
-    results: dict[str, Any] = {"run": subject.config.name, "examples": len(subject.labels)}
-    results["dense"], maps = _dense(subject)
-    if subject.reduces:
-        results["iared2"], keep, scores = _reduced(subject)
-        results["random"] = _random(subject, keep)
+def _measure(comparison: Comparison) -> dict[str, Any]:
+    results: dict[str, Any] = {"run": comparison.config.name, "examples": len(comparison.labels)}
+    results["dense"], maps = _dense(comparison)
+    if comparison.reduces:
+        results["iared2"], counts, scores = _reduced(comparison)
+        results["random"] = _random(comparison, counts)
         maps = {**scores, **maps}
-        if subject.config.eval.speed_batch:
-            results["images_per_second"] = _speed(subject)
-    if subject.truth is not None:
-        results["foreground_share"] = float(subject.truth.mean())
+        if comparison.config.eval.speed_batch:
+            results["images_per_second"] = _speed(comparison)
+    if comparison.masks is not None:
+        results["foreground_share"] = float(comparison.masks.mean())
         results["segmentation"] = dict(
-            evaluators.segmentation(maps, subject.truth, subject.module.input_spec)
+            evaluators.segmentation(maps, comparison.masks, comparison.module.input_spec)
         )
-    results["config"] = flatten(subject.config)
+    results["config"] = flatten(comparison.config)
     results["versions"] = _versions()
     return results
 
 
-def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _dense(comparison: Comparison) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The baseline's accuracy and cost; the raw attention of its blocks, if it will be judged."""
-    wanted = subject.truth is not None
+    judged = comparison.masks is not None
 
-    def dense_pass(variables, images, batch):
-        logits, out = subject.module.apply(variables, images, execution="dense")
-        found = {"logits": logits}
-        if wanted and out.attention:
+    def dense_pass(variables, inputs, batch):
+        logits, out = comparison.module.apply(variables, inputs, execution="dense")
+        found = {"top": evaluators.top_classes(logits)}
+        if judged and out.attention:
             found["attention"] = jnp.stack([maps.mean(1) for maps in out.attention], axis=1)
         return found
 
-    seen = subject.collect(subject.compiled(dense_pass), subject.original)
+    seen = comparison.collect(comparison.compiled(dense_pass), comparison.original)
     figures = {
-        **dict(evaluators.accuracy(seen["logits"], subject.labels)),
-        **dict(evaluators.cost(subject.module, None)),
-        "confusions": evaluators.confusions(seen["logits"], subject.labels, subject.class_names),
+        **_answers(comparison, seen["top"]),
+        **dict(evaluators.cost(comparison.module, None)),
     }
     if "attention" not in seen:
         return figures, {}
@@ -158,60 +163,77 @@ def _dense(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return figures, {f"raw_attention_block_{b}": seen["attention"][:, b] for b in blocks}
 
 
-def _reduced(subject: Subject) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
-    """Our accuracy and cost; the keep masks [images, groups, N]; each group's scores."""
-
-    def masked_pass(variables, images, batch):
-        logits, out = subject.module.apply(variables, images, subject.config.reduction.threshold)
-        return {
-            "logits": logits,
-            "keep": jnp.stack(out.keep, axis=1),
-            "scores": jnp.stack(out.scores, axis=1),
-        }
-
-    seen = subject.collect(subject.compiled(masked_pass), subject.trained)
-    figures = {
-        **dict(evaluators.accuracy(seen["logits"], subject.labels)),
-        **dict(evaluators.kept_tokens(seen["keep"])),
-        **dict(evaluators.cost(subject.module, seen["keep"])),
-        "confusions": evaluators.confusions(seen["logits"], subject.labels, subject.class_names),
+def _answers(comparison: Comparison, top: np.ndarray) -> dict[str, Any]:
+    """The accuracy of a model's likeliest classes, and what it takes for what."""
+    labels, names = comparison.labels, comparison.class_names
+    return {
+        **dict(evaluators.accuracy(top, labels)),
+        "confusions": evaluators.confusions(top[:, 0], labels, names),
     }
-    groups = range(subject.module.num_groups)
-    return figures, seen["keep"], {f"group_{g + 1}": seen["scores"][:, g] for g in groups}
 
 
-def _random(subject: Subject, keep: np.ndarray) -> dict[str, float]:
+def _reduced(
+    comparison: Comparison,
+) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
+    """Our accuracy and cost; the tokens kept [images, groups]; the groups' scores, if judged."""
+    judged, module = comparison.masks is not None, comparison.module
+
+    def masked_pass(variables, inputs, batch):
+        logits, out = module.apply(variables, inputs, comparison.config.reduction.threshold)
+        found = {
+            "top": evaluators.top_classes(logits),
+            "counts": jnp.stack([keep.sum(axis=-1) for keep in out.keep], axis=1),
+        }
+        return {**found, "scores": jnp.stack(out.scores, axis=1)} if judged else found
+
+    seen = comparison.collect(comparison.compiled(masked_pass), comparison.trained)
+    counts = seen["counts"]
+    figures = {
+        **_answers(comparison, seen["top"]),
+        **dict(evaluators.kept_tokens(counts, module.input_spec.num_patches)),
+        **dict(evaluators.cost(module, counts)),
+    }
+    groups = range(module.num_groups) if judged else ()
+    return figures, counts, {f"group_{g + 1}": seen["scores"][:, g] for g in groups}
+
+
+def _random(comparison: Comparison, counts: np.ndarray) -> dict[str, float]:
     """Random masks with the same counts per image and group; nothing is retrained for them.
 
     On the trained model, and for comparison on the backbone it started from.
     """
-    counts = [jnp.asarray(count) for count in keep.sum(-1).T]
-    masks = random_like(jax.random.key(RANDOM_MASK_SEED), counts, keep.shape[-1])
+    module = comparison.module
+    masks = random_like(
+        jax.random.key(RANDOM_MASK_SEED),
+        [jnp.asarray(count) for count in counts.T],
+        module.input_spec.num_patches,
+    )
     masks = np.stack([np.asarray(mask) for mask in masks], axis=1)
 
-    def random_pass(variables, images, batch):
-        forced = [batch["keep"][:, group] for group in range(subject.module.num_groups)]
-        return {"logits": subject.module.apply(variables, images, keep=forced)[0]}
+    def random_pass(variables, inputs, batch):
+        forced = [batch["keep"][:, group] for group in range(module.num_groups)]
+        logits = module.apply(variables, inputs, keep=forced)[0]
+        return {"top": evaluators.top_classes(logits)}
 
-    fn = subject.compiled(random_pass)
+    fn = comparison.compiled(random_pass)
 
     def accuracy(variables):
-        answers = subject.collect(fn, variables, keep=masks)
-        return dict(evaluators.accuracy(answers["logits"], subject.labels))
+        top = comparison.collect(fn, variables, keep=masks)["top"]
+        return dict(evaluators.accuracy(top, comparison.labels))
 
-    before = {f"original_backbone_{k}": v for k, v in accuracy(subject.original).items()}
-    return {**accuracy(subject.trained), **before}
+    before = {f"original_backbone_{k}": v for k, v in accuracy(comparison.original).items()}
+    return {**accuracy(comparison.trained), **before}
 
 
-def _speed(subject: Subject) -> dict[str, Any]:
+def _speed(comparison: Comparison) -> dict[str, Any]:
     """Images per second of one batch; the ragged plan is made with other images than the timed."""
-    config, n = subject.config, subject.config.eval.speed_batch
-    pixels = subject.pixels[: n + SPEED_SAMPLE]
-    images = np.asarray(subject.module.input_spec.normalize(jnp.asarray(pixels)))
+    config, n = comparison.config, comparison.config.eval.speed_batch
+    pixels = comparison.pixels[: n + SPEED_SAMPLE]
+    images = np.asarray(comparison.module.input_spec.normalize(jnp.asarray(pixels)))
     figures = evaluators.throughput(
-        subject.module,
-        subject.original,
-        subject.trained,
+        comparison.module,
+        comparison.original,
+        comparison.trained,
         jnp.asarray(images[:n]),
         images[n:] if len(images) > n else images,
         thresholds=config.reduction.threshold,
@@ -225,55 +247,70 @@ def _speed(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _write_weights(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
-    config = subject.config
+def _write_weights(
+    comparison: Comparison, results: dict[str, Any], workdir: Path, options: dict[str, Any]
+) -> None:
     best = results.get("iared2", results["dense"])
     metadata = {
-        "create_model": train.model_options(config),
+        "create_model": options,
         "top1": best["top1"],
         "examples": results["examples"],
         "config": results["config"],
         "versions": results["versions"],
     }
     save_weights(
-        subject.trained, workdir / "weights.safetensors", metadata, interpreters=subject.reduces
+        comparison.trained,
+        workdir / "weights.safetensors",
+        metadata,
+        interpreters=comparison.reduces,
+        spec=comparison.module.input_spec,
     )
 
 
-def _write(subject: Subject, results: dict[str, Any], workdir: Path) -> None:
-    config = subject.config
-    drawn = _draw(subject, workdir) if subject.reduces and config.eval.figures else {}
+def _write(comparison: Comparison, results: dict[str, Any], workdir: Path) -> None:
+    config = comparison.config
     made = tables.tables(results)
     footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    tables.write_html(workdir / "report.html", f"IA-RED²: {config.name}", made, drawn, footer)
+    page = workdir / "report.html"
+    # Made aside first: until all is there, what an evaluation before has written stays.
+    with writing(page) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
+        drawn = {}
+        if comparison.reduces and config.eval.figures:
+            drawn = _draw(comparison, Path(aside))
+        tables.write_html(draft, f"IA-RED²: {config.name}", made, drawn, footer)
+        for path in (workdir / "figures").glob("*.png"):
+            path.unlink()
+        for path in drawn.values():
+            (workdir / "figures").mkdir(exist_ok=True)
+            path.replace(workdir / "figures" / path.name)
     # Last, so that results.json says that everything else is there.
     write_json(workdir / "results.json", results)
     print("\n\n".join(tables.as_text(table) for table in made), flush=True)
     log.info("results.json, report.html and figures are in %s", workdir)
 
 
-def _draw(subject: Subject, workdir: Path) -> dict[str, Path]:
-    config, module = subject.config, subject.module
-    shown = subject.pixels[: config.eval.figures]
-    comparison = figures.draw_comparison(
+def _draw(comparison: Comparison, folder: Path) -> dict[str, Path]:
+    config, module = comparison.config, comparison.module
+    shown = comparison.pixels[: config.eval.figures]
+    heatmaps = figures.draw_comparison(
         module,
-        subject.trained,
+        comparison.trained,
         shown,
-        workdir / "figures" / "heatmaps.png",
+        folder / "heatmaps.png",
         group=min(2, module.num_groups),
         block=1 if module.backbone.num_prefix else -1,  # CaiT: its last class attention
         thresholds=config.reduction.threshold,
-        attention_variables=subject.original,
+        attention_variables=comparison.original,
     )
     hierarchy = figures.draw_hierarchy(
         module,
-        subject.trained,
+        comparison.trained,
         shown,
-        workdir / "figures" / "hierarchy.png",
+        folder / "hierarchy.png",
         thresholds=config.reduction.threshold,
     )
     return {
-        "What the model looked at (Figure 3)": comparison,
+        "What the model looked at (Figure 3)": heatmaps,
         "What each group still sees (Figure 4)": hierarchy,
     }
 

@@ -115,7 +115,7 @@ $body
 def write_html(
     path: Path, title: str, made: list[Table], figures: dict[str, Path], footer: str
 ) -> Path:
-    """The same tables, and the figures beside them, as one page that needs no network."""
+    """Writes the tables, and the figures below figures/, as one page that needs no network."""
     parts = []
     for caption, rows in made:
         header, *body = rows
@@ -124,13 +124,13 @@ def write_html(
         parts += [_html_row(row, "td") for row in body]
         parts.append("</table>")
     for caption, image in figures.items():
-        source = html.escape(str(image.relative_to(path.parent)))
+        source = html.escape(f"figures/{image.name}")
         caption = html.escape(caption)
         parts.append(f'<h2>{caption}</h2>\n<img src="{source}" alt="{caption}">')
     page = _PAGE.substitute(
         title=html.escape(title), body="\n".join(parts), footer=html.escape(footer)
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 

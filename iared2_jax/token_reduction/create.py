@@ -1,16 +1,15 @@
 """`create_model`: a named backbone with its interpreters, freshly initialised."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
+from flax import traverse_util
 
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.backbones.cait import LAYER_SCALE
+from iared2_jax.models.parameters import declared
 from iared2_jax.models.variants import get_variant, resized
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
 from iared2_jax.token_reduction.model import IARed2
@@ -140,38 +139,21 @@ def create_model(
 def init_variables(module: IARed2, seed: int = 0) -> dict[str, Any]:
     """Fresh variables for `module`, from the same distributions as `module.init`.
 
-    They are drawn on the host: the same on every device, and in a fraction of the time it takes to
-    compile a random kernel for each of some hundred parameters.
+    Where a parameter has an `Initial`, it is drawn on the host: the same on every device, and in a
+    fraction of the time it takes to compile a random kernel for each of some hundred parameters.
+    Others come from `module.init`.
     """
-    inputs = jnp.zeros((1, *module.input_spec.shape))
-    shapes = jax.eval_shape(lambda key: module.init(key, inputs), jax.random.key(0))
     rng = np.random.default_rng(seed)
-
-    def draw(path, shape: jax.ShapeDtypeStruct) -> Array:
-        name = "/".join(str(entry.key) for entry in path)
-        distribution = next((fn for pattern, fn in _INITIAL if re.search(pattern, name)), None)
-        if distribution is None:
-            raise ValueError(f"no initial distribution is known for {name}: use module.init")
-        return jnp.asarray(distribution(rng, shape.shape), shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """DeiT's standard deviation of 0.02; one uniform number each, by the inverse distribution."""
-    return 0.02 * special.ndtri(rng.uniform(special.ndtr(-8), special.ndtr(8), shape))
-
-
-def _fan_in_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.uniform(-1, 1, shape) / shape[0] ** 0.5
-
-
-# The initialisers of the modules once more, by name; a test holds the two together.
-_INITIAL = (
-    (r"/bias$", lambda rng, shape: np.zeros(shape)),
-    (r"/scale$", lambda rng, shape: np.ones(shape)),
-    (r"interpreter_\d+/policy_token$", lambda rng, shape: rng.normal(size=shape)),
-    (r"interpreter_\d+/[qk]/kernel$", _fan_in_uniform),
-    (r"/gamma_\d$", lambda rng, shape: np.full(shape, LAYER_SCALE)),
-    (r"(kernel|cls_token|dist_token|pos_embed)$", _normal),
-)
+    found = declared(module, module.input_spec.shape)
+    fresh: dict[str, Array] = {}
+    if any(initial is None for _, initial in found.values()):
+        inputs = jnp.zeros((1, *module.input_spec.shape))
+        made = jax.jit(module.init)(jax.random.key(seed), inputs)["params"]
+        fresh = traverse_util.flatten_dict(made, sep="/")
+    values = {
+        path: fresh[path]
+        if initial is None
+        else jnp.asarray(initial.draw(rng, shape.shape), shape.dtype)
+        for path, (shape, initial) in sorted(found.items(), key=lambda item: item[0].split("/"))
+    }
+    return {"params": traverse_util.unflatten_dict(values, sep="/")}

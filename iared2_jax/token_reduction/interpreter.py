@@ -7,13 +7,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from iared2_jax.models.layers import layer_norm
+from iared2_jax.models.parameters import LINEAR, POLICY_TOKEN, ZEROS
 from iared2_jax.typing import Array
 
 POLICY_TOKENS = ("cls", "learned")
 
-# PyTorch's default for a linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the logits start with a
-# standard deviation of about 1/3, and the scores within a few hundredths of sigmoid(init_bias).
-interpreter_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Weights start by `parameters.LINEAR`: the logits with a standard deviation of about 1/3, and the
+# scores within a few hundredths of sigmoid(init_bias).
 
 
 class Keys(nn.Module):
@@ -30,8 +30,8 @@ class Keys(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], q: Float[Array, "b h c"]) -> Float[Array, "b n h"]:
-        kernel = self.param("kernel", interpreter_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", LINEAR, (x.shape[-1], self.features))
+        bias = self.param("bias", ZEROS, (self.features,))
         kernel = rearrange(kernel, "d (h c) -> d h c", h=q.shape[1])
         bias = rearrange(bias, "(h c) -> h c", h=q.shape[1])
         asked = jnp.einsum("dhc,bhc->bdh", kernel, q).astype(self.dtype)
@@ -69,10 +69,10 @@ class Interpreter(nn.Module):
         # variance, which XLA then computes once.
         normed = norm(x)
         if self.policy_token == "learned":
-            policy = norm(self.param("policy_token", nn.initializers.normal(1.0), (1, d)))
+            policy = norm(self.param("policy_token", POLICY_TOKEN, (1, d)))
         else:
             policy = normed[:, 0]
-        q = nn.Dense(d, kernel_init=interpreter_init, dtype=self.dtype, name="q")(policy)
+        q = nn.Dense(d, kernel_init=LINEAR, bias_init=ZEROS, dtype=self.dtype, name="q")(policy)
         q = rearrange(q, "b (h c) -> b h c", h=self.num_heads).astype(jnp.float32)
         q = jnp.broadcast_to(q, (x.shape[0], *q.shape[1:]))
         if self.scale:

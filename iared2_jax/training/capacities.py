@@ -13,8 +13,8 @@ import numpy as np
 from iared2_jax.errors import UsageError
 from iared2_jax.files import write_json
 from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.training.curriculum import Phase
-from iared2_jax.training.losses import Batch, Capacities
+from iared2_jax.training.phases import Batch, Phase
+from iared2_jax.training.phases.base import Capacities
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,15 @@ STEP = 8  # capacities are multiples of it
 def measure_capacities(
     module: IARed2, params: dict[str, Any], phase: Phase, batches: Iterator[Batch]
 ) -> Capacities:
-    """Slots for the masks that are fixed in `phase`: of groups 1..group, or before, if it learns.
+    """Slots for the masks that are fixed in `phase` (`PhaseKind.fixed_groups`).
 
     In a phase everything that decides about these masks is frozen, so that an image keeps the same
     tokens from its first step to its last.
+
+    Args:
+      batches: of the phase's first images, spread over the devices as its steps take them.
     """
-    groups = phase.group - (phase.kind == "interpreter")
+    groups = phase.kind.fixed_groups(phase.group)
 
     @jax.jit
     def counts(params, inputs):

@@ -6,6 +6,7 @@ and restoring walks the steps downwards to the newest one whose seal holds. This
 one that knows Orbax.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -57,7 +58,7 @@ class RunCheckpoints:
             self._checkpointer.save(
                 target,
                 ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
                 ),
             )
             # The seal appears by a rename, so a step is either sealed whole or not at all.
@@ -85,12 +86,13 @@ class RunCheckpoints:
         for step in steps:
             fault = self._fault(step)
             if fault is None:
+                target = target_for(step)
                 restored = self._checkpointer.restore(
                     self._folder / str(step),
-                    ocp.args.Composite(state=ocp.args.StandardRestore(target_for(step))),
+                    ocp.args.Composite(state=ocp.args.StandardRestore(_fields(target))),
                 )
                 self._current = step
-                return restored["state"], step
+                return target.replace(**restored["state"]), step
             log.warning("checkpoint %s is damaged (%s): trying the one before", step, fault)
         if steps:
             raise CheckpointError(
@@ -129,6 +131,14 @@ class RunCheckpoints:
             if found[name] != expected.get(name):
                 return f"{name} is not as it was written"
         return None
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """A state's fields by name; without `extra` where there is none, as version 0.1 wrote it."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    if not fields.get("extra", True):
+        del fields["extra"]
+    return fields
 
 
 def _digests(folder: Path) -> dict[str, str]:

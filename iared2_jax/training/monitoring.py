@@ -15,7 +15,7 @@ from tqdm import tqdm
 from iared2_jax.files import write_text
 
 if TYPE_CHECKING:
-    from iared2_jax.training.curriculum import Phase
+    from iared2_jax.training.phases import Phase
 
 log = logging.getLogger(__name__)
 
@@ -174,30 +174,19 @@ class HealthAlarms:
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Looks at one window's figures."""
+        section = self._phase.kind.section
         if figures["bad_steps_max"]:
             self._raise(
                 "non-finite",
                 f"a step up to {step} had a loss or gradient that is not finite, and was not "
-                f"applied; if it goes on, lower config.{self._phase.kind}.learning_rate",
+                f"applied; if it goes on, lower config.{section}.learning_rate",
             )
-        # Keeping everything is how a policy starts, so a collapse is one only later on.
+        # Keeping everything is how a policy starts, so a collapse is one only later on. A window of
+        # bad steps alone has no other figures.
         late = step - self._phase.first_step > self._phase.steps / 2
-        if self._phase.kind != "interpreter" or "keep_rate" not in figures or not late:
-            return
-        group = self._phase.group
-        if figures["keep_rate"] > 0.999:
-            self._raise(
-                "all-kept",
-                f"interpreter {group} keeps every token at step {step}: lower "
-                "config.interpreter.tau or config.model.init_bias, or raise "
-                "config.interpreter.learning_rate",
-            )
-        if figures["keep_rate"] < 0.001:
-            self._raise(
-                "none-kept",
-                f"interpreter {group} drops every token at step {step}: raise "
-                "config.interpreter.tau or config.model.init_bias, or lower config.interpreter.learning_rate",
-            )
+        if late and len(figures) > 1:
+            for name, message in self._phase.kind.alarms(self._phase, figures):
+                self._raise(name, f"at step {step}, {message}")
 
     def _raise(self, name: str, message: str) -> None:
         if name not in self._raised:

@@ -1,55 +1,59 @@
 """What trains in a phase, and with which optimizer."""
 
+import functools
+import itertools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import optax
 from flax import traverse_util
-from optax.contrib import muon
+from optax.contrib import MuonDimensionNumbers, muon
 
-# Which part of the model a parameter belongs to: the first rule that matches. {block} parts are
-# counted in groups, like the interpreters.
-RULES: tuple[tuple[str, str], ...] = (
-    (r"interpreter_(\d+)/.*", "interpreter"),
-    (r"backbone/block_(\d+)/.*", "blocks"),
-    (r"backbone/(patch_embed/.*|pos_embed|cls_token|dist_token)", "embedding"),
-    (r"backbone/(norm|head|head_dist|class_block_\d+)/.*", "head"),
-)
+from iared2_jax.models.backbones.protocol import PARTS
+from iared2_jax.models.parameters import decays, declared
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training.phases.base import Part
+from iared2_jax.typing import Array
 
-Part = tuple[str, int]  # ("interpreter", 2), ("blocks", 3), ("embedding", 0), ("head", 0)
 FlatParams = dict[str, Any]
 
 
-def part_of(path: str, group_sizes: tuple[int, ...]) -> Part:
-    """The part of the model that the parameter at `path` belongs to.
+def part_of(path: str, module: IARed2) -> Part:
+    """The part of the model that the parameter at `path` trains with.
 
     Raises:
-      ValueError: if no rule matches, so that no parameter is frozen by accident.
+      ValueError: nobody says so; no parameter is frozen by accident.
 
     Example:
-      >>> part_of("backbone/block_5/attn/qkv/kernel", group_sizes=(4, 4, 4))
+      >>> from iared2_jax.token_reduction.create import create_module
+      >>> part_of("backbone/block_5/attn/qkv/kernel", create_module("deit_s", groups=3))
       ('blocks', 2)
     """
-    for pattern, part in RULES:
-        match = re.fullmatch(pattern, path)
-        if match and part == "interpreter":
-            return part, int(match[1])
-        if match and part == "blocks":
-            ends = [sum(group_sizes[: group + 1]) for group in range(len(group_sizes))]
-            return part, 1 + next(g for g, end in enumerate(ends) if int(match[1]) < end)
-        if match:
+    top, name, *_ = path.split("/")
+    if match := re.fullmatch(r"interpreter_(\d+)", top):
+        return "interpreter", int(match[1])
+    if match := re.fullmatch(r"block_(\d+)", name):
+        ends = itertools.accumulate(module.group_sizes)
+        return "blocks", 1 + next(g for g, end in enumerate(ends) if int(match[1]) < end)
+    for part, names in getattr(module.backbone, "parts", PARTS).items():
+        if name in names:
             return part, 0
-    raise ValueError(f"no rule says which part of the model the parameter {path} belongs to")
+    raise ValueError(
+        f"nobody says with which part of the model {path} trains: add {name!r} to the `parts` of "
+        f"{type(module.backbone).__name__}"
+    )
 
 
 def split_trainable(
-    params: Mapping[str, Any], trains: Collection[Part], group_sizes: tuple[int, ...]
+    params: Mapping[str, Any], trains: Collection[Part], module: IARed2
 ) -> tuple[FlatParams, FlatParams]:
     """Splits parameters into (trainable, frozen), flat, by the parts that train."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    trainable = {k: v for k, v in flat.items() if part_of(k, group_sizes) in trains}
+    trainable = {k: v for k, v in flat.items() if part_of(k, module) in trains}
     return trainable, {k: v for k, v in flat.items() if k not in trainable}
 
 
@@ -58,34 +62,42 @@ def merge(trainable: FlatParams, frozen: FlatParams) -> dict[str, Any]:
     return traverse_util.unflatten_dict({**trainable, **frozen}, sep="/")
 
 
-def _matrices_only(params):
-    """Weight decay acts on matrices, not on biases, norms and tokens."""
-    return jax.tree.map(lambda value: value.ndim == 2, params)
+@functools.lru_cache(maxsize=8)
+def weights_that_decay(module: IARed2) -> frozenset[str]:
+    """Paths of the parameters that weight decay and Muon take for weights, as they are declared."""
+    found = declared(module, module.input_spec.shape)
+    return frozenset(
+        path for path, (shape, initial) in found.items() if decays(path, shape.shape, initial)
+    )
 
 
-def _adam(learning_rate, phase):
+def _adam(learning_rate, options, mask):
     return optax.chain(
         optax.scale_by_adam(),
-        optax.add_decayed_weights(phase.weight_decay, _matrices_only),
+        optax.add_decayed_weights(options.weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _sgd(learning_rate, phase):
+def _sgd(learning_rate, options, mask):
     return optax.chain(
-        optax.add_decayed_weights(phase.weight_decay, _matrices_only),
-        optax.sgd(learning_rate, phase.momentum, nesterov=True),
+        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.sgd(learning_rate, options.momentum, nesterov=True),
     )
 
 
-def _muon(learning_rate, phase):
-    # Matrices by Muon, scaled to AdamW's update size so that learning rates carry over; the rest
-    # by AdamW.
+def _muon(learning_rate, options, mask):
+    # Weights by Muon, scaled to AdamW's update size so that learning rates carry over; the rest by
+    # AdamW.
+    def dimensions(params):
+        return {p: MuonDimensionNumbers() if weight else None for p, weight in mask(params).items()}
+
     return muon(
         learning_rate,
-        weight_decay=phase.weight_decay,
-        weight_decay_mask=_matrices_only,
+        weight_decay=options.weight_decay,
+        weight_decay_mask=mask,
         consistent_rms=0.2,
+        muon_weight_dimension_numbers=dimensions,
     )
 
 
@@ -101,9 +113,32 @@ def learning_rate_schedule(phase, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, phase.learning_rate, warmup, steps)
 
 
-def make_optimizer(phase, steps: int) -> optax.GradientTransformation:
-    """The optimizer of one phase, from its options in the config."""
-    optimizer = OPTIMIZERS[phase.optimizer](learning_rate_schedule(phase, steps), phase)
-    if phase.clip_norm > 0:
-        optimizer = optax.chain(optax.clip_by_global_norm(phase.clip_norm), optimizer)
+def make_optimizer(
+    options: ml_collections.ConfigDict, steps: int, module: IARed2
+) -> optax.GradientTransformation:
+    """The optimizer of one phase, from its section of the config; for flat parameters."""
+
+    def mask(params: FlatParams) -> dict[str, bool]:
+        weights = weights_that_decay(module)
+        return {path: path in weights for path in params}
+
+    optimizer = OPTIMIZERS[options.optimizer](learning_rate_schedule(options, steps), options, mask)
+    if options.clip_norm > 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
     return optimizer
+
+
+def keep_unapplied(new: optax.OptState, old: optax.OptState, applied: Array) -> optax.OptState:
+    """The optimizer's state behind a step: the new one, or the old one where it was not applied.
+
+    The schedule's count advances either way: the learning rate follows the steps of the phase, so
+    that it is 0 at its end however many of them were left out.
+    """
+
+    def chosen(after: Any, before: Any) -> Any:
+        if isinstance(after, optax.ScaleByScheduleState):
+            return after
+        return jnp.where(applied, after, before)
+
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(chosen, new, old, is_leaf=is_schedule)

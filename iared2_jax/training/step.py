@@ -16,8 +16,8 @@ from jaxtyping import PRNGKeyArray
 
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training import optimizers
-from iared2_jax.training.curriculum import Phase
-from iared2_jax.training.losses import LOSSES, Batch, Capacities, Metrics, Params, Task
+from iared2_jax.training.phases import Batch, Metrics, Params, Phase, PhaseContext
+from iared2_jax.training.phases.base import Capacities
 
 
 @flax.struct.dataclass
@@ -30,6 +30,7 @@ class TrainState:
     params: all of them; opt_state: only of what the current phase trains.
     ema: a moving average of the parameters, or {} when off.
     bad_steps: non-finite steps in a row.
+    extra: state of the current phase's own (`PhaseKind.initial_extra`), or {}.
     """
 
     step: Any
@@ -37,24 +38,25 @@ class TrainState:
     opt_state: Any
     ema: Any
     bad_steps: Any
+    extra: Any = flax.struct.field(default_factory=dict)
 
     @property
     def eval_params(self) -> dict[str, Any]:
         return self.ema or self.params
 
 
-def enter_phase(state: TrainState, phase: Phase | None, group_sizes: tuple[int, ...]) -> TrainState:
+def enter_phase(state: TrainState, phase: Phase | None, module: IARed2) -> TrainState:
     """The state with a fresh optimizer for `phase`; without one when training is over."""
     if phase is None:
-        return state.replace(opt_state=())
-    trainable, _ = optimizers.split_trainable(state.params, phase.trains, group_sizes)
-    return state.replace(
-        opt_state=optimizers.make_optimizer(phase.options, phase.steps).init(trainable)
-    )
+        return state.replace(opt_state=(), extra={})
+    trainable, _ = optimizers.split_trainable(state.params, phase.trains, module)
+    optimizer = optimizers.make_optimizer(phase.options, phase.steps, module)
+    extra = phase.kind.initial_extra(module, state.params)
+    return state.replace(opt_state=optimizer.init(trainable), extra=extra)
 
 
 def initial_state(
-    params: dict[str, Any], phase: Phase, group_sizes: tuple[int, ...], ema_decay: float
+    params: dict[str, Any], phase: Phase, module: IARed2, ema_decay: float
 ) -> TrainState:
     """The state before the first step."""
     state = TrainState(
@@ -64,7 +66,7 @@ def initial_state(
         ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
         bad_steps=jnp.zeros((), jnp.int32),
     )
-    return enter_phase(state, phase, group_sizes)
+    return enter_phase(state, phase, module)
 
 
 def make_train_step(
@@ -79,21 +81,19 @@ def make_train_step(
     A step whose loss, gradient or update is not finite changes nothing but the counters.
 
     Args:
-      capacities: patch slots per group, for gathered training (see `losses`); None: masked. A
+      capacities: patch slots per group, for gathered training (`PhaseKind.loss`); None: masked. A
         batch that does not fit is computed again, masked, and shows in metrics["overflow"].
     """
-    optimizer = optimizers.make_optimizer(phase.options, phase.steps)
-    task = Task(module, config, phase, capacities)
+    optimizer = optimizers.make_optimizer(phase.options, phase.steps, module)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         batch = {**batch, "input": module.input_spec.normalize(batch["input"])}
-        grads, metrics = _fitting_gradients(task, state.params, batch, key)
+        context = PhaseContext(module, phase, capacities, state.extra)
+        grads, metrics = _fitting_gradients(context, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
-        trainable, frozen = optimizers.split_trainable(
-            state.params, phase.trains, module.group_sizes
-        )
+        trainable, frozen = optimizers.split_trainable(state.params, phase.trains, module)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         norms = (metrics["loss"], metrics["gradient_norm"], optax.tree.norm(updates))
         finite = jnp.isfinite(jnp.stack(norms)).all()
@@ -106,10 +106,10 @@ def make_train_step(
         ema = state.ema
         if config.ema_decay:
             ema = applied(optax.incremental_update(params, ema, 1 - config.ema_decay), ema)
-        new = TrainState(
+        new = state.replace(
             step=state.step + 1,
             params=params,
-            opt_state=applied(opt_state, state.opt_state),
+            opt_state=optimizers.keep_unapplied(opt_state, state.opt_state, finite),
             ema=ema,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
         )
@@ -125,17 +125,17 @@ def make_train_step(
 
 
 def _fitting_gradients(
-    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+    context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Params, Metrics]:
     """`_gradients`; where tokens found no slot, computed again without slots."""
-    grads, metrics = _gradients(task, params, batch, key)
-    if not task.capacities:
+    grads, metrics = _gradients(context, params, batch, key)
+    if not context.capacities:
         return grads, metrics
     lost = metrics["overflow"]
 
     def masked(_, __):
         """Masked execution needs no slots."""
-        whole = dataclasses.replace(task, capacities=None)
+        whole = dataclasses.replace(context, capacities=None)
         again, figures = _gradients(whole, params, batch, key)
         return again, {**figures, "overflow": lost}
 
@@ -144,15 +144,15 @@ def _fitting_gradients(
 
 
 def _gradients(
-    task: Task, params: Params, batch: Batch, key: PRNGKeyArray
+    context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Params, Metrics]:
-    """Of what the phase trains, over the micro-batches; and the metrics."""
-    phase, micro = task.phase, task.phase.options.accumulate
-    trainable, frozen = optimizers.split_trainable(params, phase.trains, task.module.group_sizes)
+    """Gradients of what the phase trains, over the micro-batches; and the metrics."""
+    phase, micro = context.phase, context.phase.options.accumulate
+    trainable, frozen = optimizers.split_trainable(params, phase.trains, context.module)
 
     def loss(trainable, batch, key):
-        """As a function of what is trained."""
-        return LOSSES[phase.kind](task, optimizers.merge(trainable, frozen), batch, key)
+        """The phase's loss as a function of what is trained."""
+        return phase.kind.loss(context, optimizers.merge(trainable, frozen), batch, key)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if micro == 1:

@@ -48,7 +48,7 @@ def read_tensors(source: str | Path) -> tuple[dict[str, np.ndarray], dict[str, A
     Raises:
       UsageError: there is no such source, or it cannot be read; one sentence.
     """
-    path = _locate(source)
+    path = locate(source)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".npz":
@@ -59,7 +59,12 @@ def read_tensors(source: str | Path) -> tuple[dict[str, np.ndarray], dict[str, A
         raise UsageError(str(error).replace("the checkpoint", str(path), 1)) from error
 
 
-def _locate(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
+    """The file that a source names, fetched if need be.
+
+    Raises:
+      UsageError: there is none.
+    """
     text = str(source)
     if text.startswith(_HUB):
         return _download(text)

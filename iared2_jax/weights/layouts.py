@@ -6,11 +6,14 @@ can tell both what is missing and what was left over. Facts: each project's own 
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from iared2_jax.models.input_spec import InputSpec
 
 
 class Recipe(NamedTuple):
@@ -68,8 +71,8 @@ def _transposed(x: np.ndarray) -> np.ndarray:
 
 
 def _from_conv(x: np.ndarray) -> np.ndarray:
-    """PyTorch's [d, 3, p, q] to [(p q 3), d]."""
-    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+    """PyTorch's [d, c, p, q] to [(p q c), d]; a matrix [d, (p q c)], as of ours, is transposed."""
+    return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -122,11 +125,17 @@ def _timm_recipe(path: str) -> Recipe:
     return Recipe((timm_name(path),), make)
 
 
-def to_timm(path: str, value: np.ndarray) -> np.ndarray:
-    """Our parameter as timm has it: the inverse of its recipe."""
+def to_timm(path: str, value: np.ndarray, spec: InputSpec | None = None) -> np.ndarray:
+    """Our parameter as timm has it: the inverse of its recipe.
+
+    A patch embedding of an unknown `spec` is taken for one of square colour patches, if it can be.
+    """
     if path == "backbone/patch_embed/kernel":
-        side = round((value.shape[0] / 3) ** 0.5)
-        value = value.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+        side = math.isqrt(value.shape[0] // 3)
+        shape = (side, side, 3) if spec is None else (*spec.patch, spec.channels)
+        if math.prod(shape) != value.shape[0]:
+            return np.ascontiguousarray(value.T)
+        value = value.reshape(*shape, -1).transpose(3, 2, 0, 1)
     elif path.endswith("/kernel"):
         value = value.T
     return np.ascontiguousarray(value)

@@ -5,7 +5,6 @@ it under "interpreters.j", and the metadata says which model it is.
 """
 
 import difflib
-import json
 import logging
 import math
 import re
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from iared2_jax.errors import UsageError
 from iared2_jax.models.backbones.cait import CaiT
@@ -33,8 +31,6 @@ from iared2_jax.weights.layouts import (
     Recipe,
     recognise,
     taken_apart,
-    timm_name,
-    to_timm,
 )
 
 log = logging.getLogger(__name__)
@@ -284,35 +280,6 @@ def num_classes_of(tensors: Mapping[str, np.ndarray]) -> int | None:
     layout = recognise(tensors)
     names = layout.recipe("backbone/head/bias").names if layout else ()
     return int(tensors[names[0]].shape[0]) if names and names[0] in tensors else None
-
-
-def timm_tensors(variables: Mapping[str, Any], interpreters: bool = True) -> dict[str, np.ndarray]:
-    """The parameters by timm's names, in its shapes; interpreters as "interpreters.j"."""
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    return {
-        timm_name(name): to_timm(name, np.asarray(value))
-        for name, value in params.items()
-        if interpreters or name.startswith("backbone/")
-    }
-
-
-def save_weights(
-    variables: Mapping[str, Any],
-    path: str | Path,
-    metadata: Mapping[str, Any] | None = None,
-    interpreters: bool = True,
-) -> None:
-    """Writes safetensors in timm's naming; a backbone alone is a file that timm loads strictly.
-
-    Args:
-      metadata: what `load_model` is to know: {"create_model": {"name": .., ..}}, a config; JSON.
-      interpreters: write them, too, as "interpreters.j".
-    """
-    path = Path(path)
-    draft = path.with_name(f"{path.name}.draft")
-    tensors = timm_tensors(variables, interpreters)
-    save_file(tensors, draft, metadata={"iared2_jax": json.dumps(dict(metadata or {}))})
-    draft.replace(path)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -16,16 +16,17 @@ from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models import taps
 from iared2_jax.models.attention import MASKED_LOGIT, attend
-from iared2_jax.models.backbones.protocol import BlockFlops
+from iared2_jax.models.backbones.protocol import PARTS, BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm
+from iared2_jax.models.layers import Mlp, TokenDense, classifier, layer_norm
+from iared2_jax.models.parameters import TOKEN, WEIGHT, ZEROS, constant
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
 
 # What every residual branch is multiplied by at first; of CaiTs of 24 blocks.
 LAYER_SCALE = 1e-5
 
-_gamma_init = nn.initializers.constant(LAYER_SCALE)
+_GAMMA = constant(LAYER_SCALE)
 
 
 class HeadMix(nn.Module):
@@ -35,8 +36,8 @@ class HeadMix(nn.Module):
 
     @nn.compact
     def __call__(self, maps: Float[Array, "s h q k"]) -> Float[Array, "s h q k"]:
-        kernel = self.param("kernel", kernel_init, (self.num_heads, self.num_heads))
-        bias = self.param("bias", nn.initializers.zeros, (self.num_heads,))
+        kernel = self.param("kernel", WEIGHT, (self.num_heads, self.num_heads))
+        bias = self.param("bias", ZEROS, (self.num_heads,))
         return jnp.einsum("shqk,hg->sgqk", maps, kernel) + bias[:, None, None]
 
 
@@ -140,7 +141,7 @@ class ClassBlock(nn.Module):
 
 
 def _gamma(module: nn.Module, name: str, x: Array) -> Array:
-    return module.param(name, _gamma_init, (x.shape[-1],)).astype(x.dtype)
+    return module.param(name, _GAMMA, (x.shape[-1],)).astype(x.dtype)
 
 
 class CaiT(nn.Module):
@@ -162,18 +163,24 @@ class CaiT(nn.Module):
     num_prefix = 0
     attention_kernels = ("einsum",)
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The class-attention blocks train with the classifier."""
+        blocks = tuple(f"class_block_{index}" for index in range(self.class_depth))
+        return {**PARTS, "classifier": (*PARTS["classifier"], *blocks)}
+
     def setup(self):
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
-        self.cls_token = self.param("cls_token", kernel_init, (1, 1, self.embed_dim))
+        self.cls_token = self.param("cls_token", TOKEN, (1, 1, self.embed_dim))
         tokens = self.input_spec.num_patches
-        self.pos_embed = self.param("pos_embed", kernel_init, (1, tokens, self.embed_dim))
+        self.pos_embed = self.param("pos_embed", TOKEN, (1, tokens, self.embed_dim))
         options = (self.num_heads, self.mlp_ratio, self.dtype)
         self.blocks = [Block(*options, name=f"block_{index}") for index in range(self.depth)]
         self.class_blocks = [
             ClassBlock(*options, name=f"class_block_{index}") for index in range(self.class_depth)
         ]
         self.norm = layer_norm(self.dtype)
-        self.head = nn.Dense(self.num_classes, kernel_init=kernel_init)
+        self.head = classifier(self.num_classes)
 
     def embed(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b n d"]:
         """Images to patch tokens, positions added."""

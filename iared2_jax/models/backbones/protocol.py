@@ -48,6 +48,8 @@ class Backbone(Protocol):
       num_prefix: tokens before the patches, never dropped, the first of them CLS; 0 if the blocks
         see patches alone.
       dtype: of the computation. attention_kernel: one of `attention_kernels`.
+      parts: optional; which of its submodules belong to "embedding" and to "classifier", if they
+        are not called as in `PARTS`.
     """
 
     input_spec: InputSpec
@@ -86,3 +88,11 @@ class Backbone(Protocol):
 
     def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
         """All but the blocks, (linear, full), where `kept` patch tokens reach `classify`."""
+
+
+# The parts of a model that train together, by the names of their submodules and parameters; what is
+# called block_<i> is block i. A backbone with other names says so in an attribute `parts`.
+PARTS: dict[str, tuple[str, ...]] = {
+    "embedding": ("patch_embed", "pos_embed", "cls_token", "dist_token"),
+    "classifier": ("norm", "head", "head_dist"),
+}

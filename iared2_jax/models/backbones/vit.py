@@ -12,7 +12,8 @@ from iared2_jax.models import taps
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Mlp, TokenDense, kernel_init, layer_norm
+from iared2_jax.models.layers import Mlp, TokenDense, classifier, layer_norm
+from iared2_jax.models.parameters import TOKEN
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
 
@@ -100,11 +101,11 @@ class ViT(nn.Module):
 
     def setup(self):
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
-        self.cls_token = self.param("cls_token", kernel_init, (1, 1, self.embed_dim))
+        self.cls_token = self.param("cls_token", TOKEN, (1, 1, self.embed_dim))
         if self.distilled:
-            self.dist_token = self.param("dist_token", kernel_init, (1, 1, self.embed_dim))
+            self.dist_token = self.param("dist_token", TOKEN, (1, 1, self.embed_dim))
         tokens = self.num_prefix + self.input_spec.num_patches
-        self.pos_embed = self.param("pos_embed", kernel_init, (1, tokens, self.embed_dim))
+        self.pos_embed = self.param("pos_embed", TOKEN, (1, tokens, self.embed_dim))
         self.blocks = [
             Block(
                 self.num_heads,
@@ -116,9 +117,9 @@ class ViT(nn.Module):
             for index in range(self.depth)
         ]
         self.norm = layer_norm(self.dtype)
-        self.head = nn.Dense(self.num_classes, kernel_init=kernel_init)
+        self.head = classifier(self.num_classes)
         if self.distilled:
-            self.head_dist = nn.Dense(self.num_classes, kernel_init=kernel_init)
+            self.head_dist = classifier(self.num_classes)
 
     def embed(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b t d"]:
         """Images to tokens, prefix first, positions added."""

@@ -4,17 +4,13 @@ import math
 
 import ml_collections
 
-from iared2_jax.config import (
-    CURRICULA,
+from iared2_jax.config.defaults import (
     DTYPES,
     MODES,
     TRAIN_EXECUTIONS,
-    dataset_of,
     default_config,
-    flatten,
-    model_groups,
-    weights_of,
 )
+from iared2_jax.config.loading import flatten, input_spec_of, model_groups, weights_of
 from iared2_jax.data.datasets import MADE, OPENERS
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.variants import VARIANTS, get_variant, is_variant
@@ -22,6 +18,7 @@ from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
 from iared2_jax.token_reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
 from iared2_jax.training.optimizers import OPTIMIZERS
+from iared2_jax.training.phases import CURRICULA, PHASES
 
 
 def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
@@ -56,38 +53,26 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             f"{list(groups)} lists {len(groups)}: change group_sizes, or empty it with "
             "--config.model.group_sizes=()"
         )
+    for key in ("model.image_size", "model.patch_size"):
+        if len(flat[key]) not in (0, 2):
+            raise UsageError(f"config.{key}={flat[key]} must be (height, width), or empty")
+    input_spec_of(config)
     sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
-    if len(config.interpreter.tau) not in (1, len(sizes)):
+    if config.data.name not in MADE and not config.data.path and config.mode != "explain":
         raise UsageError(
-            f"config.interpreter.tau has {len(config.interpreter.tau)} values for {len(sizes)} groups: "
-            f"give 1 or {len(sizes)}"
+            f"config.data.name={config.data.name!r} needs config.data.path=<where its files are>"
         )
-    if config.mode != "explain":
-        _check_data(config)
     if config.mode != "train" and not weights_of(config):
         raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
-    if not config.weights and config.curriculum != "supervised" and config.data.name not in MADE:
+    drops = any(PHASES[name].reduces for name, _ in CURRICULA[config.curriculum](len(sizes)))
+    if drops and not config.weights and config.data.name not in MADE:
         raise UsageError(
             "config.weights is empty, but interpreters need a trained backbone: name its file "
             '(--config.weights=deit_small.safetensors), or "scratch" if you mean it'
         )
-    kinds = {"iared2": ("interpreter", "backbone"), "interpreters": ("interpreter",)}
-    for kind in kinds.get(config.curriculum, ("supervised",)):
-        _check_phase(kind, config[kind], device_count)
-
-
-def _check_data(config: ml_collections.ConfigDict) -> None:
-    source = dataset_of(config)
-    if config.data.eval_split not in source.splits:
-        raise UsageError(
-            f"config.data.eval_split={config.data.eval_split!r} is unknown"
-            f"{nearest(config.data.eval_split, source.splits)}"
-        )
-    if config.model.num_classes not in (0, source.num_classes):
-        raise UsageError(
-            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
-            f"{source.num_classes} classes: set --config.model.num_classes={source.num_classes}"
-        )
+    for kind in {PHASES[name] for name, _ in CURRICULA[config.curriculum](len(sizes))}:
+        _check_phase(kind.section, config[kind.section], device_count)
+        kind.check(config[kind.section], len(sizes))
 
 
 def _check_keys(config: ml_collections.ConfigDict) -> None:
@@ -105,8 +90,10 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     flat = flatten(config)
     pairs = ("data.augment.scale", "data.augment.ratio")
     for key, kinds in (
-        ("interpreter.tau", (int, float)), ("model.group_sizes", (int,)), *((p, (int, float)) for p in pairs)
-    ):  # fmt: skip
+        ("interpreter.tau", (int, float)),
+        *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
+        *((pair, (int, float)) for pair in pairs),
+    ):
         if any(type(item) not in kinds for item in flat[key]):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise UsageError(f"config.{key}={flat[key]} must hold only {names}")
@@ -116,7 +103,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
                 raise UsageError(f"config.{key}={value} is not a finite number")
             if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
                 raise UsageError(f"config.{key}={value} must not be negative")
-    for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints", "interpreter.rollouts",
+    for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints",
+                "interpreter.rollouts",
                 "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
                 "data.threads"):  # fmt: skip
         if flat[key] < 1:

@@ -1,22 +1,13 @@
 """Every option of a run, with its default, in one place; configs/*.py are deltas of it."""
 
-import ast
 import dataclasses
-import runpy
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
-from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
-from iared2_jax.errors import UsageError, nearest
-from iared2_jax.models.input_spec import InputSpec
-from iared2_jax.models.variants import get_variant, resized
+from iared2_jax.data.augment import CROP_FLIP
 
 MODES = ("train", "eval", "explain")
-CURRICULA = ("iared2", "interpreters", "supervised")
 TRAIN_EXECUTIONS = ("masked", "gathered")
 DTYPES = ("float32", "bfloat16")
 
@@ -81,7 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     # mixup=0.8, cutmix=1.0, repeats=3; interpreters are never trained on mixed images.
     config.data.augment = ml_collections.ConfigDict(dataclasses.asdict(CROP_FLIP))
 
-    # What is trained, in which order (phases.phases makes the list):
+    # What is trained, in which order (training.phases.CURRICULA lists the phases):
     #   iared2        for each group: its interpreter, then the blocks from there on (the paper)
     #   interpreters  only the interpreters; the backbone's weights are untouched (Table 4)
     #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first
@@ -151,11 +142,6 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def weights_of(config: ml_collections.ConfigDict) -> str:
-    """Where the parameters come from; "" for random ones."""
-    return "" if config.weights == "scratch" else config.weights
-
-
 # Keys that may change between a run and its continuation: they do not change what is learned.
 RESUMABLE = (
     "mode",
@@ -171,129 +157,5 @@ RESUMABLE = (
     "eval.figures",
     "eval.speed_batch",
     "eval.speed_rounds",
+    "explain.upright",
 )
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-    """The part of `--config=file.py:variant,runlocal` after the colon, typed by its defaults.
-
-    `runlocal` is always there, False unless named. A bare word sets a boolean to True, `key=value`
-    sets anything else.
-
-    Raises:
-      UsageError: on a key that is not among the defaults, or a value of another type.
-
-    Example:
-      >>> parse_arg("runlocal,groups=4", groups=3).groups
-      4
-    """
-    values = {"runlocal": False, **defaults}
-    for item in filter(None, (arg or "").split(",")):
-        key, _, text = item.partition("=")
-        if key not in values:
-            raise UsageError(f"the config has no argument {key!r}{nearest(key, values)}")
-        kind = type(values[key])
-        values[key] = _typed(key, text or ("true" if kind is bool else ""), kind)
-    return ml_collections.ConfigDict(values)
-
-
-def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
-    """The config that `file.py:arg` names, with the overrides of a command line put in, as text.
-
-    Written out rather than left to `ml_collections.config_flags`, whose errors are wrapped twice,
-    span lines, and hide a missing file until the config is read.
-
-    Raises:
-      UsageError: on a file, key or value that is not there or of another type.
-
-    Example:
-      >>> load("configs/vit_micro.py:runlocal", {"supervised.steps": "3"}).supervised.steps
-      3
-    """
-    path, _, arg = spec.partition(":")
-    if not Path(path).is_file():
-        known = {*Path(path).parent.glob("*.py"), *Path("configs").glob("*.py")}
-        hint = nearest(path, map(str, known)) if known else ": give the path of a configs/*.py"
-        raise UsageError(f"there is no config {path!r} below {Path.cwd()}{hint}")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise UsageError(f"{path} is not a config: it has no function get_config")
-    config = get_config(arg)
-    values = flatten(config)
-    for key, text in (overrides or {}).items():
-        options = [name for name in values if name.startswith(f"{key}.")]
-        if options:
-            raise UsageError(f"config.{key} is a section: give one of {', '.join(options)}")
-        if key not in values:
-            raise UsageError(f"config.{key} is not an option{nearest(key, values)}")
-        kind = tuple if isinstance(values[key], list) else type(values[key])
-        config.update_from_flattened_dict({key: _typed(f"config.{key}", text, kind)})
-    return config.lock()
-
-
-def _typed(name: str, text: str, kind: type) -> Any:
-    """`text` as a value of the type that the option has."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple:
-            return tuple(ast.literal_eval(f"[{text.strip('()[]')}]"))
-        return kind(text)
-    except (KeyError, ValueError, SyntaxError) as error:
-        kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-        wanted = kinds.get(kind, "a list of numbers like 2,4")
-        raise UsageError(f"{name}={text!r} is not {wanted}") from error
-
-
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """{"model.name": "deit_s", ..}."""
-
-    def walk(node: ml_collections.ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, ml_collections.ConfigDict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, list(value) if isinstance(value, tuple) else value
-
-    return dict(walk(config, ""))
-
-
-def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
-    """The config's dataset, opened, as its model wants it."""
-    wanted = DataRequest(
-        spec=input_spec_of(config),
-        path=config.data.path,
-        augment=augment_of(config),
-        bad_share=config.data.bad_share,
-    )
-    return open_dataset(config.data.name, wanted)
-
-
-def input_spec_of(config: ml_collections.ConfigDict) -> InputSpec:
-    """The inputs of the config's model: its variant's, at the sizes that the config gives."""
-    return resized(get_variant(config.model.name).backbone.input_spec, **input_sizes(config))
-
-
-def input_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The sizes of the model's inputs as `create_model` takes them; None: the variant's own."""
-    return {
-        "image_size": tuple(config.model.image_size) or None,
-        "patch_size": tuple(config.model.patch_size) or None,
-        "channels": config.model.channels or None,
-    }
-
-
-def augment_of(config: ml_collections.ConfigDict) -> AugmentOptions:
-    """Of the training images."""
-    options = config.data.augment.items()
-    return AugmentOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options})
-
-
-def num_classes(config: ml_collections.ConfigDict) -> int:
-    """Of the config's model."""
-    return config.model.num_classes or dataset_of(config).num_classes
-
-
-def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:
-    """What `create_model` takes as `groups`."""
-    return tuple(config.model.group_sizes) or config.model.groups

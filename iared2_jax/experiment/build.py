@@ -1,0 +1,101 @@
+"""Model, data and phases, built from a config."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+
+from iared2_jax.config.loading import (
+    augment_of,
+    input_sizes,
+    input_spec_of,
+    model_groups,
+    weights_of,
+)
+from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
+from iared2_jax.errors import UsageError, nearest
+from iared2_jax.token_reduction.create import create_module, init_variables
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training.curriculum import phases
+from iared2_jax.training.phases import CURRICULA, PHASES, Phase
+from iared2_jax.weights.load import load_weights
+
+Model = tuple[IARed2, dict[str, Any]]  # module and variables
+
+
+def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
+    """The config's dataset, opened once per process, as its model takes it."""
+    request = DataRequest(
+        spec=input_spec_of(config),
+        path=config.data.path,
+        augment=augment_of(config),
+        bad_share=config.data.bad_share,
+    )
+    return open_dataset(config.data.name, request)
+
+
+def check_data(config: ml_collections.ConfigDict) -> None:
+    """Opens what training and evaluation will read, and refuses what does not fit the config.
+
+    Raises:
+      UsageError: data that cannot be used, another split, or another number of classes.
+    """
+    dataset = dataset_of(config)
+    if config.data.eval_split not in dataset.splits:
+        raise UsageError(
+            f"config.data.eval_split={config.data.eval_split!r} is unknown"
+            f"{nearest(config.data.eval_split, dataset.splits)}"
+        )
+    if config.model.num_classes not in (0, dataset.num_classes):
+        raise UsageError(
+            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
+            f"{dataset.num_classes} classes: set --config.model.num_classes={dataset.num_classes}"
+        )
+    dataset.open_split(config.data.eval_split)
+
+
+def num_classes(config: ml_collections.ConfigDict) -> int:
+    """The classes of the config's model: as many as it says, else as the data has."""
+    return config.model.num_classes or dataset_of(config).num_classes
+
+
+def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments with which `create_model` makes the config's model."""
+    options = {
+        "name": config.model.name,
+        "num_classes": num_classes(config),
+        "groups": model_groups(config),
+        "policy_token": config.model.policy_token or None,
+        "scale": config.model.scale,
+        "init_bias": config.model.init_bias,
+        **{key: size for key, size in input_sizes(config).items() if size},
+    }
+    if config.model.interpreter_heads:
+        options["interpreter_heads"] = config.model.interpreter_heads
+    return options
+
+
+def build_module(config: ml_collections.ConfigDict) -> IARed2:
+    """The config's model without parameters."""
+    return create_module(**model_options(config), dtype=jnp.dtype(config.model.dtype))
+
+
+def build_model(config: ml_collections.ConfigDict) -> Model:
+    """The config's model with the parameters it starts from: `config.weights`, else random ones."""
+    module = build_module(config)
+    if source := weights_of(config):
+        return module, load_initial(config, module, source)
+    return module, init_variables(module, config.seed)
+
+
+def load_initial(config: ml_collections.ConfigDict, module: IARed2, source: str) -> dict[str, Any]:
+    """Variables from a weights file; the head may be fresh only where it will be trained."""
+    # An interpreter's reward, and an evaluation, need answers that mean something.
+    kinds = [PHASES[name] for name, _ in CURRICULA[config.curriculum](1)]
+    fresh_head = config.mode == "train" and not any(kind.reduces for kind in kinds)
+    return load_weights(module, source, seed=config.seed, fresh_head=fresh_head)
+
+
+def build_phases(config: ml_collections.ConfigDict, module: IARed2) -> list[Phase]:
+    """The phases of the config's curriculum."""
+    return phases(config, module.group_sizes, dataset_of(config).epoch_size)

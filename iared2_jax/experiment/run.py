@@ -1,0 +1,174 @@
+"""What a config asks for: train and evaluate, only evaluate, or explain pictures."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from iared2_jax.config.checks import validate
+from iared2_jax.config.migration import adopt_old_names
+from iared2_jax.errors import Interrupted
+from iared2_jax.experiment.build import (
+    Model,
+    build_model,
+    build_module,
+    build_phases,
+    check_data,
+    dataset_of,
+    load_initial,
+    model_options,
+)
+from iared2_jax.experiment.run_directory import (
+    adopt_config,
+    keep_start,
+    locked,
+    starting_point,
+    write_config,
+)
+from iared2_jax.signals import Stop
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training.loop import train_phases
+from iared2_jax.training.step import TrainState
+from iared2_jax.weights.files import read_tensors
+from iared2_jax.weights.load import load_model, num_classes_of, warn_if_untrained
+
+log = logging.getLogger(__name__)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | Path) -> None:
+    """Does what `config.mode` says.
+
+    Raises:
+      Interrupted: a signal stopped it; the state is saved, and the same call goes on.
+    """
+    if config.mode == "explain":
+        explain(config)
+    elif config.mode == "eval":
+        evaluate(config, workdir)
+    else:
+        train_and_evaluate(config, workdir)
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    adopt_old_names(config)
+    validate(config, jax.device_count())
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | None = None
+) -> TrainState:
+    """Trains what the config says, from the workdir's newest checkpoint on, and returns the state.
+
+    On SIGTERM (or `stop.request()`) the state is saved at the current step, and returned; the same
+    call goes on from there, to bitwise the same parameters on the same devices.
+
+    Raises:
+      UsageError: the config or the workdir cannot be used; nothing was compiled or changed.
+      NonFiniteError: too many non-finite steps in a row. The last good checkpoint is kept.
+      CheckpointError: no checkpoint could be written, or none of those there is whole.
+    """
+    workdir = Path(workdir)
+    module = _checked_module(config)
+    variables = starting_point(config, module, workdir)
+    with locked(workdir):
+        return _train(config, workdir, module, variables, stop or Stop())
+
+
+def _checked_module(config: ml_collections.ConfigDict) -> IARed2:
+    """The config's model; everything that the config will need is opened and checked on the way."""
+    _check(config)
+    check_data(config)
+    return build_module(config)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    module: IARed2,
+    variables: dict[str, Any],
+    stop: Stop,
+) -> TrainState:
+    dataset = dataset_of(config)
+    adopt_config(config, dataset, workdir)
+    keep_start(config, module, variables, workdir)
+    plan = build_phases(config, module)
+    return train_phases(config, workdir, module, variables, plan, dataset, stop)
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
+    """`train`, then the evaluation and report of the finished model; returns the final state.
+
+    Raises:
+      Interrupted: a signal stopped it; the state is saved, and the same call goes on.
+    """
+    from iared2_jax.report.results import evaluate_run  # slow to import: matplotlib
+
+    workdir = Path(workdir)
+    module = _checked_module(config)
+    variables = starting_point(config, module, workdir)
+    with Stop() as stop, locked(workdir):
+        state = _train(config, workdir, module, variables, stop)
+        if stop.requested:
+            raise Interrupted("stopped by a signal, state saved: the same command goes on")
+        evaluate_run(
+            config,
+            workdir,
+            module,
+            state.eval_params,
+            # Once more: the first step took its buffers over.
+            starting_point(config, module, workdir),
+            dataset_of(config),
+            stop,
+            model_options(config),
+        )
+    return state
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """The evaluation and report of `config.weights`, into <workdir>/eval; no weights are written.
+
+    What an evaluation before has written there stays until this one is finished.
+
+    Returns:
+      The results.
+
+    Raises:
+      Interrupted: a signal stopped it; nothing was written.
+    """
+    from iared2_jax.report.results import evaluate_run
+
+    module, folder = _checked_module(config), Path(workdir) / "eval"
+    variables = load_initial(config, module, config.weights)
+    warn_if_untrained(config.weights, read_tensors(config.weights)[0])
+    dataset = dataset_of(config)
+    with Stop() as stop, locked(folder):
+        results = evaluate_run(
+            config, folder, module, variables["params"], variables, dataset, stop
+        )
+        write_config(config, dataset, folder)
+    return results
+
+
+def explain(config: ml_collections.ConfigDict) -> list[Path]:
+    """Writes heatmaps beside the pictures of `config.data.path`; returns the pictures.
+
+    The model is what a file of ours says it is, else config.model with config.weights.
+    """
+    from iared2_jax.report.pictures import explain_pictures
+
+    _check(config)
+    return explain_pictures(config, lambda: _model_to_explain(config))
+
+
+def _model_to_explain(config: ml_collections.ConfigDict) -> Model:
+    tensors, metadata = read_tensors(config.weights)
+    if "create_model" in metadata:
+        return load_model(config.weights)
+    config = config.copy_and_resolve_references().unlock()
+    classes = config.model.num_classes or num_classes_of(tensors)
+    config.model.num_classes = classes or 1  # no kind of weights we know: loading will say so
+    model = build_model(config)
+    warn_if_untrained(config.weights, tensors)
+    return model

@@ -1,0 +1,155 @@
+"""A run's directory: one run at a time in it, the config it began with, what it started from."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from iared2_jax.config.defaults import RESUMABLE, default_config
+from iared2_jax.config.loading import flatten, weights_of
+from iared2_jax.config.migration import CONFIG_VERSION, migrate_flat
+from iared2_jax.data.datasets import Dataset
+from iared2_jax.errors import UsageError
+from iared2_jax.experiment.build import load_initial
+from iared2_jax.files import write_json
+from iared2_jax.token_reduction.create import init_variables
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.weights.files import locate
+from iared2_jax.weights.load import load_weights
+from iared2_jax.weights.save import save_weights
+
+_CONFIG, _INITIAL = "config.json", "initial.safetensors"
+_VERSION, _DATA, _WEIGHTS = "config version", "data found", "weights found"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder as one run's own while the block lasts; made if it is not there.
+
+    Raises:
+      UsageError: it cannot be written, or another run is at work in it.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / "lock").open("w"))
+            # The kernel lets go of it however the process ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another run is at work in {folder}: wait for it, or give another --workdir"
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"workdir {folder} cannot be written ({error.strerror}): give another --workdir"
+            ) from error
+        yield
+
+
+def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Path) -> None:
+    """Writes config.json into a run's folder; refuses one that holds another run's.
+
+    Options that the run's version did not have are taken to be their defaults, and options that
+    have moved are known by both names. The data may lie elsewhere, but not have changed.
+
+    Raises:
+      UsageError: the folder is another run's, or its config.json is damaged.
+    """
+    path = folder / _CONFIG
+    mine = json.loads(json.dumps(flatten(config)))
+    theirs, found = mine, {}
+    if path.exists():
+        theirs, found = _read_config(path)
+    fingerprint = dataset.fingerprint if _VERSION in found else dataset.summary
+    mine_found = {_DATA: fingerprint}
+    differ = [
+        f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key) and key not in RESUMABLE
+    ] + [
+        f"{key} ({found[key]!r} there, {value!r} here)"
+        for key, value in mine_found.items()
+        if found.get(key, value) != value
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UsageError(
+            f"workdir {folder} holds another run's config: {', '.join(differ[:3])}{more}; "
+            "give another --workdir"
+        )
+    write_config(config, dataset, folder, found.get(_WEIGHTS))
+
+
+def write_config(
+    config: ml_collections.ConfigDict, dataset: Dataset, folder: Path, weights: str | None = None
+) -> None:
+    """Writes config.json: every option, and what data and weights were found."""
+    flat = json.loads(json.dumps(flatten(config)))
+    found = {_VERSION: CONFIG_VERSION, _DATA: dataset.fingerprint, _WEIGHTS: weights}
+    write_json(folder / _CONFIG, {**dict(sorted(flat.items())), **found})
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a config.json of any version by today's names; and what else it says."""
+    try:
+        stored = json.loads(path.read_text())
+        found = {key: stored.pop(key) for key in (_VERSION, _DATA, _WEIGHTS) if key in stored}
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged: delete it, or give another --workdir") from error
+    if found.get(_VERSION, 0) > CONFIG_VERSION:
+        raise UsageError(f"{path} was written by a later version of iared2_jax: update this one")
+    defaults = json.loads(json.dumps(flatten(default_config())))
+    return {**defaults, **migrate_flat(stored)}, found
+
+
+def starting_point(
+    config: ml_collections.ConfigDict, module: IARed2, folder: Path
+) -> dict[str, Any]:
+    """The variables that a run starts from, and is compared with at its end; nothing is written.
+
+    Those of a weights file are taken from the run's own copy, once it has one (`keep_start`), so
+    that it can go on without the file.
+
+    Raises:
+      UsageError: the weights cannot be used, or the file is not the one that the run began with.
+    """
+    source, copy = weights_of(config), folder / _INITIAL
+    if not source:
+        return init_variables(module, config.seed)
+    if not copy.exists():
+        return load_initial(config, module, source)
+    known = _read_config(folder / _CONFIG)[1].get(_WEIGHTS)
+    now = _digest(source)
+    if None not in (known, now) and known != now:
+        raise UsageError(
+            f"config.weights={source!r} has changed since the run in {folder} began with it: "
+            "bring the old file back, or give another --workdir"
+        )
+    return load_weights(module, copy)
+
+
+def keep_start(
+    config: ml_collections.ConfigDict, module: IARed2, variables: dict[str, Any], folder: Path
+) -> None:
+    """Copies what a run starts from into its folder, if it comes from a weights file."""
+    source, copy = weights_of(config), folder / _INITIAL
+    if not source or copy.exists():
+        return
+    save_weights(variables, copy, spec=module.input_spec)
+    stored = json.loads((folder / _CONFIG).read_text())
+    write_json(folder / _CONFIG, {**stored, _WEIGHTS: _digest(source)})
+
+
+def _digest(source: str) -> str | None:
+    """The sha256 of a weights file; None if there is none to be read any more."""
+    try:
+        path = locate(source)
+    except UsageError:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,54 @@
+"""Kinds of training phases, by name: each owns its loss, its section of the config, its alarms.
+
+docs/add_a_phase.md shows how to add one.
+"""
+
+from collections.abc import Callable
+
+from iared2_jax.training.phases.backbone import BackbonePhase
+from iared2_jax.training.phases.base import Batch, Metrics, Params, Phase, PhaseContext, PhaseKind
+from iared2_jax.training.phases.interpreter import InterpreterPhase
+from iared2_jax.training.phases.supervised import SupervisedPhase
+
+PHASES: dict[str, PhaseKind] = {
+    "interpreter": InterpreterPhase(),
+    "backbone": BackbonePhase(),
+    "supervised": SupervisedPhase(),
+}
+
+
+def _iared2(num_groups: int) -> list[tuple[str, int]]:
+    """The paper's: for each group its interpreter, then the blocks from there on."""
+    return [(kind, j) for j in range(1, num_groups + 1) for kind in ("interpreter", "backbone")]
+
+
+def _interpreters(num_groups: int) -> list[tuple[str, int]]:
+    """The first halves only: the backbone's weights are untouched (Table 4)."""
+    return [("interpreter", j) for j in range(1, num_groups + 1)]
+
+
+def _supervised(num_groups: int) -> list[tuple[str, int]]:
+    """The backbone alone, dense: how a backbone is trained at first."""
+    return [("supervised", 0)]
+
+
+# By the name in config.curriculum: a number of groups to kinds of phases and their groups.
+CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
+    "iared2": _iared2,
+    "interpreters": _interpreters,
+    "supervised": _supervised,
+}
+
+__all__ = [
+    "CURRICULA",
+    "PHASES",
+    "BackbonePhase",
+    "Batch",
+    "InterpreterPhase",
+    "Metrics",
+    "Params",
+    "Phase",
+    "PhaseContext",
+    "PhaseKind",
+    "SupervisedPhase",
+]

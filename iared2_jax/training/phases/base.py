@@ -1,0 +1,141 @@
+"""The contract of a kind of phase, and a stretch of training of that kind."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray
+
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.typing import Array
+
+Params = dict[str, Any]
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+Capacities = tuple[int, ...]
+
+# A part of the model that trains together: ("interpreter", j), ("blocks", j), ("embedding", 0) or
+# ("classifier", 0).
+Part = tuple[str, int]
+
+
+class PhaseKind:
+    """What is learned in a phase, and how; a subclass overrides what differs.
+
+    Attributes:
+      section: of the config, where its options are.
+      mixes: whether its images may be mixed with each other (mixup, CutMix).
+      reduces: whether tokens are dropped in it.
+    """
+
+    section: str
+    mixes: bool = True
+    reduces: bool = True
+
+    def trains(
+        self, options: ml_collections.ConfigDict, group: int, num_groups: int
+    ) -> frozenset[Part]:
+        """The parts of the model that move."""
+        raise TypeError(f"{type(self).__name__} does not say what it trains")
+
+    def thresholds(self, threshold: float, group: int, num_groups: int) -> tuple[float, ...]:
+        """One threshold per group; interpreters after `group` keep everything."""
+        return tuple(threshold if g <= group else KEEP_ALL for g in range(1, num_groups + 1))
+
+    def fixed_groups(self, group: int) -> int:
+        """How many groups, from the first, keep an image's tokens the same throughout."""
+        return group
+
+    def initial_extra(self, module: IARed2, params: Params) -> Any:
+        """State of its own beside parameters and optimizer, e.g. a teacher; {} for none."""
+        return {}
+
+    def loss(
+        self, context: "PhaseContext", params: Params, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[Array, Metrics]:
+        """The loss of a batch and its metrics; differentiated with respect to what trains.
+
+        With `context.capacities`, tokens that are dropped for good are gathered away: the same loss
+        and gradient for less work, while metrics["overflow"], the tokens without a slot, is 0.
+        """
+        raise TypeError(f"{type(self).__name__} has no loss")
+
+    def alarms(self, phase: "Phase", figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Names and sentences of what is going wrong late in the phase, and what to change."""
+        yield from ()
+
+    def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
+        """Refuses options that make no sense.
+
+        Raises:
+          UsageError: one sentence with the key, its value and what would do.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of training with one optimizer.
+
+    Attributes:
+      kind: what is learned, e.g. `InterpreterPhase`.
+      group: which group, from 1; 0 where the phase is of none.
+      trains: the parts of the model that move.
+      thresholds: one per group. (Benchmarks give each image its own, [b, D].)
+      first_step, steps: its place in the run.
+      first_example: its place in the stream of training examples.
+      options: the config's section for this kind (batch size, optimizer, ..).
+    """
+
+    kind: PhaseKind
+    group: int
+    trains: frozenset[Part]
+    thresholds: tuple[float, ...] | np.ndarray
+    first_step: int
+    steps: int
+    first_example: int
+    options: ml_collections.ConfigDict
+
+    @property
+    def name(self) -> str:
+        """The phase in words, e.g. "interpreter 2"."""
+        return f"{self.kind.section} {self.group}" if self.group else self.kind.section
+
+    @property
+    def end(self) -> int:
+        return self.first_step + self.steps
+
+    @property
+    def own_threshold(self) -> Array:
+        """The threshold of the phase's group; [1], or [b, 1] where each image has its own."""
+        return jnp.asarray(self.thresholds, jnp.float32)[..., self.group - 1, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseContext:
+    """All that a loss is computed from, besides parameters and data.
+
+    Attributes:
+      capacities: patch slots of each group whose masks are fixed; None: masked execution.
+      extra: the phase's own state (`PhaseKind.initial_extra`).
+    """
+
+    module: IARed2
+    phase: Phase
+    capacities: Capacities | None = None
+    extra: Any = dataclasses.field(default_factory=dict)
+
+
+def cross_entropy(logits: Array, batch: Batch, smoothing: float) -> tuple[Array, Metrics]:
+    """Mean cross-entropy against the batch's targets, or its smoothed labels; the accuracy."""
+    labels = batch["label"]
+    if "target" in batch:  # of mixup and CutMix, smoothed already
+        targets = batch["target"]
+    else:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    loss = optax.losses.softmax_cross_entropy(logits, targets).mean()
+    return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
