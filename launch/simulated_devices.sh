@@ -5,6 +5,7 @@
 set -euo pipefail
 count=${1:?usage: launch/simulated_devices.sh <devices> --config=... [flags]}
 shift
+source "$(dirname "$0")/python.sh"
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${count}"
-exec python -m iared2_jax.main "$@"
+exec "$PYTHON" -m iared2_jax.main "$@"

@@ -212,7 +212,7 @@ def test_the_curriculum_is_the_papers(tiny_config):
     assert phase_at(plan, 3) is plan[1]
     assert phase_at(plan, 4) is plan[2]
     assert phase_at(plan, 12) is None
-    assert [p.kind for p in plan_of(tiny_config, "interpreters")] == ["interpreter"] * 3
+    assert [p.kind.section for p in plan_of(tiny_config, "interpreters")] == ["interpreter"] * 3
 
 
 def test_epochs_become_steps(tiny_config):
@@ -223,7 +223,7 @@ def test_epochs_become_steps(tiny_config):
 
 def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch):
     """Where no answer can be wrong, fewer tokens always pay: the policy must find that."""
-    tiny_config.tau = (0.0,)
+    tiny_config.interpreter.tau = (0.0,)
     tiny_config.interpreter.learning_rate = 3e-2
     tiny_config.interpreter.steps = 60
     tiny_config.model.init_bias = 1.0

@@ -91,6 +91,11 @@ def _classes(split: Path) -> tuple[str, ...]:
     return tuple(entry.name for entry in _visible(split) if entry.is_dir())
 
 
+def _shown(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that can be printed: bytes that are no Unicode (of Latin-1, say) as \\xe9."""
+    return tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in names)
+
+
 def _in_class_folders(split: Path, found: Sequence[str], classes: Sequence[str]) -> Folder:
     """The images of the class folders `found`."""
     labels = {name: label for label, name in enumerate(classes)}
@@ -107,7 +112,7 @@ def _in_class_folders(split: Path, found: Sequence[str], classes: Sequence[str])
         files += images
     _report_left_out(split, left_out)
     found_labels = (labels[file.partition("/")[0]] for file in files)
-    return Folder(tuple(classes), split, tuple(files), tuple(found_labels))
+    return Folder(_shown(classes), split, tuple(files), tuple(found_labels))
 
 
 def _lines(path: Path, expected: int) -> list[str]:
@@ -149,7 +154,7 @@ def _flat(split: Path, classes: Sequence[str]) -> Folder:
     for file, name in zip(files, named, strict=True):
         if name not in labels:
             raise UsageError(f"{split / file} is of class {name!r}, which is not in train")
-    return Folder(tuple(classes), split, tuple(files), tuple(labels[name] for name in named))
+    return Folder(_shown(classes), split, tuple(files), tuple(labels[name] for name in named))
 
 
 def open_folder(root: Path, split: str) -> Folder:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from iared2_jax.experiment.build import load_initial
 from iared2_jax.files import write_json
 from iared2_jax.token_reduction.create import init_variables
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training.phases import CURRICULA, PHASES
 from iared2_jax.weights.files import locate
 from iared2_jax.weights.load import load_weights
 from iared2_jax.weights.save import save_weights
@@ -32,8 +34,14 @@ def locked(folder: Path) -> Iterator[None]:
     """The folder as one run's own while the block lasts; made if it is not there.
 
     Raises:
-      UsageError: it cannot be written, or another run is at work in it.
+      UsageError: it is no folder of this machine's file system, it cannot be written, or another
+        run is at work in it.
     """
+    if re.match(r"\w+:/", str(folder)):
+        raise UsageError(
+            f"workdir {folder} is an address, and a run locks its folder: mount it, and give the "
+            "path of the mount"
+        )
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +75,15 @@ def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Pa
         theirs, found = _read_config(path)
     fingerprint = dataset.fingerprint if _VERSION in found else dataset.summary
     mine_found = {_DATA: fingerprint}
+    read = {PHASES[name].section for name, _ in CURRICULA[config.curriculum](1)}
+    unused = {kind.section for kind in PHASES.values()} - read
     differ = [
         f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
         for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key) and key not in RESUMABLE
+        if mine.get(key) != theirs.get(key)
+        and key not in RESUMABLE
+        # What no phase of the curriculum reads changes nothing.
+        and key.partition(".")[0] not in unused
     ] + [
         f"{key} ({found[key]!r} there, {value!r} here)"
         for key, value in mine_found.items()

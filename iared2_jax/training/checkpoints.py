@@ -6,12 +6,16 @@ and restoring walks the steps downwards to the newest one whose seal holds. This
 one that knows Orbax.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from iared2_jax.errors import CheckpointError
 from iared2_jax.files import write_json
 
 log = logging.getLogger(__name__)
+
+_LATE_CALLBACKS = 0.5  # seconds that failed writes may take to say so, each by itself
 
 
 class RunCheckpoints:
@@ -55,12 +61,13 @@ class RunCheckpoints:
         target = self._folder / str(step)
         try:
             self._remove(step)
-            self._checkpointer.save(
-                target,
-                ocp.args.Composite(
-                    state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
-                ),
-            )
+            with _quiet():
+                self._checkpointer.save(
+                    target,
+                    ocp.args.Composite(
+                        state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
+                    ),
+                )
             # The seal appears by a rename, so a step is either sealed whole or not at all.
             write_json(self._seal(step), _digests(target))
         except (OSError, ValueError) as error:  # a full disk is a ValueError to tensorstore
@@ -80,8 +87,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: if there are checkpoints, but none is whole.
         """
-        for stray in self._strays():
-            log.warning("ignoring %s: it is not a finished checkpoint of this run", stray)
+        self._clear_away()
         steps = self.steps()
         for step in steps:
             fault = self._fault(step)
@@ -114,9 +120,21 @@ class RunCheckpoints:
         for folder in (str(step), f"{step}.orbax-checkpoint-tmp"):
             shutil.rmtree(self._folder / folder, ignore_errors=True)
 
-    def _strays(self) -> list[Path]:
+    def _clear_away(self) -> None:
+        """Removes what a killed save left; names whatever else is there, and leaves it alone.
+
+        Only the run that holds the workdir's lock comes here, so nobody else is writing.
+        """
         sealed = {str(step) for step in self.steps()}
-        return [p for p in self._folder.iterdir() if p.is_dir() and p.name not in sealed]
+        for folder in sorted(p for p in self._folder.iterdir() if p.is_dir()):
+            step = folder.name.partition(".orbax-checkpoint-tmp")[0]
+            if folder.name in sealed:
+                continue
+            if step.isdigit() and (step != folder.name or (folder / "state").exists()):
+                log.warning("%s was left by a save that did not finish: removed", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                log.warning("ignoring %s: it is not a finished checkpoint of this run", folder)
 
     def _fault(self, step: int) -> str | None:
         """What is wrong with a sealed step; None if every file is as it was sealed."""
@@ -131,6 +149,30 @@ class RunCheckpoints:
             if found[name] != expected.get(name):
                 return f"{name} is not as it was written"
         return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back what libraries print about an error that is about to be raised anyway.
+
+    Orbax and tensorstore save in threads of their own: each would print a traceback above the one
+    line that says it all, by Python's hooks or through a logger.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "concurrent.futures")]
+    disabled = [logger.disabled for logger in loggers]
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    except Exception:
+        time.sleep(_LATE_CALLBACKS)
+        raise
+    finally:
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        for logger, before in zip(loggers, disabled, strict=True):
+            logger.disabled = before
 
 
 def _fields(state: Any) -> dict[str, Any]:

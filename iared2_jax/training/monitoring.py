@@ -12,7 +12,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from iared2_jax.files import write_text
+from iared2_jax.errors import CheckpointError
+from iared2_jax.files import refused, write_text
 
 if TYPE_CHECKING:
     from iared2_jax.training.phases import Phase
@@ -81,10 +82,13 @@ class MetricWriter:
             write_text(self._path, "".join(x for x in whole if json.loads(x)["step"] <= step))
 
     def write(self, step: int, phase: str, figures: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "phase": phase, **figures}) + "\n")
-        self._file.flush()
-        for key, value in figures.items():
-            self._board.add_scalar(f"{phase.replace(' ', '_')}/{key}", value, step)
+        try:
+            self._file.write(json.dumps({"step": step, "phase": phase, **figures}) + "\n")
+            self._file.flush()
+            for key, value in figures.items():
+                self._board.add_scalar(f"{phase.replace(' ', '_')}/{key}", value, step)
+        except OSError as error:
+            raise CheckpointError(f"{self._path} {refused(error)}") from error
 
     def __enter__(self) -> "MetricWriter":
         return self
