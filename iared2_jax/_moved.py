@@ -16,7 +16,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "checkpoints.pth": ("weights.formats.pth",),
     "checkpoints.run": ("training.checkpoints",),
     "checkpoints.tensors": ("weights.files",),
-    "checkpoints.weights": ("weights.load", "weights.save"),
+    "checkpoints.weights": ("weights.load", "weights.save", "weights.positions"),
     "config_checks": ("config.checks",),
     "data.sources": ("data.datasets",),
     "evaluate": ("evaluation.evaluators",),

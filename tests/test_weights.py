@@ -15,7 +15,7 @@ from iared2_jax.models.input_spec import images
 from iared2_jax.models.variants import VARIANTS
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.weights.files import read_tensors
-from iared2_jax.weights.load import resize_positions
+from iared2_jax.weights.positions import resize_positions
 from iared2_jax.weights.save import timm_tensors
 from tests import oracles
 
@@ -170,7 +170,7 @@ def test_another_class_count_starts_the_head_anew_and_says_so(tmp_path, caplog):
     module, fresh = create_model("vit_micro", num_classes=10)
     with caplog.at_level(logging.WARNING):
         loaded = load_weights(module, tmp_path / "w.safetensors")["params"]["backbone"]
-    assert "is for other classes: backbone/head/bias and backbone/head/kernel start anew" in (
+    assert "is for 7 classes: backbone/head/bias and backbone/head/kernel start anew" in (
         caplog.text
     )
     kernel = fresh["params"]["backbone"]["head"]["kernel"]
@@ -194,10 +194,10 @@ def test_positions_are_resized_with_the_image(tmp_path):
     # A field that is linear in space stays so, but for the border.
     ramp = np.broadcast_to(np.arange(14.0, dtype=np.float32)[:, None, None], (14, 14, 3))
     positions = np.concatenate([np.zeros((1, 3), np.float32), ramp.reshape(196, 3)])[None]
-    grid = resize_positions(positions, 1, 576)[0, 1:].reshape(24, 24, 3)
+    grid = resize_positions(positions, images(384), 1)[0, 1:].reshape(24, 24, 3)
     expected = (np.arange(24) + 0.5) * 14 / 24 - 0.5
     np.testing.assert_allclose(grid[3:-3, 5, 0], expected[3:-3], atol=1e-3)
-    assert resize_positions(positions, 1, 196) is positions
+    np.testing.assert_array_equal(resize_positions(positions, images(224), 1), positions)
 
 
 def test_files_of_others_say_which_model_they_are(tmp_path, micro):
@@ -278,9 +278,9 @@ def test_a_missing_name_lists_the_ten_nearest(micro, tmp_path):
 def test_what_changes_the_answer_is_never_ignored(micro, tmp_path):
     """A file with layer scale, or a norm that our model lacks, is another model."""
     module, variables = micro
-    tensors = {**timm_tensors(variables), "blocks.0.ls1.gamma": np.ones(96, np.float32)}
+    tensors = {**timm_tensors(variables), "blocks.0.attn.q_norm.weight": np.ones(96, np.float32)}
     save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(UsageError, match=r"no place for blocks\.0\.ls1\.gamma"):
+    with pytest.raises(UsageError, match=r"no place for blocks\.0\.attn\.q_norm\.weight"):
         load_weights(module, tmp_path / "w.safetensors")
 
 

@@ -2,34 +2,27 @@
 
 import importlib.resources
 import json
-import zipfile
+import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.weights.formats.npz import read_npz
 from iared2_jax.weights.formats.pth import find_state_dict, read_pth
+from iared2_jax.weights.formats.safetensors import read_safetensors
 
 _SHIPPED = importlib.resources.files("iared2_jax") / "pretrained"
 _SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _HUB = "hf://"
 
-# Of safetensors; NumPy has no bfloat16 of its own.
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_INDEX = ".index.json"
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# What a Trainer writes beside the weights.
+_NO_WEIGHTS = re.compile(
+    r"(rng_state|random_states|optimizer|scheduler|scaler|training_args|trainer_state)"
+)
 
 
 def shipped() -> list[str]:
@@ -38,25 +31,60 @@ def shipped() -> list[str]:
                   if p.name.endswith(".safetensors"))  # fmt: skip
 
 
-def read_tensors(source: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_tensors(
+    source: str | Path, ema: bool | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a source by name, and what this project wrote beside them (else {}).
 
     Args:
       source: a .safetensors, .npz or .pth file; a folder that has one; "hf://owner/name" of the
-        Hugging Face Hub (extra `hub`); or a shipped name such as "vit_micro".
+        Hugging Face Hub (extra `hub`); or a shipped name such as "vit_micro". Wrappers' prefixes
+        are taken off, shards read together.
+      ema: of a .pth that has both, take the moving average (True) or the raw weights (False); None:
+        the raw weights, and says so.
 
     Raises:
       UsageError: there is no such source, or it cannot be read; one sentence.
     """
-    path = locate(source)
+    tensors, metadata = _read(locate(source), ema)
+    return _unwrapped(tensors), metadata
+
+
+def _read(path: Path, ema: bool | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if path.name.endswith(_INDEX):
+        return _read_shards(path, ema), {}
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path)
     if path.suffix == ".npz":
-        return _read_npz(path), {}
+        return read_npz(path), {}
     try:
-        return find_state_dict(read_pth(path)), {}
+        return find_state_dict(read_pth(path), ema), {}
     except UsageError as error:
         raise UsageError(str(error).replace("the checkpoint", str(path), 1)) from error
+
+
+def _read_shards(index: Path, ema: bool | None) -> dict[str, np.ndarray]:
+    """The tensors of all files that an index lists."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [index.parent / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index} is no index of weights files") from error
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"{index} lists {path.name}, which is not beside it")
+    return {name: value for path in paths for name, value in _read(path, ema)[0].items()}
+
+
+def _unwrapped(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without what DDP, torch.compile and Lightning put before every name."""
+
+    def shared(prefix: str) -> bool:
+        return bool(tensors) and all(name.startswith(prefix) for name in tensors)
+
+    while prefix := next(filter(shared, _WRAPPERS), ""):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
 
 
 def locate(source: str | Path) -> Path:
@@ -73,7 +101,7 @@ def locate(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return _only_file(path)
-    if path.suffix in _SUFFIXES:
+    if path.suffix in _SUFFIXES or path.name.endswith(_INDEX):
         if not path.is_file():
             raise UsageError(f"there is no weights file {path}")
         return path
@@ -84,8 +112,10 @@ def locate(source: str | Path) -> Path:
 
 
 def _only_file(folder: Path) -> Path:
+    files = [path for path in folder.iterdir() if not _NO_WEIGHTS.match(path.name)]
     for suffix in _SUFFIXES:  # the safest first: a hub's folder has the same weights in several
-        found = sorted(path for path in folder.iterdir() if path.suffix == suffix)
+        index = [path for path in files if path.name.endswith(f"{suffix}{_INDEX}")]
+        found = index or sorted(path for path in files if path.suffix == suffix)
         if len(found) == 1:
             return found[0]
         if found:
@@ -109,26 +139,3 @@ def _download(source: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{source} cannot be fetched: {reason}") from error
     return _only_file(Path(folder))
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    try:
-        content = path.read_bytes()
-        tensors = {
-            name: np.frombuffer(info["data"], _DTYPES[info["dtype"]]).reshape(info["shape"])
-            for name, info in deserialize(content)
-        }
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = json.loads(header.get("__metadata__", {}).get("iared2_jax", "{}"))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}") from error
-    return tensors, metadata
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # Opened here: np.load forgets to close a file that is no zip.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is not a readable .npz of arrays: {error}") from error

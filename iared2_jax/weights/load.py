@@ -1,22 +1,15 @@
-"""Trained weights in and out: other projects' files, and ours.
-
-Ours is timm's naming in safetensors, so that timm reads the backbone; the interpreters lie beside
-it under "interpreters.j", and the metadata says which model it is.
-"""
+"""Trained weights in: other projects' files, and ours (`weights.save`)."""
 
 import difflib
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Float
 
 from iared2_jax.errors import UsageError
 from iared2_jax.models.backbones.cait import CaiT
@@ -25,6 +18,7 @@ from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.models.variants import VARIANTS, get_variant
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.typing import Array
 from iared2_jax.weights.files import read_tensors
 from iared2_jax.weights.layouts import (
     NamingScheme,
@@ -32,16 +26,22 @@ from iared2_jax.weights.layouts import (
     recognise,
     taken_apart,
 )
+from iared2_jax.weights.positions import resize_positions
 
 log = logging.getLogger(__name__)
 
 # What a file of ours says of its model, beside what shapes tell.
-_TOLD = ("group_sizes", "policy_token", "interpreter_heads", "scale", "init_bias")
+_NOT_IN_SHAPES = ("group_sizes", "policy_token", "interpreter_heads", "scale", "init_bias")
 _NEAREST = 10  # names that a failure lists
 
 
 def load_weights(
-    module: IARed2, source: str | Path, *, seed: int = 0, fresh_head: bool = True
+    module: IARed2,
+    source: str | Path,
+    *,
+    seed: int = 0,
+    fresh_head: bool = True,
+    ema: bool | None = None,
 ) -> dict[str, Any]:
     """Variables for `module` with the weights of a file, whoever wrote it.
 
@@ -55,7 +55,9 @@ def load_weights(
       source: see `weights.files.read_tensors`: a file, a folder, "hf://owner/name", or the
         name of shipped weights.
       seed: of whatever is left fresh.
-      fresh_head: whether the head may be left fresh, with a warning; else that is an error, too.
+      fresh_head: whether the head may be left fresh, with a warning, where the file has none or one
+        for other classes; else that is an error.
+      ema: see `weights.files.read_tensors`.
 
     Returns:
       {"params": ..}, float32.
@@ -70,9 +72,9 @@ def load_weights(
       >>> sorted(variables["params"])
       ['backbone', 'interpreter_1', 'interpreter_2', 'interpreter_3']
     """
-    tensors, metadata = read_tensors(source)
+    tensors, metadata = read_tensors(source, ema)
     tensors = taken_apart(tensors)
-    layout = recognise(tensors)
+    layout = _layout_of(source, tensors)
     if layout is None:
         raise UsageError(
             f"{source} is of no kind known here: it has {_some(tensors)}. Known are timm, DeiT and "
@@ -84,29 +86,99 @@ def load_weights(
         _check_metadata(source, module, metadata.get("create_model"))
     else:
         recipes = {p: recipe for p, recipe in recipes.items() if not p.startswith("interpreter_")}
+    headless = _without_head(recipes, tensors)
+    for path in headless:
+        del recipes[path]
     _check_names(source, layout, tensors, recipes)
-    loaded = {}
-    for path, recipe in recipes.items():
-        value = _made(source, recipe, tensors)
-        if path == "backbone/pos_embed" and value.ndim == 3:
-            value = resize_positions(value, module.num_prefix, module.input_spec.num_patches)
-        if value.shape == fresh[path].shape:
-            loaded[path] = jnp.asarray(value, fresh[path].dtype)
-        elif not path.startswith("backbone/head") or value.shape[:-1] != fresh[path].shape[:-1]:
-            raise UsageError(
-                f"{source} is for another model: {recipe.names[0]} makes {list(value.shape)} of "
-                f"{path}, but this model's is {list(fresh[path].shape)}"
-            )
-    anew = [path for path in recipes if path not in loaded]
-    if anew and not fresh_head:
-        raise UsageError(
-            f"{source} is for {num_classes_of(tensors)} classes, the data have "
-            f"{module.backbone.num_classes}: train a head first (--config.curriculum=supervised), "
-            "and start from the weights.safetensors of that run"
-        )
+    loaded = {
+        path: value
+        for path, recipe in recipes.items()
+        if (value := _fitted(source, module, layout, path, recipe, tensors, fresh[path]))
+        is not None
+    }
+    anew = headless + [path for path in recipes if path not in loaded]
     if anew:
-        log.warning("%s is for other classes: %s start anew", source, " and ".join(anew))
+        _head_starts_anew(source, module, tensors, anew, fresh_head)
     return {"params": traverse_util.unflatten_dict({**fresh, **loaded}, sep="/")}
+
+
+def _without_head(recipes: Mapping[str, Recipe], tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """The head's parameters, if the file has nothing of any: a backbone for fine-tuning."""
+    heads = [path for path in recipes if path.startswith("backbone/head")]
+    missing = all(name not in tensors for path in heads for name in recipes[path].names)
+    return heads if missing else []
+
+
+def _head_starts_anew(
+    source: str | Path,
+    module: IARed2,
+    tensors: Mapping[str, np.ndarray],
+    anew: list[str],
+    allowed: bool,
+) -> None:
+    """Says that a head is fresh, or refuses it where its answers would be taken for real."""
+    classes, mine = num_classes_of(tensors), module.backbone.num_classes
+    what = f"is for {classes} classes" if classes else "has no head"
+    if not allowed:
+        raise UsageError(
+            f"{source} {what}, the data have {mine} classes: train a head first "
+            "(--config.curriculum=supervised), and start from the weights.safetensors of that run"
+        )
+    log.warning("%s %s: %s start anew, for %d classes", source, what, " and ".join(anew), mine)
+
+
+def _fitted(
+    source: str | Path,
+    module: IARed2,
+    layout: NamingScheme,
+    path: str,
+    recipe: Recipe,
+    tensors: Mapping[str, np.ndarray],
+    fresh: Array,
+) -> Array | None:
+    """A parameter from the file, at the model's size; None for a head of other classes.
+
+    Raises:
+      UsageError: it is another model's.
+    """
+    if path == "backbone/patch_embed/kernel":
+        _check_patches(source, module, tensors[recipe.names[0]], layout)
+    value = _parameter(source, recipe, tensors)
+    if path == "backbone/pos_embed" and value.ndim == 3:
+        value = resize_positions(
+            value, module.input_spec, module.num_prefix, layout.joined_positions, source
+        )
+    if value.shape == fresh.shape:
+        return jnp.asarray(value, fresh.dtype)
+    if path.startswith("backbone/head") and value.shape[:-1] == fresh.shape[:-1]:
+        return None
+    raise UsageError(
+        f"{source} is for another model: {recipe.names[0]} makes {list(value.shape)} of "
+        f"{path}, but this model's is {list(fresh.shape)}"
+    )
+
+
+def _check_patches(
+    source: str | Path, module: IARed2, kernel: np.ndarray, layout: NamingScheme
+) -> None:
+    """Refuses a patch embedding whose sides or channels differ, though its size may be the same."""
+    if kernel.ndim != 4:
+        return
+    spec, in_flax = module.input_spec, not layout.torch
+    p, q, channels = kernel.shape[:3] if in_flax else (*kernel.shape[2:], kernel.shape[1])
+    if (p, q, channels) != (*spec.patch, spec.channels):
+        raise UsageError(
+            f"{source} is for patches of {p} x {q} px with {channels} channels, but this model's "
+            f"are {spec.patch[0]} x {spec.patch[1]} px with {spec.channels}: see patch_size and "
+            "channels of create_model"
+        )
+
+
+def _layout_of(source: str | Path, tensors: Mapping[str, np.ndarray]) -> NamingScheme | None:
+    try:
+        return recognise(tensors)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
 
 
 def has_interpreters(tensors: Iterable[str]) -> bool:
@@ -119,8 +191,8 @@ def _check_metadata(source, module: IARed2, known: Mapping[str, Any] | None) -> 
     if known is None:
         return
     known = {key: value for key, value in known.items() if key not in ("seed", "dtype")}
-    theirs = create_module(**known)
-    for field in _TOLD:
+    theirs = create_module(**_as_options(known))
+    for field in _NOT_IN_SHAPES:
         mine, other = getattr(module, field), getattr(theirs, field)
         if mine != other and None not in (mine, other):
             raise UsageError(
@@ -155,8 +227,14 @@ def _nearest(name: str, known: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, list(known), n=_NEAREST, cutoff=0.0)
 
 
-def _made(source, recipe: Recipe, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+def _parameter(source, recipe: Recipe, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     """A parameter as the recipe has it, finite."""
+    kinds = {tensors[name].dtype for name in recipe.names}
+    if any(kind.kind in "iub" for kind in kinds):
+        raise UsageError(
+            f"{source}: {recipe.names[0]} holds {min(map(str, kinds))}, no floats: quantised "
+            "weights are not supported"
+        )
     try:
         value = recipe.make(*(tensors[name] for name in recipe.names)).astype(np.float32)
     except (ValueError, IndexError) as error:
@@ -165,34 +243,6 @@ def _made(source, recipe: Recipe, tensors: Mapping[str, np.ndarray]) -> np.ndarr
     if not np.isfinite(value).all():
         raise UsageError(f"{source}: {recipe.names[0]} has values that are not finite")
     return value
-
-
-def resize_positions(
-    positions: Float[np.ndarray, "1 t d"], num_prefix: int, num_patches: int
-) -> Float[np.ndarray, "1 u d"]:
-    """Position embeddings for another grid: bicubic with antialiasing, prefix tokens kept.
-
-    Args:
-      positions: of `num_prefix` tokens and a square grid; or of the grid alone (big_vision), where
-        the prefix then gets zeros.
-
-    Returns:
-      [1, num_prefix + num_patches, d]; unchanged if that is its shape, or no square is found.
-    """
-    _, have, width = positions.shape
-    if have == num_prefix + num_patches:
-        return positions
-    prefix, grid = positions[:, :num_prefix], positions[:, num_prefix:]
-    if math.isqrt(have) ** 2 == have:
-        prefix, grid = np.zeros((1, num_prefix, width), np.float32), positions
-    n, side = math.isqrt(grid.shape[1]), math.isqrt(num_patches)
-    if n * n != grid.shape[1]:
-        return positions
-    if n != side:
-        grid = grid.reshape(1, n, n, width)
-        with jax.ensure_compile_time_eval():  # the caller may be tracing
-            grid = np.asarray(jax.image.resize(grid, (1, side, side, width), "cubic"))
-    return np.concatenate([prefix, grid.reshape(1, num_patches, width)], axis=1)
 
 
 def load_model(
@@ -204,7 +254,8 @@ def load_model(
       source: as for `load_weights`.
       name: which variant they belong to, e.g. "deit_s". Not needed for files of ours, which say
         it, nor where the shapes fit only one.
-      **options: `create_model`'s; the file's, or its head's, where they are not given.
+      **options: `create_model`'s; the file's, or its head's, where they are not given. And `ema`,
+        see `weights.files.read_tensors`.
 
     Raises:
       UsageError: as `load_weights`, or if the model cannot be told.
@@ -214,19 +265,36 @@ def load_model(
       >>> module.backbone.embed_dim
       96
     """
-    tensors, metadata = read_tensors(source)
+    ema = options.pop("ema", None)
+    tensors, metadata = read_tensors(source, ema)
     tensors = taken_apart(tensors)
     known = dict(metadata.get("create_model", {}))
     seed = options.pop("seed", known.pop("seed", 0))
     known_name = known.pop("name", None)
+    if known_name is not None and not isinstance(known_name, str):
+        raise UsageError(f"{source} says that it is {known_name!r}, which is no name: give one")
     if known_name and (name is None or get_variant(name) is get_variant(known_name)):
         options = {**known, **options}
     name = name or known_name or _variant_of(source, tensors)
     if "num_classes" not in options:
         options["num_classes"] = num_classes_of(tensors)
+    try:
+        module = create_module(name, **_as_options(options))
+    except (TypeError, ValueError) as error:
+        if not known:
+            raise
+        raise UsageError(
+            f"{source} says that it is {known_name!r} with {known}, which cannot be made: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    variables = load_weights(module, source, seed=seed, ema=ema)
     warn_if_untrained(source, tensors)
-    module = create_module(name, **options)
-    return module, load_weights(module, source, seed=seed)
+    return module, variables
+
+
+def _as_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `create_model` that went through JSON, which has no tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def warn_if_untrained(source: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -240,7 +308,7 @@ def warn_if_untrained(source: str | Path, tensors: Mapping[str, np.ndarray]) -> 
 
 def _variant_of(source: str | Path, tensors: Mapping[str, np.ndarray]) -> str:
     """The only variant whose backbone has the tensors' shapes."""
-    layout = recognise(tensors)
+    layout = _layout_of(source, tensors)
     fitting = [
         name
         for name, variant in VARIANTS.items()
@@ -255,7 +323,7 @@ def _variant_of(source: str | Path, tensors: Mapping[str, np.ndarray]) -> str:
 def _has_shapes_of(
     backbone: Backbone, layout: NamingScheme, tensors: Mapping[str, np.ndarray]
 ) -> bool:
-    """By some parameters that together tell depth, widths, grid and kind, of our own backbones."""
+    """Whether parameters that tell depth, widths, grid and kind are those of our backbone."""
     if not isinstance(backbone, ViT | CaiT):
         return False
     d, last = backbone.embed_dim, f"block_{backbone.depth - 1}/mlp/fc1/kernel"
@@ -276,7 +344,7 @@ def _has_shapes_of(
 
 
 def num_classes_of(tensors: Mapping[str, np.ndarray]) -> int | None:
-    """Of the head among a file's tensors; None if there is no head that we know."""
+    """The classes of the head among a file's tensors; None if there is no head that we know."""
     layout = recognise(tensors)
     names = layout.recipe("backbone/head/bias").names if layout else ()
     return int(tensors[names[0]].shape[0]) if names and names[0] in tensors else None

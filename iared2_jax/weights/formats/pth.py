@@ -8,6 +8,7 @@ strides are claims of the file too: each is checked before memory is taken.
 
 import argparse
 import io
+import logging
 import math
 import pickle
 import pickletools
@@ -21,6 +22,8 @@ import numpy as np
 
 from iared2_jax.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 _ZIP = b"PK\x03\x04"
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:]  # torch's magic number, less the protocol
 _MAX_BYTES = 16 << 30  # ten times a ViT-L with its optimizer
@@ -28,6 +31,7 @@ _MAX_PICKLE = 16 << 20  # DeiT's is 30 KB; one byte can become an object of 216
 _MAX_OBJECTS = 100_000  # a tensor takes 6; a million nested tuples overflow the stack of C
 _MAX_EXPANDED = 1 << 20  # elements of a tensor that repeats its storage by a stride of 0
 _ENTRIES = ("model", "state_dict", "model_state", "module")
+_AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 
 _STORAGES = {
     "FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "bf16",
@@ -182,30 +186,49 @@ def read_pth(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def find_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The weights in what a training script saved, without the "module." that DDP puts before all.
+def find_state_dict(
+    checkpoint: Mapping[str, Any], ema: bool | None = None
+) -> dict[str, np.ndarray]:
+    """The weights in what a training script saved.
 
     Args:
-      checkpoint: a dict of arrays, or one that has it under "model", "state_dict", "model_state"
-        or "module"; the first that fits is taken.
+      checkpoint: a dict of arrays, or one that has it under "model", "state_dict", "model_state" or
+        "module"; a moving average may be under "model_ema", "state_dict_ema" or "ema".
+      ema: whether to take the average; None: only where there is nothing else.
 
     Raises:
       UsageError: if none of these is a dict of arrays; it names the keys there are.
 
     Example:
-      >>> find_state_dict({"model": {"module.head.bias": np.zeros(2)}, "epoch": 3})
+      >>> find_state_dict({"model": {"head.bias": np.zeros(2)}, "epoch": 3})
       {'head.bias': array([0., 0.])}
     """
-    for weights in (checkpoint, *(checkpoint.get(entry) for entry in _ENTRIES)):
-        if _is_state_dict(weights):
-            prefix = "module." if all(name.startswith("module.") for name in weights) else ""
-            return {name.removeprefix(prefix): value for name, value in weights.items()}
+    raw, average = _first(checkpoint, _ENTRIES), _first(checkpoint, _AVERAGES)
+    if ema and average is None:
+        raise UsageError(
+            f"the checkpoint has no moving average under {', '.join(_AVERAGES)}: leave ema out"
+        )
+    if raw and average and ema is None:
+        log.warning(
+            "the checkpoint has weights (%s) and their moving average (%s): the weights are taken; "
+            "ema=True takes the average, which is usually the better one", raw, average,
+        )  # fmt: skip
+    if _is_state_dict(checkpoint) and not ema:
+        return dict(checkpoint)
+    chosen = average if ema or raw is None else raw
+    if chosen is not None:
+        return dict(checkpoint[chosen])
     keys = [_shown(key) for key in checkpoint if isinstance(key, str)]
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     raise UsageError(
         f"the checkpoint has no weights under {', '.join(_ENTRIES)}, only the keys "
         f"{', '.join(keys[:8]) or '(none)'}{more}: pass the dict of tensors itself"
     )
+
+
+def _first(checkpoint: Mapping[str, Any], entries: tuple[str, ...]) -> str | None:
+    """The first of the entries that is a dict of arrays."""
+    return next((entry for entry in entries if _is_state_dict(checkpoint.get(entry))), None)
 
 
 def _is_state_dict(value: Any) -> bool:

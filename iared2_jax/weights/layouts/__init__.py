@@ -1,0 +1,42 @@
+"""Layouts: how other projects name and shape the weights of the same backbones, a file for each."""
+
+import re
+from collections.abc import Callable, Collection
+
+from iared2_jax.errors import UsageError
+from iared2_jax.weights.layouts import huggingface, jax_npz, timm
+from iared2_jax.weights.layouts.base import NamingScheme, Recipe
+from iared2_jax.weights.layouts.jax_npz import taken_apart
+from iared2_jax.weights.layouts.timm import timm_name, to_timm
+
+# What marks a layout, with the prefix of its names as a group; and the layout.
+_MARKS: tuple[tuple[str, Callable[[str, Collection[str]], NamingScheme]], ...] = (
+    (r"()patch_embed\.proj\.weight", lambda prefix, names: timm.scheme()),
+    (r"(|vit\.|deit\.)embeddings\.patch_embeddings\.projection\.weight", huggingface.scheme),
+    (r"(|.*/)embedding/kernel", jax_npz.scheme),
+)
+
+# Models that would pass for another's, by a name that only they have.
+_NOT_YET = (
+    (r"(.*\.)?encoder\.layer\.\d+\.layer_scale1\.lambda1", "transformers' DINOv2"),
+    (r"(.*\.)?blocks\.\d+\.ls1\.gamma", "a DINOv2 or DeiT-III by timm or its authors"),
+)
+
+
+def recognise(names: Collection[str]) -> NamingScheme | None:
+    """The layout that has such names; None if we know none.
+
+    Raises:
+      UsageError: it is known, and not supported.
+    """
+    for mark, model in _NOT_YET:
+        if any(re.fullmatch(mark, name) for name in names):
+            raise UsageError(f"these weights are {model}: layer scale is in no backbone here yet")
+    for mark, make in _MARKS:
+        found = next((match for name in names if (match := re.fullmatch(mark, name))), None)
+        if found:
+            return make(found[1], names)
+    return None
+
+
+__all__ = ["NamingScheme", "Recipe", "recognise", "taken_apart", "timm_name", "to_timm"]

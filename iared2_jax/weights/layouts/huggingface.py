@@ -1,0 +1,62 @@
+"""The layout of transformers' ViT and DeiT."""
+
+import re
+from collections.abc import Collection
+
+from iared2_jax.weights.layouts.base import (
+    NamingScheme,
+    Recipe,
+    from_conv,
+    joined,
+    joined_transposed,
+    same,
+    transposed,
+)
+
+_HF_MODULES = (
+    (r"block_(\d+)/norm1", r"encoder.layer.\1.layernorm_before"),
+    (r"block_(\d+)/norm2", r"encoder.layer.\1.layernorm_after"),
+    (r"block_(\d+)/attn/qkv", r"encoder.layer.\1.attention.attention.{}"),
+    (r"block_(\d+)/attn/proj", r"encoder.layer.\1.attention.output.dense"),
+    (r"block_(\d+)/mlp/fc1", r"encoder.layer.\1.intermediate.dense"),
+    (r"block_(\d+)/mlp/fc2", r"encoder.layer.\1.output.dense"),
+    (r"patch_embed", "embeddings.patch_embeddings.projection"),
+    (r"norm", "layernorm"),
+)
+_HF_TOKENS = {
+    "cls_token": "embeddings.cls_token",
+    "dist_token": "embeddings.distillation_token",
+    "pos_embed": "embeddings.position_embeddings",
+}
+
+
+def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
+    """The layout of a file whose names begin with `prefix` ("vit.", "deit." or nothing)."""
+    heads = {"head": "classifier", "head_dist": "distillation_classifier"}
+    if "cls_classifier.weight" in names:
+        heads["head"] = "cls_classifier"
+
+    def recipe(path: str) -> Recipe:
+        """By module and leaf: "block_0/norm1", "scale"."""
+        path = path.removeprefix("backbone/")
+        if path in _HF_TOKENS:
+            return Recipe((prefix + _HF_TOKENS[path],), same)
+        module, _, leaf = path.rpartition("/")
+        kind = "bias" if leaf == "bias" else "weight"
+        if module in heads:
+            return Recipe((f"{heads[module]}.{kind}",), same if kind == "bias" else transposed)
+        theirs = next(
+            (re.sub(ours, theirs, module) for ours, theirs in _HF_MODULES
+             if re.fullmatch(ours, module)), module,
+        )  # fmt: skip
+        if module.endswith("/qkv"):
+            parts = tuple(
+                f"{prefix}{theirs.format(part)}.{kind}" for part in ("query", "key", "value")
+            )
+            return Recipe(parts, joined if kind == "bias" else joined_transposed)
+        make = {"kernel": transposed}.get(leaf, same)
+        if module == "patch_embed" and leaf == "kernel":
+            make = from_conv
+        return Recipe((f"{prefix}{theirs}.{kind}",), make)
+
+    return NamingScheme("Hugging Face", recipe, r".*pooler\..*|.*mask_token")

@@ -1,0 +1,55 @@
+"""Position embeddings for another grid of patches."""
+
+import math
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from iared2_jax.errors import UsageError
+from iared2_jax.models.input_spec import InputSpec
+
+
+def resize_positions(
+    positions: Float[np.ndarray, "1 t d"],
+    spec: InputSpec,
+    num_prefix: int = 0,
+    joined: bool = True,
+    source: object = "the file",
+) -> Float[np.ndarray, "1 u d"]:
+    """Position embeddings for a model's grid: bicubic with antialiasing, prefix tokens kept.
+
+    A file does not say how its grid lies: one of as many patches as the model's is taken to lie as
+    the model's does, and any other must be a square.
+
+    Args:
+      positions: of `num_prefix` tokens and a grid; or of the grid alone, where the prefix then
+        gets zeros (joined=False, as big_vision has it).
+      spec: the model's inputs.
+      num_prefix: the model's.
+      source: what errors name.
+
+    Returns:
+      [1, num_prefix + N, d].
+
+    Raises:
+      UsageError: the file's grid is not the model's, and no square.
+    """
+    width, there = positions.shape[-1], num_prefix if joined else 0
+    grid, prefix = positions[:, there:], np.zeros((1, num_prefix, width), np.float32)
+    if joined:
+        prefix = positions[:, :there]
+    count, side = grid.shape[1], math.isqrt(max(grid.shape[1], 0))
+    if count != spec.num_patches:
+        shape = " x ".join(map(str, spec.grid))
+        if side * side != count or spec.is_clip:
+            raise UsageError(
+                f"{source} has positions for {count} patches, which are not the model's {shape}"
+                f"{'' if side * side == count else ' and no square'}: build the model at the "
+                "size that the weights were trained at (image_size=(height, width))"
+            )
+        square = grid.reshape(1, side, side, width)
+        with jax.ensure_compile_time_eval():  # the caller may be tracing
+            resized = jax.image.resize(square, (1, *spec.grid, width), "cubic")
+        grid = np.asarray(resized).reshape(1, spec.num_patches, width)
+    return np.concatenate([prefix, grid], axis=1)
