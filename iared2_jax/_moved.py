@@ -73,6 +73,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=is_package)
 
     def exec_module(self, module: types.ModuleType) -> None:
+        """Fills the module: it warns, and hands on every attribute of the new ones."""
         names = MOVED[module.__name__.removeprefix(f"{_PACKAGE}.")]
         homes = [importlib.import_module(f"{_PACKAGE}.{name}") for name in names]
         warnings.warn(

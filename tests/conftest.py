@@ -22,6 +22,7 @@ import ml_collections
 import pytest
 
 from iared2_jax.fast_inference import planner
+from iared2_jax.signals import Stop
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +49,23 @@ def load_config(name: str, arg: str = "") -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg)
+
+
+class StopAfter(Stop):
+    """Requested after so many steps of one phase: it is asked at its start and before each step."""
+
+    def __init__(self, steps: int):
+        self._asked, self._answers = 0, steps + 1
+        super().__init__()
+
+    @property
+    def requested(self) -> bool:
+        self._asked += 1
+        return self._asked > self._answers
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, load_config
+from conftest import ROOT, StopAfter, load_config
 
 from iared2_jax import config as config_lib
 from iared2_jax import create_model, files, main, save_weights
@@ -21,7 +21,6 @@ from iared2_jax.errors import CheckpointError, UsageError
 from iared2_jax.experiment.build import build_module, dataset_of
 from iared2_jax.experiment.run import train, train_and_evaluate
 from iared2_jax.experiment.run_directory import adopt_config, locked, starting_point
-from iared2_jax.signals import Stop
 from iared2_jax.weights.save import timm_tensors
 
 DEMO = "configs/cluttered_mnist.py:runlocal"
@@ -119,26 +118,9 @@ def weights_run(tmp_path):
     return config, source
 
 
-class StopAfter(Stop):
-    """Requested after so many looks."""
-
-    def __init__(self, looks):
-        self._looks = looks
-        super().__init__()
-
-    @property
-    def requested(self):
-        self._looks -= 1
-        return self._looks < 0
-
-    @requested.setter
-    def requested(self, value):
-        pass
-
-
 def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tmp_path):
     config, source = weights_run
-    train(config, tmp_path / "run", StopAfter(3))
+    train(config, tmp_path / "run", StopAfter(2))
     source.rename(tmp_path / "away.safetensors")
     train_and_evaluate(config, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -151,7 +133,7 @@ def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tm
 
 def test_weights_that_changed_meanwhile_are_not_taken(weights_run, tmp_path):
     config, source = weights_run
-    train(config, tmp_path / "run", StopAfter(1))
+    train(config, tmp_path / "run", StopAfter(0))
     save_weights(create_model("vit_micro", seed=4)[1], source, interpreters=False)
     with pytest.raises(UsageError, match="has changed since the run"):
         train(config, tmp_path / "run")

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from iared2_jax.config.checks import validate
 from iared2_jax.data import small
 from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
 from iared2_jax.data.datasets import DataRequest, open_dataset
+from iared2_jax.data.image_files import BAD_IN_A_ROW, BadImages
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
 from iared2_jax.errors import UsageError
@@ -129,6 +131,24 @@ def test_a_bad_training_image_is_named_counted_and_replaced(folder, caplog):
     strict = opened(folder, augment=NONE, bad_share=0.03)
     with pytest.raises(BadImage, match="2 training images cannot be used"):
         [strict.train_example(0, index) for index in range(small.TRAIN)]
+
+
+def test_bad_images_are_counted_by_many_threads():
+    """Every bad image once, whoever meets it; and as many in a row as there are, no fewer."""
+    counter = BadImages(share=0.9, total=1000)
+    error = BadImage("is damaged")
+
+    def meet(row):
+        counter.bad(row, error)
+        counter.good()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(meet, [row % 50 for row in range(4000)]))
+    counter.good()
+    for row in range(BAD_IN_A_ROW - 1):  # the count began anew with the good one
+        counter.bad(row % 50, error)
+    with pytest.raises(BadImage, match="50 training images cannot be used"):
+        counter.bad(0, error)
 
 
 def test_a_bad_validation_image_ends_the_evaluation(folder):

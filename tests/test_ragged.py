@@ -425,8 +425,6 @@ def test_plans_for_something_else_are_refused(plan, words):
 
 def test_bad_input_is_one_sentence(tmp_path):
     module, variables = model(2)
-    with pytest.raises(UsageError, match="needs images="):
-        iared2_jax.accelerate(module, variables, 2, cache_dir=None)
     with pytest.raises(UsageError, match="multiple of the 2 devices"):
         iared2_jax.accelerate(module, variables, 3, devices=jax.devices()[:2])
     with pytest.raises(UsageError, match="thresholds must be"):
@@ -439,8 +437,8 @@ def test_bad_input_is_one_sentence(tmp_path):
     run = iared2_jax.accelerate(
         module, variables, 3, plan=Plan(3, (GroupPlan("padded", 3, (full(3),)),) * 2)
     )
-    for images in (some_images(4), jnp.zeros([0, 32, 32, 3]), jnp.zeros([2, 16, 16, 3])):
-        with pytest.raises(UsageError, match=r"accelerated for 1\.\.3 images"):
+    for images in (jnp.zeros([0, 32, 32, 3]), jnp.zeros([2, 16, 16, 3])):
+        with pytest.raises(UsageError, match=r"the model takes \[B, 32, 32, 3\], at least one"):
             run(images)
 
 

@@ -126,23 +126,6 @@ def rows(workdir):
 # -- Stop and resume -------------------------------------------------------------------------------
 
 
-class StopAfter(Stop):
-    """Requested after so many steps of one phase: it is asked at its start and before each step."""
-
-    def __init__(self, steps):
-        self._asked, self._answers = 0, steps + 1
-        super().__init__()
-
-    @property
-    def requested(self):
-        self._asked += 1
-        return self._asked > self._answers
-
-    @requested.setter
-    def requested(self, value):
-        pass
-
-
 def test_a_run_stopped_after_every_step_ends_bitwise_the_same(finished, tmp_path):
     # So it stops in the middle of each interpreter and backbone phase, and at every border.
     for step in range(1, STEPS + 1):

@@ -175,7 +175,7 @@ def test_another_class_count_starts_the_head_anew_and_says_so(tmp_path, caplog):
     )
     kernel = fresh["params"]["backbone"]["head"]["kernel"]
     np.testing.assert_array_equal(loaded["head"]["kernel"], kernel)
-    with pytest.raises(UsageError, match="is for 7 classes, the data have 10: train a head first"):
+    with pytest.raises(UsageError, match="is for 7 classes, the data have 10 classes: train"):
         load_weights(module, tmp_path / "w.safetensors", fresh_head=False)
     np.testing.assert_array_equal(loaded["cls_token"], variables["params"]["backbone"]["cls_token"])
 

@@ -370,6 +370,7 @@ def _planned_late(
     """Plans when the first images come, and says so."""
 
     def plan_for(images: np.ndarray) -> Accelerated:
+        """The model planned for these images."""
         begun = time.monotonic()
         thresholds = request.thresholds
         if thresholds.ndim == 2:  # of a sample that was not given

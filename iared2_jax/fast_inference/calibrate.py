@@ -261,7 +261,7 @@ def speed_meter(
 
     @functools.cache
     def speed_of(thresholds: tuple[float, ...]) -> float:
-        """In shapes that suit these thresholds' counts."""
+        """Images per second in shapes that suit these thresholds' counts."""
         request = PlanRequest(
             forward=ForwardSpec(module),
             variables=variables,

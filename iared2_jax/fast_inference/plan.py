@@ -35,7 +35,7 @@ class GroupPlan:
 
     @property
     def blocks(self) -> int:
-        """In how many blocks attention takes the images of a sub-batch."""
+        """The number of blocks in which attention takes a sub-batch's images."""
         return len(self.shapes[0]) - 1
 
 
@@ -176,7 +176,7 @@ def needs(lengths: np.ndarray, rows: int, blocks: int = 1) -> np.ndarray:
 def choose_shapes(
     kind: str, needed: np.ndarray, rows: int, num_tokens: int, limit: int, step: int
 ) -> tuple[tuple[int, ...], ...]:
-    """At most `limit` shapes and the one that holds anything: the least padding on `needed`.
+    """The shapes, at most `limit` and one that holds anything, with least padding on `needed`.
 
     Args:
       kind: see `GroupPlan`.
@@ -212,7 +212,7 @@ def choose_shapes(
 
 
 def _cuts(values: np.ndarray, limit: int) -> list[int]:
-    """At most `limit` of the values, the largest among them, that waste least when rounding up.
+    """The values, at most `limit` and the largest among them, that waste least when rounding up.
 
     Exact, by dynamic programming over the distinct values: the best way to cover the first j with
     k cuts ends with a cut at j, which covers what the best way with k - 1 cuts left over.

@@ -181,7 +181,7 @@ def _step(request: PlanRequest, most: int) -> int:
 
 
 def _blocks(request: PlanRequest, rows: int) -> int:
-    """Of attention: two, where there are enough images. A GPU's kernels skip padding themselves."""
+    """The blocks of attention: two, with enough images. A GPU's kernels skip padding themselves."""
     if request.platform != "cpu":
         return 1
     return 2 if rows % 2 == 0 and rows >= 4 else 1

@@ -34,7 +34,7 @@ class Padded(NamedTuple):
     lengths: Int[Array, " s"] | None = None
 
     def spread(self, x: Float[Array, "s c f"]) -> Float[Array, "s c f"]:
-        """To one row per image: as it is."""
+        """The tokens in one row per image: as they are."""
         return x
 
     def attend(
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     lengths: Int[Array, " s"]
 
     def spread(self, x: Float[Array, "1 t f"]) -> Float[Array, "s c f"]:
-        """To one row per image; padding is 0, whatever a neighbour's tokens hold."""
+        """The tokens in one row per image; padding is 0, whatever a neighbour's tokens hold."""
         return jnp.where(self.valid[..., None], x[0][self.slots], 0)
 
 
@@ -69,7 +69,7 @@ class Packed(NamedTuple):
     home: Int[Array, " t"]
 
     def spread(self, x: Float[Array, "1 t f"]) -> Float[Array, "s c f"]:
-        """To one row per image, all as long as the longest block's."""
+        """The tokens in one row per image, all as long as the longest block's."""
         return _stacked([rows.spread(x) for rows in self.blocks], axis=1)
 
     def attend(
@@ -106,7 +106,7 @@ def padded(lengths: Int[Array, " s"], row_length: int) -> Padded:
 def list_places(
     lengths: Int[Array, " s"], total: int
 ) -> tuple[Int[Array, " t"], Int[Array, " t"], Bool[Array, " t"]]:
-    """Of a list of `total` places for images' tokens, image after image: what lies in each.
+    """What lies in each of `total` places of a list of images' tokens, image after image.
 
     Returns:
       The image, which of its tokens, and whether there is one. Places beyond the last token count

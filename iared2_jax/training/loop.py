@@ -144,7 +144,7 @@ def _capacities(
         return None
 
     def measure() -> Capacities:
-        """From the phase's own first images, so that a resumed run would count the same."""
+        """Slots for the phase's own first images, so that a resumed run would count the same."""
         return measure_capacities(module, params, phase, batches(phase.first_example))
 
     return recalled(workdir / "capacities.json", phase, measure)

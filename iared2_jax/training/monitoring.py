@@ -149,7 +149,7 @@ class Profile:
         self._running = False
 
     def before(self, step: int) -> None:
-        """To be called before every step."""
+        """Starts or ends the trace; to be called before every step."""
         if step in self._steps[:1]:
             jax.profiler.start_trace(str(self._folder))
             self._running = True

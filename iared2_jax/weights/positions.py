@@ -1,7 +1,5 @@
 """Position embeddings for another grid of patches."""
 
-import math
-
 import jax
 import numpy as np
 from jaxtyping import Float
@@ -39,7 +37,7 @@ def resize_positions(
     grid, prefix = positions[:, there:], np.zeros((1, num_prefix, width), np.float32)
     if joined:
         prefix = positions[:, :there]
-    count, side = grid.shape[1], math.isqrt(max(grid.shape[1], 0))
+    count, side = grid.shape[1], round(grid.shape[1] ** 0.5)
     if count != spec.num_patches:
         shape = " x ".join(map(str, spec.grid))
         if side * side != count or spec.is_clip:

@@ -25,11 +25,13 @@ class Attention(Selector):
         attention: Float[Array, "s h n"] | None,
         model: Any,
     ) -> Evidence:
+        """The mean over heads of what the CLS query attended to; before any block, all alike."""
         if attention is None:  # nothing has been attended to: all tokens score alike
             return Evidence(jnp.ones((x.shape[0], x.shape[1] - model.num_prefix)))
         return Evidence(attention.mean(axis=1))
 
     def check(self, module: "IARed2", keep_ratios: Sequence[float] | None) -> None:
+        """Refuses models without CLS, and budgets that drop before anything was attended to."""
         if not module.num_prefix:
             raise ValueError(
                 'selector="attention" needs a CLS token in the blocks; this backbone has none there'

@@ -23,5 +23,6 @@ class ByInterpreter(Selector):
         attention: Float[Array, "s h n"] | None,
         model: Any,
     ) -> Evidence:
+        """The group's informative scores, and the logits they are made of."""
         logits = model.interpret(group, x)
         return Evidence(policy.informative_scores(logits), logits)

@@ -24,6 +24,7 @@ class Random(Selector):
     def input_scores(
         self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
     ) -> Float[Array, "b n"]:
+        """The uniform numbers that order an image's patches."""
         n = model.input_spec.num_patches
         key = jax.random.key(self.seed)
 

@@ -37,7 +37,7 @@ def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
         heads["head"] = "cls_classifier"
 
     def recipe(path: str) -> Recipe:
-        """By module and leaf: "block_0/norm1", "scale"."""
+        """The recipe by module and leaf: "block_0/norm1", "scale"."""
         path = path.removeprefix("backbone/")
         if path in _HF_TOKENS:
             return Recipe((prefix + _HF_TOKENS[path],), same)

@@ -23,7 +23,7 @@ def taken_apart(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class _NpzStyle(NamedTuple):
-    """Of a file: what its names begin with, and whose they are."""
+    """How a file's names begin, and whose they are."""
 
     prefix: str
     big_vision: bool

@@ -43,7 +43,7 @@ def to_timm(path: str, value: np.ndarray, spec: InputSpec | None = None) -> np.n
     A patch embedding of an unknown `spec` is taken for one of square colour patches, if it can be.
     """
     if path == "backbone/patch_embed/kernel":
-        side = math.isqrt(value.shape[0] // 3)
+        side = round((value.shape[0] / 3) ** 0.5)
         shape = (side, side, 3) if spec is None else (*spec.patch, spec.channels)
         if math.prod(shape) != value.shape[0]:
             return np.ascontiguousarray(value.T)
