@@ -25,8 +25,9 @@ from benchmarks import common, peers
 from benchmarks.workload import SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
 from iared2_jax.fast_inference import Accelerated, Plan, planner
-from iared2_jax.fast_inference.engine import ForwardSpec, run_dense, sub_batch_sizes
+from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan_request import PlanRequest
+from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 

@@ -21,13 +21,13 @@ from benchmarks import common
 from benchmarks.workload import Workload, synthetic
 from iared2_jax import count_flops
 from iared2_jax.config import default_config
-from iared2_jax.fast_inference.engine import run_dense
+from iared2_jax.fast_inference.sub_batches import run_dense
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.model import KEEP_ALL
-from iared2_jax.training.curriculum import Phase
 from iared2_jax.training.optimizers import merge, split_trainable
 from iared2_jax.training.phases import PHASES, PhaseContext
+from iared2_jax.training.phases.base import Phase
 
 LEARNING_RATE = 1e-6  # so small that all steps are alike
 

@@ -76,7 +76,7 @@ def test_timm_loads_what_we_save(name, tmp_path):
 
 
 def test_positions_are_resized_as_timm_does():
-    from iared2_jax.weights.load import resize_positions
+    from iared2_jax.weights.positions import resize_positions
 
     with peers._torchvision():
         from timm.layers import resample_abs_pos_embed

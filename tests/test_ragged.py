@@ -14,14 +14,10 @@ import pytest
 import iared2_jax
 from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference import GroupPlan, Plan, planner
-from iared2_jax.fast_inference.accelerate import Accelerated, per_group
-from iared2_jax.fast_inference.engine import (
-    ForwardSpec,
-    all_blocks,
-    first_block_repeated,
-    run_group,
-    run_ragged,
-)
+from iared2_jax.fast_inference.accelerated import Accelerated, per_group
+from iared2_jax.fast_inference.engine import run_ragged
+from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax.fast_inference.group import all_blocks, first_block_repeated, run_group
 from iared2_jax.fast_inference.plan import _cuts, choose_shapes, needs
 from iared2_jax.fast_inference.plan_request import PlanRequest, cached_plan, keep_plan
 from iared2_jax.fast_inference.planner import MAX_SHAPES

@@ -13,7 +13,7 @@ from iared2_jax.attribution.segmentation import foreground, score_segmentation
 from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.errors import Interrupted
 from iared2_jax.fast_inference import accelerate
-from iared2_jax.fast_inference.engine import run_dense, sub_batch_sizes
+from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.signals import Stop
 from iared2_jax.timing import interleaved

@@ -13,8 +13,9 @@ import numpy as np
 from iared2_jax.data.inputs import Images, as_inputs, check_labels, refuse_non_finite
 from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference import planner
-from iared2_jax.fast_inference.accelerate import Accelerated, accelerate, per_group
-from iared2_jax.fast_inference.engine import ForwardSpec
+from iared2_jax.fast_inference.accelerate import accelerate
+from iared2_jax.fast_inference.accelerated import Accelerated, per_group
+from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.flops import count_flops

@@ -16,7 +16,7 @@ import numpy as np
 
 from iared2_jax import files
 from iared2_jax.errors import UsageError
-from iared2_jax.fast_inference.engine import ForwardSpec
+from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array

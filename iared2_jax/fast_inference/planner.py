@@ -11,14 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.errors import UsageError
-from iared2_jax.fast_inference.engine import (
-    evidence_in_place,
-    first_block_repeated,
-    run_group,
-    sub_batch_sizes,
-)
+from iared2_jax.fast_inference.group import evidence_in_place, first_block_repeated, run_group
 from iared2_jax.fast_inference.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
 from iared2_jax.fast_inference.plan_request import PlanRequest
+from iared2_jax.fast_inference.sub_batches import sub_batch_sizes
 from iared2_jax.timing import Timing, interleaved
 from iared2_jax.token_reduction.compaction import kept_first
 

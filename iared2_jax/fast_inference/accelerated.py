@@ -1,0 +1,259 @@
+"""`Accelerated`: a model compiled in a plan, which takes images in any number and form."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from iared2_jax.data.inputs import Images, as_inputs, is_traced
+from iared2_jax.errors import UsageError
+from iared2_jax.fast_inference.engine import run_ragged
+from iared2_jax.fast_inference.plan import Plan
+from iared2_jax.fast_inference.plan_request import PlanRequest
+from iared2_jax.fast_inference.sub_batches import run_masked
+from iared2_jax.token_reduction.model import Thresholds
+from iared2_jax.token_reduction.output import Output
+from iared2_jax.typing import Array
+
+_KEPT_PENDING = 32  # usage counts that may still be on the device
+
+
+@contextlib.contextmanager
+def programs_kept(folder: Path | None) -> Iterator[None]:
+    """JAX's persistent compilation cache in `folder`, unless the user has chosen one."""
+    if folder is None or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it reads its settings once
+
+    use(options)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+class Accelerated:
+    """A compiled model; made by `accelerate`. Call it with images: logits, out.
+
+    Attributes:
+      plan: how it runs; print it. None before the first call, if that is to be planned for.
+      batch_size: images per compiled call, over all devices.
+      sharding: of the images; those that have it already are not copied.
+      compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
+    """
+
+    def __init__(
+        self,
+        request: PlanRequest,
+        plan: Plan | None,
+        programs: Path | None = None,
+        plan_for: Callable[[np.ndarray], "Accelerated"] | None = None,
+    ):
+        """A model compiled for `plan`, or for what `plan_for` makes of the first call's images."""
+        module, devices = request.module, request.devices
+        self.plan = plan
+        self.batch_size = request.batch_size * len(devices)
+        self._num_groups, self._spec = module.num_groups, module.input_spec
+        self._shape = (self.batch_size, *self._spec.shape)
+        self._plan_for = plan_for
+        self._pending: list[jax.Array] = []
+        mesh = jax.make_mesh(
+            (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+        )
+        self.sharding, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        if plan is not None:
+            self._compile(request, plan, programs, mesh)
+
+    def _compile(
+        self, request: PlanRequest, plan: Plan, programs: Path | None, mesh: jax.sharding.Mesh
+    ) -> None:
+        self._variables = jax.device_put(request.variables, self._everywhere)
+        of_sample = request.thresholds
+        if of_sample.ndim == 2:
+            of_sample = of_sample[: self.batch_size]
+        self._thresholds = self._per_image(of_sample)
+        self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
+        nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
+        self._overflow = (nothing,) * self._num_groups
+        self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
+        execute = run_ragged if plan.groups else run_masked
+
+        def forward(variables, images, thresholds, size):
+            """One device's share: it counts its own rows, and takes its own turns."""
+            first = jax.lax.axis_index("data") * images.shape[0]
+            real = jnp.clip(size - first, 0, images.shape[0])
+            logits, out, used = execute(request.forward, plan, variables, images, thresholds, real)
+            used = jnp.concatenate([jnp.zeros(0, jnp.int32), *used])
+            # Every array that a program returns costs a call 4 us.
+            return logits, out.replace(overflow=()), used[None]
+
+        sharded = jax.shard_map(
+            forward,
+            mesh=mesh,
+            in_specs=(P(), P("data"), P("data"), P()),
+            out_specs=P("data"),
+            check_vma=False,  # the loops start from constants, which vary over no axis
+        )
+        images = jax.ShapeDtypeStruct(self._shape, jnp.float32, sharding=self.sharding)
+        lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
+        with programs_kept(programs):
+            self.compiled = lowered.compile()
+
+    def _per_image(self, thresholds: Thresholds) -> jax.Array:
+        values = per_group(thresholds, self._num_groups)
+        if values.ndim == 2 and len(values) > self.batch_size:
+            raise UsageError(
+                f"thresholds are for {len(values)} images, the batch has {self.batch_size}"
+            )
+        if values.ndim == 2:
+            values = np.pad(values, ((0, self.batch_size - len(values)), (0, 0)))
+        values = np.broadcast_to(values, (self.batch_size, self._num_groups))
+        return jax.device_put(values, self.sharding)
+
+    def __call__(
+        self, images: Images, thresholds: Thresholds | None = None
+    ) -> tuple[Float[Array, "b classes"], Output]:
+        """Logits, and `out` on the original patch grid, as of masked execution.
+
+        Args:
+          images: see `data.inputs.as_inputs`; any number. A batch on the device, in float32 and
+            with `sharding`, is taken as it is. Fewer than `batch_size` are padded, more run batch
+            after batch; then the results are NumPy arrays. No number compiles anything.
+          thresholds: others than those of `accelerate`; the plan stays the same.
+
+        Raises:
+          UsageError: no images, or of another size; a call within a function that is compiled.
+        """
+        if not self._in_place(images, self._shape):
+            if is_traced(images):
+                raise UsageError(
+                    "an accelerated model is compiled already: call it as it is, or call "
+                    "module.apply within the function that you compile"
+                )
+            images = as_inputs(images, self._spec)
+        if self.plan is None:
+            self.__dict__.update(self._plan_for(np.asarray(images, np.float32)).__dict__)
+        if images.shape[0] > self.batch_size:
+            return self._batch_after_batch(np.asarray(images), thresholds)
+        return self._one_batch(images, thresholds)
+
+    def _batch_after_batch(
+        self, images: np.ndarray, thresholds: Thresholds | None
+    ) -> tuple[np.ndarray, Output]:
+        own = thresholds is not None and np.ndim(thresholds) == 2  # one each per image
+        if own and len(thresholds) != len(images):
+            raise UsageError(
+                f"thresholds are for {len(thresholds)} images, the call has {len(images)}"
+            )
+        parts = []
+        for first in range(0, len(images), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            parts.append(self._one_batch(images[rows], thresholds[rows] if own else thresholds))
+        return jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *parts)
+
+    def _one_batch(
+        self, images: Array, thresholds: Thresholds | None
+    ) -> tuple[Float[Array, "b classes"], Output]:
+        size, given, real = images.shape[0], self._thresholds, self._size
+        if thresholds is not None:
+            ready = self._in_place(thresholds, given.shape)
+            given = thresholds if ready else self._per_image(thresholds)
+        if size < self.batch_size:
+            # On the host: the device would compile a program for every size.
+            full = np.zeros(self._shape, np.float32)
+            full[:size] = np.asarray(images)
+            images, real = full, jax.device_put(np.int32(size), self._everywhere)
+        if not self._in_place(images, self._shape):
+            if images.dtype != np.float32:
+                images = np.asarray(images, np.float32)
+            images = jax.device_put(images, self.sharding)
+        logits, out, used = self.compiled(self._variables, images, given, real)
+        out = out.replace(overflow=self._overflow)
+        self._count(used)
+        if size < self.batch_size:
+            logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
+        return logits, out
+
+    def _in_place(self, x: Any, shape: tuple[int, ...]) -> bool:
+        """Whether the program can take `x` as it is."""
+        return (
+            isinstance(x, jax.Array)
+            and not is_traced(x)
+            and x.shape == shape
+            and x.dtype == jnp.float32
+            and x.sharding.is_equivalent_to(self.sharding, x.ndim)
+        )
+
+    def _count(self, used: jax.Array) -> None:
+        self._pending.append(used)
+        if len(self._pending) > _KEPT_PENDING:  # the oldest are long finished: nothing waits
+            self._fold(self._pending[: _KEPT_PENDING // 2])
+            del self._pending[: _KEPT_PENDING // 2]
+
+    def _fold(self, pending: list[jax.Array]) -> None:
+        for used in pending:
+            self._used += np.asarray(used).sum(axis=0)  # over the devices
+
+    def forget_usage(self) -> None:
+        """Starts `usage` anew."""
+        self._pending, self._used = [], np.zeros_like(self._used)
+
+    @property
+    def usage(self) -> list[dict[str, Any]]:
+        """Per group: how often each shape ran so far, the places for tokens in all of them, and
+        how often only the last, the largest one fitted.
+
+        A plan whose `larger` is not rare was made from images that keep fewer tokens than these:
+        plan anew, with these images.
+        """
+        if self.plan is None:
+            return []
+        self._fold(self._pending)
+        self._pending = []
+        report = []
+        ends = np.cumsum([len(group.shapes) for group in self.plan.groups])
+        for group, end in zip(self.plan.groups, ends, strict=True):
+            used = self._used[end - len(group.shapes) : end]
+            shapes = {shape: int(n) for shape, n in zip(group.shapes, used, strict=True)}
+            report.append(
+                {
+                    "shapes": shapes,
+                    "places": sum(shape[0] * n for shape, n in shapes.items()),
+                    "larger": int(used[-1]) if len(used) > 1 else 0,
+                }
+            )
+        return report
+
+
+def per_group(thresholds: Thresholds, num_groups: int) -> np.ndarray:
+    """Thresholds as float32, one per group [D] or one each per image [b, D].
+
+    Raises:
+      UsageError: of another shape, or NaN.
+    """
+    values = np.asarray(thresholds, np.float32)
+    if np.isnan(values).any() or values.ndim > 2 or values.shape[-1:] not in ((), (num_groups,)):
+        raise UsageError(
+            f"thresholds must be one number, {num_groups}, or {num_groups} per image, "
+            f"got {np.array2string(values, threshold=8)}"
+        )
+    return np.broadcast_to(values, (*values.shape[:-1], num_groups))

@@ -1,0 +1,86 @@
+"""Masked and dense execution, some images at a time: what ragged execution is compared with."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Float, Int
+
+from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax.fast_inference.plan import Plan
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.output import Output
+from iared2_jax.typing import Array
+
+
+def run_masked(
+    forward: ForwardSpec,
+    plan: Plan,
+    variables: Mapping[str, Any],
+    inputs: Float[Array, "b ..."],
+    thresholds: Float[Array, "b D"],
+    size: Int[Array, ""],
+) -> tuple[Float[Array, "b classes"], Output, list[Int[Array, " shapes"]]]:
+    """Masked execution, `plan.masked_rows` images at a time: for where dropping does not pay."""
+    module = forward.with_kernel(plan.attention_kernel).module
+
+    def some(inputs, thresholds):
+        """The logits and output of one sub-batch; what `run_ragged` leaves at 0 is 0 here, too."""
+        logits, out = module.apply(
+            variables,
+            inputs,
+            thresholds,
+            keep_ratios=forward.keep_ratios,
+            selector=forward.selector,
+        )
+        entering = [True, *(keep[..., None] for keep in out.keep)]
+        of_alive = tuple(
+            jnp.where(alive, values, 0)
+            for alive, values in zip(entering, out.interpreter_logits, strict=False)
+        )
+        out = out.replace(interpreter_logits=of_alive)
+        return logits, out if forward.attention else out.replace(attention=())
+
+    return *in_sub_batches(some, plan.masked_rows, inputs, thresholds), []
+
+
+def run_dense(
+    module: IARed2,
+    rows: int,
+    variables: Mapping[str, Any],
+    images: Float[Array, "b height width 3"],
+) -> Float[Array, "b classes"]:
+    """Logits of the dense model, `rows` images at a time: the baseline, as fast as it can be."""
+
+    def forward(images):
+        return module.apply(variables, images, execution="dense")[0]
+
+    return in_sub_batches(forward, rows, images)
+
+
+def sub_batch_sizes(batch_size: int, platform: str) -> list[int]:
+    """Images at a time that may be fastest, largest first: a CPU's caches hold only a few."""
+    divisors = (1, 2, 4) if platform == "cpu" else (1, 2, 4, 8)
+    sizes = {max(1, batch_size // divisor) for divisor in divisors}
+    if platform == "cpu":
+        sizes |= {size for size in (4, 8) if size < batch_size}
+    return sorted(sizes, reverse=True)
+
+
+def in_sub_batches(forward: Callable[..., Any], rows: int, *arrays: Array) -> Any:
+    """`forward(*arrays)`, `rows` images at a time: a whole batch may not fit into the caches.
+
+    An end that does not fill a sub-batch is padded with zeros, and cut off again.
+    """
+    b = arrays[0].shape[0]
+    if not 0 < rows < b:
+        return forward(*arrays)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, -b % rows), *((0, 0),) * (x.ndim - 1)))
+        return rearrange(x, "(c r) ... -> c r ...", r=rows)
+
+    result = jax.lax.map(lambda parts: forward(*parts), tuple(cut(x) for x in arrays))
+    return jax.tree.map(lambda x: rearrange(x, "c r ... -> (c r) ...")[:b], result)
