@@ -41,8 +41,9 @@ from benchmarks.decoders import (
 )
 from iared2_jax.data import image_files, pipeline
 from iared2_jax.data.augment import CROP_FLIP, DEIT, AugmentOptions
-from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
+from iared2_jax.data.datasets import Dataset, open_dataset
 from iared2_jax.data.images import _random_box, open_image, random_flip, random_resized_crop
+from iared2_jax.data.request import DataRequest
 from iared2_jax.models.variants import Variant, get_variant
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import Timing, interleaved

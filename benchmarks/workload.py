@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax import count_flops, create_model, load_model
-from iared2_jax.data.datasets import DataRequest, open_dataset
+from iared2_jax.data.datasets import open_dataset
+from iared2_jax.data.request import DataRequest
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
 from iared2_jax.weights.files import read_tensors
 

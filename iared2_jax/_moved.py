@@ -18,7 +18,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "checkpoints.tensors": ("weights.files",),
     "checkpoints.weights": ("weights.load", "weights.save", "weights.positions"),
     "config_checks": ("config.checks",),
-    "data.sources": ("data.datasets",),
+    "data.sources": ("data.datasets", "data.request"),
     "evaluate": ("evaluation.evaluators",),
     "logs": ("training.monitoring",),
     "losses": ("training.phases", "training.phases.base"),

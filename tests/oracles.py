@@ -157,7 +157,7 @@ def _transformers(family: Family, depth: int) -> Oracle:
         num_attention_heads=backbone.num_heads,
         intermediate_size=backbone.mlp_ratio * backbone.embed_dim,
         image_size=backbone.input_spec.height,
-        patch_size=backbone.patch_size,
+        patch_size=backbone.input_spec.patch[0],
         num_labels=backbone.num_classes,
     )
     if family.kind == "vit":

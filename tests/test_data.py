@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from iared2_jax.data import cluttered_mnist
-from iared2_jax.data.datasets import DataRequest, open_dataset
+from iared2_jax.data.datasets import open_dataset
 from iared2_jax.data.image_files import resized
 from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import eval_batches, train_batches
+from iared2_jax.data.request import DataRequest
 from iared2_jax.models import input_spec
 
 

@@ -12,10 +12,11 @@ from conftest import load_config
 from iared2_jax.config.checks import validate
 from iared2_jax.data import small
 from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
-from iared2_jax.data.datasets import DataRequest, open_dataset
+from iared2_jax.data.datasets import open_dataset
 from iared2_jax.data.image_files import BAD_IN_A_ROW, BadImages
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
+from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment.build import check_data, dataset_of
 from iared2_jax.experiment.run_directory import adopt_config

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from iared2_jax import count_flops, create_model
-from iared2_jax.data.datasets import DataRequest, open_dataset
+from iared2_jax.data.datasets import open_dataset
 from iared2_jax.data.images import eval_transform, random_resized_crop, with_channels
+from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import IMAGENET_NORM, InputSpec, images
 from iared2_jax.models.variants import VARIANTS, resized

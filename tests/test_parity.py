@@ -8,8 +8,10 @@ import pytest
 
 from benchmarks import peers
 from iared2_jax import create_model, load_weights, save_weights
+from iared2_jax.models import input_spec
 from iared2_jax.models.variants import VARIANTS
 from iared2_jax.token_reduction.model import KEEP_ALL
+from iared2_jax.weights.positions import resize_positions
 from tests import oracles
 from tests.test_weights import answers, assert_close, shortened
 
@@ -76,8 +78,6 @@ def test_timm_loads_what_we_save(name, tmp_path):
 
 
 def test_positions_are_resized_as_timm_does():
-    from iared2_jax.weights.positions import resize_positions
-
     with peers._torchvision():
         from timm.layers import resample_abs_pos_embed
     rng = np.random.default_rng(0)
@@ -86,5 +86,5 @@ def test_positions_are_resized_as_timm_does():
         theirs = resample_abs_pos_embed(
             torch.tensor(positions), [want, want], num_prefix_tokens=prefix
         )
-        ours = resize_positions(positions, prefix, want**2)
+        ours = resize_positions(positions, input_spec.images(want, 1), prefix)
         np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)

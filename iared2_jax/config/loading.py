@@ -9,7 +9,6 @@ from typing import Any
 import ml_collections
 
 from iared2_jax.config.migration import MOVED_KEYS, adopt_old_names, hint
-from iared2_jax.data.augment import AugmentOptions
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.variants import get_variant, resized
@@ -126,12 +125,6 @@ def input_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "patch_size": tuple(config.model.patch_size) or None,
         "channels": config.model.channels or None,
     }
-
-
-def augment_of(config: ml_collections.ConfigDict) -> AugmentOptions:
-    """The augmentation of the training images."""
-    options = config.data.augment.items()
-    return AugmentOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options})
 
 
 def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 from jaxtyping import Float32, Int, Num, UInt8
 from PIL import Image, ImageEnhance, ImageOps
@@ -52,6 +53,11 @@ class AugmentOptions:
     flip: float = 0.5
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+def augment_options(section: ml_collections.ConfigDict) -> AugmentOptions:
+    """The options that a section of a config gives; lists are tuples here."""
+    return AugmentOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
 
 
 DEIT = AugmentOptions()

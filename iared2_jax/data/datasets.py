@@ -10,32 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from iared2_jax.data import cluttered_mnist
-from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
 from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
 from iared2_jax.data.images import with_channels
+from iared2_jax.data.request import DataRequest
 from iared2_jax.data.small import small_folder, small_imagenet
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
 SMALL = "small"  # as a path: a few embedded images in the true format
-
-
-@dataclasses.dataclass(frozen=True)
-class DataRequest:
-    """What is asked of a dataset.
-
-    Attributes:
-      spec: the inputs that the model takes.
-      path: where its files are; `SMALL` makes a few. Not for data that is made.
-      augment: of the training images; data that is made is not augmented.
-      bad_share: of the training images that may be unreadable.
-    """
-
-    spec: InputSpec
-    path: str = ""
-    augment: AugmentOptions = CROP_FLIP
-    bad_share: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -20,10 +20,8 @@ from iared2_jax.data.images import (
     random_resized_crop,
     with_channels,
 )
+from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import DataError
-
-if TYPE_CHECKING:
-    from iared2_jax.data.datasets import DataRequest
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ class ImageFiles:
     `digest()`, which changes with its labels.
     """
 
-    def __init__(self, records: Sequence, request: "DataRequest"):
+    def __init__(self, records: Sequence, request: DataRequest):
         self._records, self._request = records, request
         self.class_names: tuple[str, ...] = tuple(records.class_names)
         self._bad = BadImages(request.bad_share, len(records))
@@ -132,7 +130,7 @@ class ImageFiles:
 class EvalImages:
     """Evaluation images that are read and decoded when they are indexed, as an array would be."""
 
-    def __init__(self, records: Sequence, rows: np.ndarray, request: "DataRequest"):
+    def __init__(self, records: Sequence, rows: np.ndarray, request: DataRequest):
         self._records, self._rows, self._request = records, rows, request
 
     def __len__(self) -> int:

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import ml_collections
 
 from iared2_jax.config.loading import (
-    augment_of,
     input_sizes,
     input_spec_of,
     model_groups,
     weights_of,
 )
-from iared2_jax.data.datasets import DataRequest, Dataset, open_dataset
+from iared2_jax.data.augment import augment_options
+from iared2_jax.data.datasets import Dataset, open_dataset
+from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
@@ -28,7 +29,7 @@ def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
     request = DataRequest(
         spec=input_spec_of(config),
         path=config.data.path,
-        augment=augment_of(config),
+        augment=augment_options(config.data.augment),
         bad_share=config.data.bad_share,
     )
     return open_dataset(config.data.name, request)

@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from iared2_jax.config.loading import augment_of
+from iared2_jax.data.augment import augment_options
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.data.pipeline import mixing, shard_batch, train_batches
 from iared2_jax.errors import NonFiniteError
@@ -125,7 +125,7 @@ def _batches(
     mix, options = None, phase.options
     if phase.kind.mixes:
         smoothing = getattr(options, "label_smoothing", 0.0)
-        mix = mixing(augment_of(config), module.backbone.num_classes, smoothing)
+        mix = mixing(augment_options(config.data.augment), module.backbone.num_classes, smoothing)
     return iter(
         train_batches(dataset, options.batch_size, example, config.seed, config.data.threads, mix)
     )

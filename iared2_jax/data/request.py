@@ -1,0 +1,23 @@
+"""What is asked of a dataset."""
+
+import dataclasses
+
+from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
+from iared2_jax.models.input_spec import InputSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRequest:
+    """What is asked of a dataset.
+
+    Attributes:
+      spec: the inputs that the model takes.
+      path: where its files are; `SMALL` makes a few. Not for data that is made.
+      augment: of the training images; data that is made is not augmented.
+      bad_share: of the training images that may be unreadable.
+    """
+
+    spec: InputSpec
+    path: str = ""
+    augment: AugmentOptions = CROP_FLIP
+    bad_share: float = 0.001
