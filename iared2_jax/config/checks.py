@@ -56,7 +56,12 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     for key in ("model.image_size", "model.patch_size"):
         if len(flat[key]) not in (0, 2):
             raise UsageError(f"config.{key}={flat[key]} must be (height, width), or empty")
-    input_spec_of(config)
+    try:
+        input_spec_of(config)
+    except UsageError as error:
+        raise UsageError(
+            f"config.model.image_size, patch_size and channels make no input: {error}"
+        ) from error
     sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
     if config.data.name not in MADE and not config.data.path and config.mode != "explain":
         raise UsageError(
