@@ -82,6 +82,13 @@ def test_options_that_a_run_did_not_know_are_their_defaults(tmp_path, tiny_confi
         adopt_config(tiny_config, dataset, tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null", '{"config version": "x"}', "{", "[[1]]"])
+def test_a_config_that_is_none_is_damaged(tmp_path, tiny_config, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"config\.json is damaged: delete it|another run's"):
+        adopt_config(tiny_config, dataset_of(tiny_config), tmp_path)
+
+
 def test_old_names_of_options_work_with_a_hint(tmp_path, caplog):
     config = config_lib.load(DEMO, {"tau": "2.0,3.0,4.0", "label_smoothing": "0.2"})
     assert config.interpreter.tau == (2.0, 3.0, 4.0)
@@ -125,6 +132,9 @@ def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tm
     train_and_evaluate(config, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["dense"]["top1"] >= 0
+    # A config.json that was deleted, as its damage would ask for, is written again.
+    (tmp_path / "run" / "config.json").unlink()
+    train(config, tmp_path / "run")
     # What it was compared with is what it started from.
     original = starting_point(config, build_module(config), tmp_path / "run")
     expected = create_model("vit_micro", seed=3)[1]["params"]["backbone"]

@@ -110,11 +110,12 @@ def write_config(
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of a config.json of any version by today's names; and what else it says."""
     try:
-        stored = json.loads(path.read_text())
+        stored = dict(json.loads(path.read_text()))
         found = {key: stored.pop(key) for key in (_VERSION, _DATA, _WEIGHTS) if key in stored}
-    except (ValueError, AttributeError) as error:
+        later = found.get(_VERSION, 0) > CONFIG_VERSION
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged: delete it, or give another --workdir") from error
-    if found.get(_VERSION, 0) > CONFIG_VERSION:
+    if later:
         raise UsageError(f"{path} was written by a later version of iared2_jax: update this one")
     defaults = json.loads(json.dumps(flatten(default_config())))
     return {**defaults, **migrate_flat(stored)}, found
@@ -136,7 +137,8 @@ def starting_point(
         return init_variables(module, config.seed)
     if not copy.exists():
         return load_initial(config, module, source)
-    known = _read_config(folder / _CONFIG)[1].get(_WEIGHTS)
+    path = folder / _CONFIG
+    known = _read_config(path)[1].get(_WEIGHTS) if path.exists() else None
     now = _digest(source)
     if None not in (known, now) and known != now:
         raise UsageError(
