@@ -15,7 +15,11 @@ readonly RESTARTS=${RESTARTS:-3}
 # A compiled step is kept for the next start.
 cache=${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${cache:+$cache/iared2_jax/jax}}
-[ -z "$JAX_COMPILATION_CACHE_DIR" ] || mkdir -p -m 700 "$JAX_COMPILATION_CACHE_DIR"
+if [ -n "$JAX_COMPILATION_CACHE_DIR" ]; then
+  mkdir -p -m 700 "$JAX_COMPILATION_CACHE_DIR"
+else
+  unset JAX_COMPILATION_CACHE_DIR
+fi
 
 child=''
 asked=''

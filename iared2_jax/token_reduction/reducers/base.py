@@ -13,13 +13,8 @@ class Reducer(Protocol):
     """What becomes of the tokens that a group does not keep; a frozen dataclass.
 
     Both methods must lead to the same logits, as long as no token overflows.
-
-    Attributes:
-      exact_counts: whether a group's blocks see the kept tokens and no others. Then compiled ragged
-        execution, which moves them itself, can run it.
+    Compiled ragged execution moves kept tokens itself: it drops the others.
     """
-
-    exact_counts: bool
 
     def in_place(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int

@@ -15,8 +15,6 @@ from iared2_jax.typing import Array
 class Drop:
     """Drops what is not kept: as masked keys in place, or by moving the others together."""
 
-    exact_counts = True
-
     def in_place(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
     ) -> TokenState:
