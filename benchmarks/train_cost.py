@@ -37,14 +37,10 @@ def _phases(module) -> dict[str, Phase]:
     made = {}
     for kind in ("interpreter", "backbone"):
         for j in groups:
-            if kind == "interpreter":
-                trains = frozenset({("interpreter", j)})
-            else:
-                trains = frozenset({("blocks", k) for k in groups if k >= j})
-            thresholds = tuple(0.5 if g <= j else KEEP_ALL for g in groups)
-            made[f"{kind} {j}"] = Phase(
-                PHASES[kind], j, trains, thresholds, 0, 1, 0, default_config()[kind]
-            )
+            options, phase = default_config()[kind], PHASES[kind]
+            trains = phase.trains(options, j, module.num_groups)
+            thresholds = phase.thresholds(0.5, j, module.num_groups)
+            made[f"{kind} {j}"] = Phase(phase, j, trains, thresholds, 0, 1, 0, options)
     everything = frozenset({("blocks", k) for k in groups})
     made["plain fine-tuning"] = Phase(
         PHASES["supervised"], 0, everything, (KEEP_ALL,) * module.num_groups, 0, 1, 0,
@@ -93,7 +89,8 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
         kept[g - 1] = counts[:, g - 1] if gathered else n
     before = groups_cost(kept, groups[: j - 1])
     after = groups_cost(kept, groups[j - 1 :])
-    passes = 2 if phase.kind is PHASES["interpreter"] else 3
+    # The blocks behind an interpreter run for two rollouts, and nothing goes back through them.
+    passes = 3 if any(part == "blocks" for part, _ in phase.trains) else 2
     return (before + passes * after) / (3 * dense)
 
 

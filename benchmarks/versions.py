@@ -11,6 +11,7 @@ interpreter and one of the backbone. A ratio above 1 says that this version is s
 import functools
 import importlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -138,16 +139,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     flags = parser.parse_args()
     folder = common.RESULTS
-    plan = folder / ".plan.json"
 
     before = Version(flags.before.resolve())
     old = before.calls(flags.model, flags.batch, None)
-    before.plan.save(plan)
     before.leave()
     after = Version(HERE)
-    new = after.calls(flags.model, flags.batch, plan)
+    with tempfile.TemporaryDirectory() as aside:  # both run by one plan
+        plan = Path(aside) / "plan.json"
+        before.plan.save(plan)
+        new = after.calls(flags.model, flags.batch, plan)
     after.leave()
-    plan.unlink()
 
     rows = {}
     for name in CALLS:  # two by two: what runs in between would only cool the caches

@@ -28,7 +28,7 @@ class Family:
     """A published kind of file: our variant, their naming, the class that runs it."""
 
     variant: str
-    kind: str  # timm | pth | vit | deit | vision_transformer | big_vision
+    kind: str  # timm | pth | vit | deit | timesformer | vision_transformer | big_vision
     stored_depth: int = 2  # blocks of the stored answers; 0: all
 
     @property
@@ -46,6 +46,7 @@ FAMILIES = (
     Family("cait_xxs24", "pth"),
     Family("vit_s16", "vit"),
     Family("deit_ti_distilled", "deit"),
+    Family("timesformer_jointst_s", "timesformer"),
     Family("vit_s16", "vision_transformer"),
     Family("vit_s16", "big_vision"),
 )
@@ -71,10 +72,16 @@ def weights_for(shapes: Shapes) -> dict[str, np.ndarray]:
     return tensors
 
 
-def images_for(size: int) -> np.ndarray:
-    """Two normalised images [2, size, size, 3]."""
+def images_for(size: int, frames: int | None = None) -> np.ndarray:
+    """Two normalised images [2, size, size, 3], or clips of so many frames."""
     rng = np.random.Generator(np.random.PCG64(size))
-    return rng.standard_normal((2, size, size, 3), np.float32)
+    return rng.standard_normal((2, *([frames] if frames else []), size, size, 3), np.float32)
+
+
+def inputs_for(variant: str) -> np.ndarray:
+    """Two normalised inputs of a variant's size."""
+    spec = VARIANTS[variant].backbone.input_spec
+    return images_for(spec.height, spec.frames)
 
 
 def probe(x: np.ndarray) -> np.ndarray:
@@ -98,7 +105,7 @@ class Oracle:
 
 def build(family: Family, depth: int) -> Oracle:
     """The family's model, with `depth` blocks."""
-    if family.kind in ("vit", "deit"):
+    if family.kind in ("vit", "deit", "timesformer"):
         return _transformers(family, depth)
     return _timm(family, depth)
 
@@ -115,7 +122,7 @@ def _answers(model, blocks, images: np.ndarray, logits) -> tuple[np.ndarray, lis
 
     hooks = [block.register_forward_hook(keep) for block in blocks]
     with torch.inference_mode():
-        answer = logits(model(torch.tensor(images.transpose(0, 3, 1, 2))))
+        answer = logits(model(torch.tensor(np.moveaxis(images, -1, -3))))
     for hook in hooks:
         hook.remove()
     return answer.numpy(), outputs
@@ -162,6 +169,10 @@ def _transformers(family: Family, depth: int) -> Oracle:
     )
     if family.kind == "vit":
         model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+    elif family.kind == "timesformer":
+        joint = dict(num_frames=backbone.input_spec.frames, attention_type="joint_space_time")
+        config = transformers.TimesformerConfig(**sizes, **joint)
+        model = transformers.TimesformerForVideoClassification(config)
     else:
         config = transformers.DeiTConfig(**sizes)
         model = transformers.DeiTForImageClassificationWithTeacher(config)
@@ -288,7 +299,7 @@ def _answered() -> Iterator[tuple[str, Shapes, np.ndarray, np.ndarray]]:
     for family in FAMILIES:
         backbone = VARIANTS[family.variant].backbone
         oracle = build(family, family.stored_depth or backbone.depth)
-        logits, blocks = oracle.run(images_for(backbone.input_spec.height))
+        logits, blocks = oracle.run(inputs_for(family.variant))
         yield family.name, oracle.shapes, logits, np.stack([probe(block) for block in blocks])
 
 

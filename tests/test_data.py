@@ -6,7 +6,6 @@ import pytest
 from iared2_jax.data import cluttered_mnist
 from iared2_jax.data.datasets import open_dataset
 from iared2_jax.data.image_files import resized
-from iared2_jax.data.images import normalize
 from iared2_jax.data.pipeline import eval_batches, train_batches
 from iared2_jax.data.request import DataRequest
 from iared2_jax.models import input_spec
@@ -107,5 +106,5 @@ def test_every_evaluation_example_counts_once():
 
 def test_normalize():
     pixels = np.array([[[[0, 255, 51]]]], np.uint8)
-    result = normalize(pixels, ((0.5, 0.5, 0.1), (0.5, 0.25, 0.1)))
+    result = input_spec.normalize(pixels, ((0.5, 0.5, 0.1), (0.5, 0.25, 0.1)))
     np.testing.assert_allclose(result[0, 0, 0], [-1, 2, 1], rtol=1e-6)

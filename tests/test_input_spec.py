@@ -57,7 +57,7 @@ def test_sizes_that_make_no_input(changes, words):
 
 def test_wrong_inputs_and_values_are_named():
     spec = images(32, 8)
-    with pytest.raises(ValueError, match=r"must be \[B, \(32, 32, 3\)\], got \(2, 32, 24, 3"):
+    with pytest.raises(ValueError, match=r"must be \[B, 32, 32, 3\], got \[2, 32, 24, 3"):
         spec.to_patches(np.zeros((2, 32, 24, 3)))
     # Of two images with 8 values each, one with 16 must not become.
     with pytest.raises(ValueError, match="16 values, one per patch"):

@@ -24,10 +24,10 @@ if peers.missing():
 
 @pytest.mark.parametrize("family", oracles.FAMILIES, ids=lambda family: family.name)
 def test_logits_and_every_block_agree(family, tmp_path):
-    if family.kind in ("vit", "deit"):
+    if family.kind in ("vit", "deit", "timesformer"):
         pytest.importorskip("transformers")
     backbone = VARIANTS[family.variant].backbone
-    images = oracles.images_for(backbone.input_spec.height)
+    images = oracles.inputs_for(family.variant)
     oracle = oracles.build(family, backbone.depth)
     expected, their_blocks = oracle.run(images)
     module = shortened(family.variant, backbone.depth)

@@ -567,3 +567,9 @@ def test_cait_is_accelerated_with_its_class_attention():
     assert len(ragged[1].attention) == 2
     with pytest.raises(UsageError, match="needs a CLS token in the blocks"):
         iared2_jax.accelerate(module, variables, 2, keep_ratios=(1, 0.5), selector="attention")
+
+
+def test_thresholds_per_image_need_their_images():
+    module, variables = iared2_jax.create_model("vit_micro")
+    with pytest.raises(UsageError, match="thresholds per image need the images"):
+        iared2_jax.accelerate(module, variables, 2, np.full((2, 3), 0.5), cache_dir=None)

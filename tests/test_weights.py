@@ -58,7 +58,7 @@ def test_parity_with_what_others_answered(family, tmp_path):
     module = shortened(family.variant, family.stored_depth or backbone.depth)
     path = oracles.save_as(family, oracles.weights_for(kept["shapes"]), tmp_path)
     variables = load_weights(module, path)
-    logits, blocks = answers(module, variables, oracles.images_for(backbone.input_spec.height))
+    logits, blocks = answers(module, variables, oracles.inputs_for(family.variant))
     assert_close(logits, kept["logits"])
     assert len(blocks) == len(kept["blocks"])
     for block, expected in zip(blocks, kept["blocks"], strict=True):
@@ -80,7 +80,7 @@ def test_bfloat16_keeps_the_answer(name, tmp_path):
     variables = load_weights(
         module, oracles.save_as(family, oracles.weights_for(kept["shapes"]), tmp_path)
     )
-    logits, _ = answers(module, variables, oracles.images_for(backbone.input_spec.height))
+    logits, _ = answers(module, variables, oracles.inputs_for(family.variant))
     first, second = -np.sort(-kept["logits"], axis=-1)[:, :2].T
     clear = first - second > 0.1 * kept["logits"].std()
     assert clear.any()

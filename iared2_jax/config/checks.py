@@ -60,7 +60,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         input_spec_of(config)
     except UsageError as error:
         raise UsageError(
-            f"config.model.image_size, patch_size and channels make no input: {error}"
+            f"config.model.image_size, patch_size, channels and num_frames make no input: {error}"
         ) from error
     sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
     if config.data.name not in MADE and not config.data.path and config.mode != "explain":
@@ -137,24 +137,24 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _check_phase(kind: str, phase: ml_collections.ConfigDict, device_count: int) -> None:
-    if (phase.steps > 0) == (phase.epochs > 0):
+def _check_phase(section: str, options: ml_collections.ConfigDict, device_count: int) -> None:
+    if (options.steps > 0) == (options.epochs > 0):
         raise UsageError(
-            f"config.{kind}.steps={phase.steps} and config.{kind}.epochs={phase.epochs}: "
+            f"config.{section}.steps={options.steps} and config.{section}.epochs={options.epochs}: "
             "exactly one of the two must be above 0"
         )
-    if phase.learning_rate == 0:
-        raise UsageError(f"config.{kind}.learning_rate=0.0 would train nothing")
-    if phase.optimizer not in OPTIMIZERS:
+    if options.learning_rate == 0:
+        raise UsageError(f"config.{section}.learning_rate=0.0 would train nothing")
+    if options.optimizer not in OPTIMIZERS:
         raise UsageError(
-            f"config.{kind}.optimizer={phase.optimizer!r} is unknown"
-            f"{nearest(phase.optimizer, OPTIMIZERS)}"
+            f"config.{section}.optimizer={options.optimizer!r} is unknown"
+            f"{nearest(options.optimizer, OPTIMIZERS)}"
         )
-    if phase.accumulate < 1 or phase.batch_size < 1:
-        raise UsageError(f"config.{kind}: batch_size and accumulate must be at least 1")
-    rows = device_count * phase.accumulate
-    if phase.batch_size % rows:
+    if options.accumulate < 1 or options.batch_size < 1:
+        raise UsageError(f"config.{section}: batch_size and accumulate must be at least 1")
+    rows = device_count * options.accumulate
+    if options.batch_size % rows:
         raise UsageError(
-            f"config.{kind}.batch_size={phase.batch_size} must be a multiple of {rows} "
-            f"({device_count} devices x {phase.accumulate} micro-batches)"
+            f"config.{section}.batch_size={options.batch_size} must be a multiple of {rows} "
+            f"({device_count} devices x {options.accumulate} micro-batches)"
         )

@@ -44,6 +44,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.image_size = ()
     config.model.patch_size = ()
     config.model.channels = 0
+    config.model.num_frames = 0  # of clips
     config.model.groups = 3  # D equal groups
     config.model.group_sizes = ()  # or the blocks of each of the D, e.g. (2, 4, 6)
     # "cls" | "learned"; "": "cls", but "learned" for a backbone without CLS in its groups (CaiT).
@@ -58,7 +59,9 @@ def default_config() -> ml_collections.ConfigDict:
     # "scratch" says that random weights are meant; so does "" where data is made.
 
     config.data = ml_collections.ConfigDict()
-    config.data.name = "cluttered_mnist"  # "cluttered_mnist" | "imagenet" | "folder"
+    config.data.name = (
+        "cluttered_mnist"  # "cluttered_mnist" | "moving_mnist" | "imagenet" | "folder"
+    )
     # imagenet: TFDS' data_dir; folder: what has train/ and val/; "small": a few embedded images in
     # that format; mode "explain": a folder of pictures.
     config.data.path = ""

@@ -124,6 +124,7 @@ def input_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "image_size": tuple(config.model.image_size) or None,
         "patch_size": tuple(config.model.patch_size) or None,
         "channels": config.model.channels or None,
+        "num_frames": config.model.num_frames or None,
     }
 
 

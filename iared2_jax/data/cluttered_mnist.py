@@ -77,30 +77,26 @@ def _bilinear(source: int, target: int) -> np.ndarray:
     return np.asarray(identity.resize((source, target), Image.Resampling.BILINEAR))
 
 
-def _scaled(pixels: np.ndarray, side: int) -> np.ndarray:
+def scaled(pixels: np.ndarray, side: int) -> np.ndarray:
     """Square grey images [..., n, n] resized to [..., side, side], all in one product."""
     resize = _bilinear(pixels.shape[-1], side)
     return np.rint(resize @ pixels @ resize.T).astype(np.uint8)
 
 
-def _paste(canvas: np.ndarray, patch: np.ndarray, top: int, left: int) -> None:
+def paste(canvas: np.ndarray, patch: np.ndarray, top: int, left: int) -> None:
+    """Puts a patch on a grey canvas; where there was ink, the brighter of the two stays."""
     region = canvas[top : top + len(patch), left : left + len(patch)]
     np.maximum(region, patch, out=region)
 
 
-def _compose(split: str, seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The grey canvas, the digit alone on the same canvas, and the label of scene `index`."""
-    pixels, labels = digits(split)
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    chosen = rng.integers(len(pixels))
-    side = int(rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1))
-    digit = np.zeros((CANVAS, CANVAS), np.uint8)
-    _paste(
-        digit, _scaled(pixels[chosen], side), *rng.integers(0, CANVAS - side + 1, size=2).tolist()
-    )
+def clutter(
+    pixels: UInt8[np.ndarray, "n 28 28"], chosen: int, side: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w"]:
+    """A canvas with fragments of other digits than `chosen`, scaled like a digit of `side` px.
 
-    # Fragments of other digits of the split, cut from their middle 20x20 px, where there is ink,
-    # and scaled like the digit, so that the width of a stroke does not give them away.
+    They are cut from the digits' middle 20x20 px, where there is ink, and scaled, so that the width
+    of a stroke does not give them away.
+    """
     count = int(rng.integers(FRAGMENTS[0], FRAGMENTS[1] + 1))
     fragment_side = round(FRAGMENT_SIZE * side / 28)
     others = (chosen + rng.integers(1, len(pixels), size=count)) % len(pixels)
@@ -110,10 +106,27 @@ def _compose(split: str, seed: int, index: int) -> tuple[np.ndarray, np.ndarray,
         for other, (top, left) in zip(others, cuts, strict=True)
     ]
     places = rng.integers(0, CANVAS - fragment_side + 1, size=(count, 2)).tolist()
-    canvas = digit.copy()
-    for fragment, place in zip(_scaled(np.stack(fragments), fragment_side), places, strict=True):
-        _paste(canvas, fragment, *place)
+    canvas = np.zeros((CANVAS, CANVAS), np.uint8)
+    for fragment, place in zip(scaled(np.stack(fragments), fragment_side), places, strict=True):
+        paste(canvas, fragment, *place)
+    return canvas
+
+
+def _compose(split: str, seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The grey canvas, the digit alone on the same canvas, and the label of scene `index`."""
+    pixels, labels = digits(split)
+    rng = np.random.default_rng((seed, SPLITS.index(split), index))
+    chosen = int(rng.integers(len(pixels)))
+    side = int(rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1))
+    digit = np.zeros((CANVAS, CANVAS), np.uint8)
+    paste(digit, scaled(pixels[chosen], side), *rng.integers(0, CANVAS - side + 1, size=2).tolist())
+    canvas = np.maximum(digit, clutter(pixels, chosen, side, rng))
     return canvas, digit, int(labels[chosen])
+
+
+def ink_mask(digit: UInt8[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Where the digit's ink is, dilated by a disc of 3 px."""
+    return ndimage.distance_transform_edt(digit <= INK) <= MASK_DILATION
 
 
 def example(split: str, seed: int, index: int) -> dict[str, np.ndarray]:
@@ -125,8 +138,7 @@ def example(split: str, seed: int, index: int) -> dict[str, np.ndarray]:
 def scene(split: str, seed: int, index: int) -> Scene:
     """Scene `index` with its mask: the digit's ink, dilated by a disc of 3 px."""
     canvas, digit, label = _compose(split, seed, index)
-    mask = ndimage.distance_transform_edt(digit <= INK) <= MASK_DILATION
-    return Scene(np.repeat(canvas[..., None], 3, axis=-1), label, mask)
+    return Scene(np.repeat(canvas[..., None], 3, axis=-1), label, ink_mask(digit))
 
 
 def load(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iared2_jax.data import cluttered_mnist
+from iared2_jax.data import cluttered_mnist, moving_mnist
 from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
 from iared2_jax.data.images import with_channels
@@ -98,6 +98,37 @@ def _cluttered_mnist(request: DataRequest) -> Dataset:
     )
 
 
+def _moving_mnist(request: DataRequest) -> Dataset:
+    spec = request.spec
+    if not spec.is_clip:
+        raise UsageError("config.data.name='moving_mnist' has clips, but the model takes images")
+
+    def as_asked(frames: np.ndarray) -> np.ndarray:
+        """Frames at the model's size, in its channels."""
+        return with_channels(np.stack([resized(f, spec.size) for f in frames]), spec.channels)
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """A clip of its own for every index."""
+        item = moving_mnist.example("train", seed, index, spec.frames)
+        return {"input": as_asked(item["frames"]), "label": item["label"]}
+
+    def load(split: str, count: int, seed: int) -> tuple:
+        """Clips are made, so there is no end of them."""
+        if not count:
+            raise UsageError("moving_mnist has no last clip: set config.data.eval_size")
+        clips, labels, masks = moving_mnist.load(split, count, seed, spec.frames)
+        masks = np.stack([resized_masks(of_clip, spec.size) for of_clip in masks])
+        return np.stack([as_asked(frames) for frames in clips]), labels, masks
+
+    return Dataset(
+        class_names=moving_mnist.CLASS_NAMES,
+        splits=moving_mnist.SPLITS,
+        epoch_size=50_000,  # clips are made, so this is only a unit
+        train_example=train_example,
+        load=load,
+    )
+
+
 def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
     pictures_of(request.spec, "of image files")
     train = ImageFiles(open_split(Path(request.path), "train"), request)
@@ -135,10 +166,11 @@ def _folder(request: DataRequest) -> Dataset:
 
 OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
     "cluttered_mnist": _cluttered_mnist,
+    "moving_mnist": _moving_mnist,
     "imagenet": _imagenet,
     "folder": _folder,
 }
-MADE = {"cluttered_mnist"}  # those that need no files
+MADE = {"cluttered_mnist", "moving_mnist"}  # those that need no files
 
 
 def open_dataset(name: str, request: DataRequest) -> Dataset:

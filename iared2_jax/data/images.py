@@ -10,15 +10,14 @@ import zlib
 from io import BytesIO
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from iared2_jax.errors import DataError, UsageError, nearest
-from iared2_jax.typing import Array, Norm
+from iared2_jax.models.input_spec import normalize as normalize  # where it was in 0.1
 
 MAX_PIXELS = 50_000_000  # the largest image that is decoded, or made by a resize
 
@@ -256,9 +255,3 @@ def with_channels(
         )
     weights = np.array([19595, 38470, 7471], np.uint32)  # of 65536
     return ((pixels @ weights + 0x8000) >> 16).astype(np.uint8)[..., None]
-
-
-def normalize(images: UInt8[Array, "b h w 3"], norm: Norm) -> Float[Array, "b h w 3"]:
-    """Pixels 0..255 to (x / 255 - mean) / std, on the device."""
-    mean, std = (jnp.asarray(values, jnp.float32) for values in norm)
-    return (images.astype(jnp.float32) / 255 - mean) / std

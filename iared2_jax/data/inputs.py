@@ -65,10 +65,9 @@ def _from_array(array: Array, spec: InputSpec) -> Float[Array, "b ..."]:
     if tuple(array.shape) == spec.shape:
         array = array[None]
     if tuple(array.shape[1:]) != spec.shape or not array.shape[0]:
-        kind = "clips" if spec.is_clip else "images"
         raise UsageError(
-            f"{kind} are {list(array.shape)}, but the model takes [B, "
-            f"{', '.join(map(str, spec.shape))}], at least one"
+            f"{spec.kind} are {list(array.shape)}, but the model takes {spec.batch_shape}, at least"
+            " one"
         )
     return array
 
@@ -82,8 +81,8 @@ def _pixels(array: UInt8[Array, "..."], spec: InputSpec) -> UInt8[np.ndarray, "b
         return pixels
     if spec.is_clip or pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
         raise UsageError(
-            f"pixels are {list(pixels.shape)}, but the model takes [B, "
-            f"{', '.join(map(str, spec.shape))}], or colour images of any size"
+            f"pixels are {list(pixels.shape)}, but the model takes {spec.batch_shape}"
+            f"{'' if spec.is_clip else ', or colour images of any size'}"
         )
     pictures = pixels[None] if pixels.ndim == 3 else pixels
     made = [_picture(Image.fromarray(picture), spec, "the array") for picture in pictures]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.fast_inference.sub_batches import sub_batch_sizes
 from iared2_jax.token_reduction.model import IARed2, Thresholds
-from iared2_jax.token_reduction.selectors import Selector, get_selector
+from iared2_jax.token_reduction.selectors import Selector, asked_selector
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +80,7 @@ def accelerate(
         raise UsageError(
             f"batch_size={batch_size} must be a positive multiple of the {len(devices)} devices"
         )
-    if score is not None:
-        warnings.warn(
-            "score= goes with the next release: use selector=", DeprecationWarning, stacklevel=2
-        )
-        selector = score
-    selector = get_selector(selector)
+    selector = asked_selector(selector, score)
     try:
         module.check_budget(keep_ratios, selector)
     except ValueError as error:
@@ -112,13 +106,20 @@ def accelerate(
     if plan is not None:
         return Accelerated(request, plan, programs)
     if request.images is None and not request.forward.equal_counts:
+        if request.thresholds.ndim == 2:  # of a sample that was not given
+            raise UsageError("thresholds per image need the images= that they belong to")
         return Accelerated(request, None, programs, _planned_late(request, folder, programs))
     return _planned(request, folder, programs)
 
 
-def _planned(request: PlanRequest, folder: Path | None, programs: Path | None) -> Accelerated:
+def _planned(
+    request: PlanRequest, folder: Path | None, programs: Path | None, sample: str = ""
+) -> Accelerated:
+    """The model planned by measuring, its plan kept; `sample` says what stood for its inputs."""
     with programs_kept(programs):
         run = _fastest(request, planner.plan_groups(request))
+    if sample:
+        run.plan = dataclasses.replace(run.plan, planned_from=sample)
     plan_request.keep_plan(request, run.plan, folder)
     return run
 
@@ -131,14 +132,9 @@ def _planned_late(
     def plan_for(images: np.ndarray) -> Accelerated:
         """The model planned for these images."""
         begun = time.monotonic()
-        thresholds = request.thresholds
-        if thresholds.ndim == 2:  # of a sample that was not given
-            raise UsageError("thresholds per image need the images= that they belong to")
-        run = _planned(dataclasses.replace(request, images=images), folder, programs)
-        plan = dataclasses.replace(run.plan, planned_from=f"the first call's {len(images)} images")
-        run.plan = plan
-        plan_request.keep_plan(request, plan, folder)
-        log.info("planned from %s in %.0f s", plan.planned_from, time.monotonic() - begun)
+        sample = f"the first call's {len(images)} images"
+        run = _planned(dataclasses.replace(request, images=images), folder, programs, sample)
+        log.info("planned from %s in %.0f s", sample, time.monotonic() - begun)
         return run
 
     return plan_for

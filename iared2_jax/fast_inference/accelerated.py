@@ -150,7 +150,7 @@ class Accelerated:
                     "module.apply within the function that you compile"
                 )
             images = as_inputs(images, self._spec)
-        if self.plan is None:
+        if self.plan is None:  # whoever holds this object goes on with the planned one
             self.__dict__.update(self._plan_for(np.asarray(images, np.float32)).__dict__)
         if images.shape[0] > self.batch_size:
             return self._batch_after_batch(np.asarray(images), thresholds)

@@ -172,13 +172,15 @@ def _measure_fn(
         whole = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *parts)
         return [x[: len(images)] for x in whole]
 
-    answers = run(KEEP_ALL)[0]
-    truth = answers if labels is None else labels
-    _warn_near_chance(float((answers == truth).mean()), len(images), module.backbone.num_classes)
+    everything = run(KEEP_ALL)
+    truth = everything[0] if labels is None else labels
+    _warn_near_chance(
+        float((everything[0] == truth).mean()), len(images), module.backbone.num_classes
+    )
 
     def measure(threshold: float) -> tuple[BudgetPoint, np.ndarray]:
         """One setting of the dial."""
-        answers, keep, scores = run(threshold)
+        answers, keep, scores = everything if threshold == KEEP_ALL else run(threshold)
         counts = keep.sum(-1)
         point = BudgetPoint(
             thresholds=(threshold,) * module.num_groups,

@@ -56,3 +56,11 @@ class BoundModel:
     def interpret(self, group: int, x: Float[Array, "s t d"]) -> Float[Array, "s n h"]:
         """The group's interpreter logits."""
         return self.module.apply(self.variables, group, x, method="interpret")
+
+    def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
+        """The tokens that enter the first block."""
+        return self.module.apply(self.variables, inputs, method="embed")
+
+    def cls_attention(self, x: Float[Array, "b t d"], block: int) -> Float[Array, "b h n"]:
+        """The CLS query's weights in a block of the dense backbone."""
+        return self.module.apply(self.variables, x, block, method="cls_attention")

@@ -32,8 +32,8 @@ class PlanRequest:
       forward, variables: what is to be computed, and the parameters.
       batch_size: images per call and device.
       thresholds: of `images`: one per group [D], or one each per image [m, D].
-      images: some dozens of what will be asked [m, height, width, 3], normalised; not needed for a
-        fixed budget.
+      images: some dozens of what will be asked, images or clips [m, ..], normalised; not needed
+        for a fixed budget.
       devices: all alike; the plan is timed on the first.
     """
 

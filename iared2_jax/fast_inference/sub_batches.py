@@ -50,7 +50,7 @@ def run_dense(
     module: IARed2,
     rows: int,
     variables: Mapping[str, Any],
-    images: Float[Array, "b height width 3"],
+    images: Float[Array, "b ..."],
 ) -> Float[Array, "b classes"]:
     """Logits of the dense model, `rows` images at a time: the baseline, as fast as it can be."""
 

@@ -74,10 +74,24 @@ class InputSpec:
         return (self.frames, *picture) if self.frames is not None else picture
 
     @property
+    def kind(self) -> str:
+        """What errors call the inputs: "images" or "clips"."""
+        return "clips" if self.is_clip else "images"
+
+    @property
+    def batch_shape(self) -> str:
+        """The shape of a batch in words, e.g. "[B, 224, 224, 3]"."""
+        return f"[B, {', '.join(map(str, self.shape))}]"
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Patches (down, across), with the frames before them if it is a clip."""
-        picture = (self.height // self.patch[0], self.width // self.patch[1])
-        return (self.frames, *picture) if self.frames is not None else picture
+        return (self.frames, *self.frame_grid) if self.frames is not None else self.frame_grid
+
+    @property
+    def frame_grid(self) -> tuple[int, int]:
+        """Patches (down, across) of a picture, or of one frame of a clip."""
+        return self.height // self.patch[0], self.width // self.patch[1]
 
     @property
     def num_patches(self) -> int:
@@ -96,8 +110,7 @@ class InputSpec:
           ValueError: another shape.
         """
         if tuple(inputs.shape[1:]) != self.shape:
-            kind = "clips" if self.is_clip else "images"
-            raise ValueError(f"{kind} must be [B, {self.shape}], got {tuple(inputs.shape)}")
+            raise ValueError(f"{self.kind} must be {self.batch_shape}, got {list(inputs.shape)}")
 
     def to_patches(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b n f"]:
         """The patches of a batch, each a vector (row, column, channel), in the order of the grid.
@@ -129,8 +142,26 @@ class InputSpec:
 
     def normalize(self, pixels: Array) -> Float[Array, "b ..."]:
         """Pixels 0..255 to (x / 255 - mean) / std, on the device."""
-        mean, std = (jnp.asarray(values, jnp.float32) for values in self.norm)
-        return (pixels.astype(jnp.float32) / 255 - mean) / std
+        return normalize(pixels, self.norm)
+
+
+def normalize(pixels: Array, norm: Norm) -> Float[Array, "b ..."]:
+    """Pixels 0..255 to (x / 255 - mean) / std, with a mean and a deviation per channel."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in norm)
+    return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+
+def clips(
+    size: int | tuple[int, int],
+    frames: int,
+    patch: int | tuple[int, int] = 16,
+    channels: int = 3,
+    norm: Norm = HALF_NORM,
+    crop_pct: float = 1.0,
+) -> InputSpec:
+    """The spec of clips of so many frames; a size or a patch given as one number is square."""
+    spec = images(size, patch, channels, norm, crop_pct)
+    return dataclasses.replace(spec, frames=frames)
 
 
 def images(

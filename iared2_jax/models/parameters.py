@@ -8,6 +8,7 @@ too: such a parameter starts as they say, and decays if it is a matrix called "k
 import contextlib
 import contextvars
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -106,6 +107,11 @@ def declared(
         path: (leaf.value, leaf.initial) if isinstance(leaf, _Declared) else (leaf, None)
         for path, leaf in flat.items()
     }
+
+
+def natural_order(path: str) -> list[Any]:
+    """A sort key for names with numbers in them: block_10 comes after block_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def decays(path: str, shape: tuple[int, ...], initial: Initial | None) -> bool:

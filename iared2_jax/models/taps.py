@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
+from iared2_jax.models.parameters import natural_order
 from iared2_jax.typing import Array
 
 # linen leaves this collection out of `init`, so that taps are no parameters.
@@ -104,12 +105,7 @@ def _in_order(tree: Mapping[str, Any]) -> Taps:
     """The values of a collection of taps by kind, in the order of the blocks."""
     flat = traverse_util.flatten_dict(dict(tree), sep="/")
     kinds: dict[str, list[Array]] = {ATTENTION: [], BLOCK_INPUT: []}
-    for path in sorted(flat, key=_natural):
+    for path in sorted(flat, key=natural_order):
         kind = re.sub(r"_\d+$", "", path.rpartition("/")[2])
         kinds.setdefault(kind, []).append(flat[path])
     return Taps(tuple(kinds[ATTENTION]), tuple(kinds[BLOCK_INPUT]))
-
-
-def _natural(path: str) -> list[Any]:
-    """A sort key that puts block_10 after block_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

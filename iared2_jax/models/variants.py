@@ -7,7 +7,7 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.models.backbones.vit import ViT
-from iared2_jax.models.input_spec import HALF_NORM, InputSpec, images
+from iared2_jax.models.input_spec import HALF_NORM, InputSpec, clips, images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ _IMAGENET_384 = images(384)
 _HALF_224 = images(224, norm=HALF_NORM, crop_pct=0.9)
 _HALF_384 = images(384, norm=HALF_NORM)
 _CAIT_224 = images(224)
+_CLIP_224 = clips(224, frames=8)
 
 VARIANTS: dict[str, Variant] = {
     # DeiT (Touvron et al. 2021), ImageNet-1k.
@@ -87,6 +88,16 @@ VARIANTS: dict[str, Variant] = {
     "cait_s24": Variant(
         CaiT(_CAIT_224), interpreter_heads=8, parameters=46_916_200, timm="cait_s24_224"
     ),
+    # TimeSformer with joint space-time attention (Bertasius et al. 2021), Kinetics-400: Table 3.
+    # Pixels as mmaction2's weights have them, and ImageNet-21k's ViT, from which it is trained.
+    "timesformer_jointst_s": Variant(_small(_CLIP_224, num_classes=400), parameters=21_822_736),
+    "timesformer_jointst_b": Variant(_base(_CLIP_224, num_classes=400), parameters=86_112_400),
+    # Ours, small enough to be trained on a CPU: 128 tokens, eight motions.
+    "timesformer_micro": Variant(
+        ViT(clips(64, frames=8), embed_dim=96, depth=6, num_heads=3, mlp_ratio=2, num_classes=8),
+        interpreter_heads=3,
+        parameters=525_992,
+    ),
     # Ours, for 64 px: the demo on Cluttered MNIST. Trained weights ship with the package.
     "vit_micro": Variant(
         ViT(
@@ -130,6 +141,7 @@ def resized(
     image_size: int | tuple[int, int] | None = None,
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    num_frames: int | None = None,
 ) -> InputSpec:
     """A variant's input at another size; None leaves as it is.
 
@@ -141,12 +153,21 @@ def resized(
     height, width = _pair(image_size) or spec.size
     patch = _pair(patch_size) or spec.patch
     count = spec.channels if channels is None else channels
+    if num_frames is not None and not spec.is_clip:
+        raise UsageError(f"num_frames={num_frames} is for models of clips; this one takes images")
+    frames = spec.frames if num_frames is None else num_frames
     norm = spec.norm
     if count != spec.channels:
         norm = tuple((sum(values) / len(values),) * count for values in norm)
     try:
         return dataclasses.replace(
-            spec, height=height, width=width, patch=patch, channels=count, norm=norm
+            spec,
+            height=height,
+            width=width,
+            patch=patch,
+            channels=count,
+            frames=frames,
+            norm=norm,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -47,9 +47,7 @@ def draw_comparison(
     if maps:  # a backbone may have none
         shown = "last block" if block < 0 else f"block {block}"
         columns[f"raw attention\n({shown})"] = to_heatmaps(maps[block], module.input_spec)
-    columns |= {
-        f"ours\n(group {group})": explain(module, variables, images, group, thresholds),
-    }
+    columns[f"ours\n(group {group})"] = explain(module, variables, images, group, thresholds)
     spec = module.input_spec
     figure, axes = _grid(len(pixels), list(columns), spec)
     for row, image in enumerate(pixels):

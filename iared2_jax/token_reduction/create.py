@@ -48,6 +48,7 @@ def create_module(
     image_size: int | tuple[int, int] | None = None,
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    num_frames: int | None = None,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
@@ -74,7 +75,7 @@ def create_module(
             f"{backbone.embed_dim} of {name}"
         )
     changes = {"num_classes": backbone.num_classes if num_classes is None else num_classes}
-    spec = resized(backbone.input_spec, image_size, patch_size, channels)
+    spec = resized(backbone.input_spec, image_size, patch_size, channels, num_frames)
     if spec != backbone.input_spec:
         changes["input_spec"] = spec
     backbone = backbone.clone(**changes, dtype=dtype)
@@ -96,6 +97,7 @@ def create_model(
     image_size: int | tuple[int, int] | None = None,
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    num_frames: int | None = None,
     **interpreter: Any,
 ) -> tuple[IARed2, dict[str, Any]]:
     """A named backbone with its interpreters, freshly initialised.
@@ -109,6 +111,7 @@ def create_model(
       seed: of the initialisation.
       dtype: of the computation, e.g. jnp.bfloat16; parameters stay float32.
       image_size, patch_size: px, one number or (height, width); None: the variant's own.
+      num_frames: of a clip, for models that take clips; None: the variant's own.
       channels: of the inputs; another number than the variant's gets the mean of its norm.
       **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`).
 
@@ -133,6 +136,7 @@ def create_model(
         image_size,
         patch_size,
         channels,
+        num_frames,
         **interpreter,
     )
     return module, init_variables(module, seed)

@@ -1,6 +1,5 @@
 """IA-RED²: a backbone in D groups, each an interpreter and L MSA-FFN blocks (paper, Fig. 2)."""
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from iared2_jax.token_reduction.output import Output
 from iared2_jax.token_reduction.reducers import Reducer, get_reducer
 from iared2_jax.token_reduction.selectors import (
     Selector,
+    asked_selector,
     get_selector,
     keep_counts,
     within_budget,
@@ -61,6 +61,7 @@ class IARed2(nn.Module):
         return self.backbone.input_spec
 
     def setup(self):
+        """An interpreter per group; refuses groups that are not the backbone's blocks."""
         if sum(self.group_sizes) != self.backbone.depth:
             raise ValueError(
                 f"group_sizes {self.group_sizes} must add up to the depth {self.backbone.depth}"
@@ -78,6 +79,26 @@ class IARed2(nn.Module):
             )
             for group in range(1, self.num_groups + 1)
         ]
+
+    # -- What selectors may ask for.
+
+    def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
+        """The tokens that enter the first block, prefix first."""
+        return self.backbone.embed(inputs)
+
+    def cls_attention(self, x: Float[Array, "b t d"], block: int) -> Float[Array, "b h n"]:
+        """The CLS query's weights over the patches in a block (from 0) of the dense backbone.
+
+        x: the tokens that enter the first block.
+        """
+        row = None
+        for index in range(block + 1):
+            x, row = self.backbone.run_block(index, x, EVERY_TOKEN)
+        if row is None:
+            raise ValueError(
+                "this backbone's blocks have no CLS query whose attention could be shown"
+            )
+        return row[..., self.num_prefix :]
 
     # -- One group, in two halves. Groups are counted from 1, as in the paper.
 
@@ -138,7 +159,8 @@ class IARed2(nn.Module):
             same number for every input; the thresholds do not count.
           selector: what scores the tokens: a name of `selectors.SELECTORS` ("interpreter";
             "attention", the CLS query's mean weights in the block before the group, which needs no
-            training and a first ratio of 1; "random"), or a selector of your own.
+            training and a first ratio of 1; "attention_block_1" and its like, the paper's baseline
+            in two passes; "temporal_difference", of clips; "random"), or a selector of your own.
           reducer: what becomes of the others: "drop".
           score: the old name of `selector`.
 
@@ -151,12 +173,7 @@ class IARed2(nn.Module):
           ValueError: inputs of another shape or of integers; an unknown execution; thresholds,
             capacities or ratios that do not fit the groups.
         """
-        if score is not None:
-            warnings.warn(
-                "score= goes with the next release: use selector=", DeprecationWarning, stacklevel=2
-            )
-            selector = score
-        selector, reducer = get_selector(selector), get_reducer(reducer)
+        selector, reducer = asked_selector(selector, score), get_reducer(reducer)
         self._check_inputs(inputs)
         self.check_budget(keep_ratios, selector)
         capacities = self._check_execution(execution, capacities)

@@ -105,12 +105,12 @@ def _muon(learning_rate, options, mask):
 OPTIMIZERS = {"adam": _adam, "adamw": _adam, "sgd": _sgd, "muon": _muon}
 
 
-def learning_rate_schedule(phase, steps: int) -> optax.Schedule:
+def learning_rate_schedule(options: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine from the peak to 0 at the phase's last step."""
-    warmup = min(phase.warmup_steps, steps - 1)
+    warmup = min(options.warmup_steps, steps - 1)
     if warmup == 0:
-        return optax.cosine_decay_schedule(phase.learning_rate, steps)
-    return optax.warmup_cosine_decay_schedule(0.0, phase.learning_rate, warmup, steps)
+        return optax.cosine_decay_schedule(options.learning_rate, steps)
+    return optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, steps)
 
 
 def make_optimizer(

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.models.backbones.vit import ViT
+from iared2_jax.models.parameters import natural_order
 from iared2_jax.models.variants import VARIANTS, get_variant
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
@@ -26,7 +28,7 @@ from iared2_jax.weights.layouts import (
     recognise,
     taken_apart,
 )
-from iared2_jax.weights.positions import resize_positions
+from iared2_jax.weights.positions import resize_positions, resize_times
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +47,12 @@ def load_weights(
 ) -> dict[str, Any]:
     """Variables for `module` with the weights of a file, whoever wrote it.
 
-    Read are timm's ViT, DeiT and CaiT, DeiT's and CaiT's own .pth, transformers' ViT and DeiT,
-    vision_transformer's and big_vision's .npz, and this project's own; which of them it is, its
-    names tell. Position embeddings are resized where the image size differs; a head for another
-    number of classes is left fresh. Interpreters are left fresh unless the file has them.
+    Read are timm's ViT, DeiT and CaiT; DeiT's, CaiT's and TimeSformer's own .pth; transformers'
+    ViT, DeiT and TimeSformer; mmaction2's TimeSformer; vision_transformer's and big_vision's .npz;
+    and this project's own; which of them it is, its names tell. An image model's weights make one
+    of clips, whose time embeddings start at zero. Position embeddings are resized where the image
+    size differs, time embeddings where the number of frames does; a head for another number of
+    classes is left fresh. Interpreters are left fresh unless the file has them.
 
     Args:
       module: e.g. from `create_module` or `create_model`.
@@ -78,7 +82,8 @@ def load_weights(
     if layout is None:
         raise UsageError(
             f"{source} is of no kind known here: it has {_some(tensors)}. Known are timm, DeiT and "
-            "CaiT, transformers (ViT, DeiT), vision_transformer and big_vision, iared2_jax"
+            "CaiT, TimeSformer, transformers (ViT, DeiT, TimeSformer), mmaction2's TimeSformer, "
+            "vision_transformer and big_vision, iared2_jax"
         )
     fresh = traverse_util.flatten_dict(init_variables(module, seed)["params"], sep="/")
     recipes = {path: layout.recipe(path) for path in fresh}
@@ -87,7 +92,7 @@ def load_weights(
     else:
         recipes = {p: recipe for p, recipe in recipes.items() if not p.startswith("interpreter_")}
     headless = _without_head(recipes, tensors)
-    for path in headless:
+    for path in headless + _without_time(source, module, recipes, tensors):
         del recipes[path]
     _check_names(source, layout, tensors, recipes)
     loaded = {
@@ -107,6 +112,25 @@ def _without_head(recipes: Mapping[str, Recipe], tensors: Mapping[str, np.ndarra
     heads = [path for path in recipes if path.startswith("backbone/head")]
     missing = all(name not in tensors for path in heads for name in recipes[path].names)
     return heads if missing else []
+
+
+def _without_time(
+    source: str | Path,
+    module: IARed2,
+    recipes: Mapping[str, Recipe],
+    tensors: Mapping[str, np.ndarray],
+) -> list[str]:
+    """The time embedding, if an image model is to become one of clips: it starts at zero."""
+    path = "backbone/time_embed"
+    if path not in recipes or recipes[path].names[0] in tensors:
+        return []
+    log.warning(
+        "%s is an image model: time embeddings start at zero, so that before training each of the "
+        "%d frames counts alike",
+        source,
+        module.input_spec.frames,
+    )
+    return [path]
 
 
 def _head_starts_anew(
@@ -144,7 +168,9 @@ def _fitted(
     if path == "backbone/patch_embed/kernel":
         _check_patches(source, module, tensors[recipe.names[0]], layout)
     value = _parameter(source, recipe, tensors)
-    if path == "backbone/pos_embed" and value.ndim == 3:
+    if path == "backbone/time_embed" and value.ndim == 3:
+        value = resize_times(value, fresh.shape[1])
+    if path == "backbone/pos_embed" and value.ndim == 3 and value.shape != fresh.shape:
         value = resize_positions(
             value, module.input_spec, module.num_prefix, layout.joined_positions, source
         )
@@ -206,21 +232,25 @@ def _check_names(source, layout: NamingScheme, tensors, recipes) -> None:
     used = {name for recipe in recipes.values() for name in recipe.names}
     spare = [name for name in tensors if name not in used]
     unused = [name for name in spare if re.fullmatch(layout.unused, name)]
-    homeless = sorted((name for name in spare if name not in unused), key=_natural)
-    wanted = sorted(used - tensors.keys(), key=_natural)
+    divided = [name for name in spare if re.fullmatch(layout.divided, name)]
+    known = {*unused, *divided}
+    homeless = sorted((name for name in spare if name not in known), key=natural_order)
+    wanted = sorted(used - tensors.keys(), key=natural_order)
     if wanted or homeless:
         near = _nearest(wanted[0], homeless or tensors) if wanted else _nearest(homeless[0], used)
         raise UsageError(
             f"{source} ({layout.name}) does not fit the model: it lacks {_some(wanted)} and has no "
             f"place for {_some(homeless)}; nearest: {', '.join(near)}"
         )
+    if divided:
+        log.warning(
+            "%s has divided space-time attention: its temporal layers (%d tensors) have no place in"
+            " joint attention, the rest is loaded; fine-tune before you believe its answers",
+            source,
+            len(divided),
+        )
     if unused:
         log.info("%s: not used: %s", source, ", ".join(unused))
-
-
-def _natural(name: str) -> list[Any]:
-    """Sorts block 10 after block 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -326,10 +356,15 @@ def _has_shapes_of(
     """Whether parameters that tell depth, widths, grid and kind are those of our backbone."""
     if not isinstance(backbone, ViT | CaiT):
         return False
-    d, last = backbone.embed_dim, f"block_{backbone.depth - 1}/mlp/fc1/kernel"
+    spec, d, last = (
+        backbone.input_spec,
+        backbone.embed_dim,
+        f"block_{backbone.depth - 1}/mlp/fc1/kernel",
+    )
     expected = {
-        "pos_embed": (1, backbone.num_prefix + backbone.input_spec.num_patches, d),
-        "patch_embed/kernel": (backbone.input_spec.patch_values, d),
+        "pos_embed": (1, backbone.num_prefix + math.prod(spec.frame_grid), d),
+        "time_embed": (1, spec.frames, d) if spec.is_clip else None,
+        "patch_embed/kernel": (spec.patch_values, d),
         last: (d, backbone.mlp_ratio * d),
         f"block_{backbone.depth}/mlp/fc1/kernel": None,
         "class_block_0/gamma_1": None if backbone.num_prefix else (d,),

@@ -1,5 +1,7 @@
 """Position embeddings for another grid of patches."""
 
+import math
+
 import jax
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +19,8 @@ def resize_positions(
 ) -> Float[np.ndarray, "1 u d"]:
     """Position embeddings for a model's grid: bicubic with antialiasing, prefix tokens kept.
 
+    The frames of a clip share them.
+
     A file does not say how its grid lies: one of as many patches as the model's is taken to lie as
     the model's does, and any other must be a square.
 
@@ -28,7 +32,7 @@ def resize_positions(
       source: what errors name.
 
     Returns:
-      [1, num_prefix + N, d].
+      [1, num_prefix + h w, d].
 
     Raises:
       UsageError: the file's grid is not the model's, and no square.
@@ -38,16 +42,26 @@ def resize_positions(
     if joined:
         prefix = positions[:, :there]
     count, side = grid.shape[1], round(grid.shape[1] ** 0.5)
-    if count != spec.num_patches:
-        shape = " x ".join(map(str, spec.grid))
-        if side * side != count or spec.is_clip:
+    if count != math.prod(spec.frame_grid):
+        if side * side != count:
+            shape = " x ".join(map(str, spec.frame_grid))
             raise UsageError(
                 f"{source} has positions for {count} patches, which are not the model's {shape}"
-                f"{'' if side * side == count else ' and no square'}: build the model at the "
-                "size that the weights were trained at (image_size=(height, width))"
+                " and no square: build the model at the size that the weights were trained at "
+                "(image_size=(height, width))"
             )
         square = grid.reshape(1, side, side, width)
         with jax.ensure_compile_time_eval():  # the caller may be tracing
-            resized = jax.image.resize(square, (1, *spec.grid, width), "cubic")
-        grid = np.asarray(resized).reshape(1, spec.num_patches, width)
+            resized = jax.image.resize(square, (1, *spec.frame_grid, width), "cubic")
+        grid = np.asarray(resized).reshape(1, -1, width)
     return np.concatenate([prefix, grid], axis=1)
+
+
+def resize_times(times: Float[np.ndarray, "1 t d"], frames: int) -> Float[np.ndarray, "1 u d"]:
+    """Time embeddings for another number of frames: the nearest one, as TimeSformer does it.
+
+    Example:
+      >>> resize_times(np.array([[[0.0], [1.0]]]), 4).ravel().tolist()
+      [0.0, 0.0, 1.0, 1.0]
+    """
+    return times[:, np.arange(frames) * times.shape[1] // frames]

@@ -170,6 +170,7 @@ class CaiT(nn.Module):
         return {**PARTS, "classifier": (*PARTS["classifier"], *blocks)}
 
     def setup(self):
+        """Two kinds of blocks: of patches alone, which groups are made of, and those with CLS."""
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
         self.cls_token = self.param("cls_token", TOKEN, (1, 1, self.embed_dim))
         tokens = self.input_spec.num_patches

@@ -93,6 +93,6 @@ class Backbone(Protocol):
 # The parts of a model that train together, by the names of their submodules and parameters; what is
 # called block_<i> is block i. A backbone with other names says so in an attribute `parts`.
 PARTS: dict[str, tuple[str, ...]] = {
-    "embedding": ("patch_embed", "pos_embed", "cls_token", "dist_token"),
+    "embedding": ("patch_embed", "pos_embed", "time_embed", "cls_token", "dist_token"),
     "classifier": ("norm", "head", "head_dist"),
 }

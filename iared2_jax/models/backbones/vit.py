@@ -1,6 +1,7 @@
-"""The plain vision transformer (ViT, DeiT, distilled DeiT) in Flax linen."""
+"""The plain vision transformer (ViT, DeiT, distilled DeiT, joint TimeSformer) in Flax linen."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -13,7 +14,7 @@ from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
 from iared2_jax.models.layers import Mlp, TokenDense, classifier, layer_norm
-from iared2_jax.models.parameters import TOKEN
+from iared2_jax.models.parameters import TOKEN, ZEROS
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
 
@@ -74,8 +75,12 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """ViT / DeiT with `num_prefix` tokens before the patches: CLS, and DeiT's distillation token.
 
+    For clips it is TimeSformer with joint space-time attention (Bertasius et al. 2021): every frame
+    is embedded as a picture is, and every token attends to those of all frames. A patch token gets
+    the position embedding of its place and the time embedding of its frame; CLS has no time.
+
     Attributes:
-      input_spec: shape and patches of the inputs.
+      input_spec: shape and patches of the inputs, images or clips.
       embed_dim, depth, num_heads, mlp_ratio: the usual.
       num_classes: of the head; a distilled model has two heads, averaged (DeiT, at test time).
       distilled: add the distillation token and its head.
@@ -100,12 +105,17 @@ class ViT(nn.Module):
         return 2 if self.distilled else 1
 
     def setup(self):
+        """Blocks are called block_<i>: what trains, and what files hold, goes by these names."""
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
         self.cls_token = self.param("cls_token", TOKEN, (1, 1, self.embed_dim))
         if self.distilled:
             self.dist_token = self.param("dist_token", TOKEN, (1, 1, self.embed_dim))
-        tokens = self.num_prefix + self.input_spec.num_patches
+        tokens = self.num_prefix + math.prod(self.input_spec.frame_grid)
         self.pos_embed = self.param("pos_embed", TOKEN, (1, tokens, self.embed_dim))
+        if self.input_spec.is_clip:
+            # Zeros: at first a clip is embedded as its frames are by an image model.
+            shape = (1, self.input_spec.frames, self.embed_dim)
+            self.time_embed = self.param("time_embed", ZEROS, shape)
         self.blocks = [
             Block(
                 self.num_heads,
@@ -121,13 +131,21 @@ class ViT(nn.Module):
         if self.distilled:
             self.head_dist = classifier(self.num_classes)
 
-    def embed(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b t d"]:
-        """Images to tokens, prefix first, positions added."""
+    def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
+        """Images or clips to tokens, prefix first, positions added."""
         x = self.patch_embed(self.input_spec.to_patches(inputs))
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
         prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
-        return jnp.concatenate([prefix, x], axis=1) + self.pos_embed.astype(self.dtype)
+        return jnp.concatenate([prefix, x], axis=1) + self._positions().astype(self.dtype)
+
+    def _positions(self) -> Float[Array, "1 t d"]:
+        """What is added to the tokens for where, and when, they are."""
+        if not self.input_spec.is_clip:
+            return self.pos_embed
+        prefix, places = jnp.split(self.pos_embed, [self.num_prefix], axis=1)
+        in_clip = places[:, :, None] + self.time_embed[:, None]
+        return jnp.concatenate([prefix, rearrange(in_clip, "1 n t d -> 1 (n t) d")], axis=1)
 
     def run_block(
         self, index: int, x: Float[Array, "b t d"], layout: TokenLayout = EVERY_TOKEN
@@ -159,7 +177,7 @@ class ViT(nn.Module):
         cost += heads * self.embed_dim * self.num_classes
         return cost, cost
 
-    def __call__(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b classes"]:
+    def __call__(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b classes"]:
         x = self.embed(inputs)
         for index in range(self.depth):
             x, _ = self.run_block(index, x)

@@ -25,8 +25,12 @@ class Reducer(Protocol):
         self,
         state: TokenState,
         keep: Bool[Array, "b k"],
-        scores: Float[Array, "b k"],
+        scores: Float[Array, "b k"] | None,
         prefix: int,
         capacity: int,
     ) -> TokenState:
-        """The state after the reduction, in `capacity` slots (gathered execution)."""
+        """The state after the reduction, in `capacity` slots (gathered execution).
+
+        scores: too many tokens lose the lowest; None: the last ones, for a caller that looks at the
+          overflow and computes such a batch again.
+        """

@@ -3,6 +3,8 @@
 A selector is a frozen dataclass in a file of its own; docs/add_a_selector.md shows how to add one.
 """
 
+import warnings
+
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.selectors.attention import Attention
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
@@ -14,11 +16,14 @@ from iared2_jax.token_reduction.selectors.budgets import (
 )
 from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
 from iared2_jax.token_reduction.selectors.random import Random
+from iared2_jax.token_reduction.selectors.temporal_difference import TemporalDifference
 
 SELECTORS: dict[str, Selector] = {
     "interpreter": ByInterpreter(),
     "attention": Attention(),
     "random": Random(),
+    **{f"attention_block_{block}": Attention(block) for block in range(3)},
+    "temporal_difference": TemporalDifference(),
 }
 
 
@@ -35,6 +40,16 @@ def get_selector(selector: str | Selector) -> Selector:
     return SELECTORS[selector]
 
 
+def asked_selector(selector: str | Selector, score: str | None) -> Selector:
+    """The selector of a call that may still give it by its old name, `score`."""
+    if score is not None:
+        warnings.warn(
+            "score= goes with the next release: use selector=", DeprecationWarning, stacklevel=3
+        )
+        selector = score
+    return get_selector(selector)
+
+
 __all__ = [
     "SELECTORS",
     "Attention",
@@ -42,6 +57,8 @@ __all__ = [
     "Evidence",
     "Random",
     "Selector",
+    "TemporalDifference",
+    "asked_selector",
     "get_selector",
     "keep_counts",
     "random_like",

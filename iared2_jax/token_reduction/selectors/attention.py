@@ -1,4 +1,4 @@
-"""Selection by attention: the CLS query's weights in the block before, which need no training."""
+"""Selection by attention: what the CLS query attends to, which needs no training."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,28 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Selector):
-    """Mean over heads of the CLS query's attention in the last block before the group."""
+    """Mean over heads of the CLS query's attention.
+
+    Attributes:
+      block: None: the last block before the group, which costs nothing, and needs a first group
+        that keeps all. A number, from 0: the paper's baseline in two passes (Tables 2, 3 and 5):
+        the dense backbone runs up to that block only for its map, then tokens are dropped before
+        the first block, and all blocks run. `count_flops` does not count the first pass.
+    """
+
+    block: int | None = None
+
+    @property
+    def scores_inputs(self) -> bool:
+        return self.block is not None
+
+    def input_scores(
+        self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
+    ) -> Float[Array, "b n"] | None:
+        """The map of `block`, from a first pass over all tokens."""
+        if self.block is None:
+            return None
+        return model.cls_attention(tokens, self.block).mean(axis=1)
 
     def token_scores(
         self,
@@ -36,7 +57,12 @@ class Attention(Selector):
             raise ValueError(
                 'selector="attention" needs a CLS token in the blocks; this backbone has none there'
             )
-        if keep_ratios is None or keep_ratios[0] != 1:
+        if self.block is not None:
+            last = module.backbone.depth - 1
+            if not 0 <= self.block <= last:
+                raise ValueError(f"attention of block {self.block}: there are blocks 0..{last}")
+            super().check(module, keep_ratios)
+        elif keep_ratios is None or keep_ratios[0] != 1:
             raise ValueError(
                 'selector="attention" needs keep_ratios that start with 1: before the first block '
                 f"nothing has been attended to; got {keep_ratios}"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection
 
 from iared2_jax.errors import UsageError
-from iared2_jax.weights.layouts import huggingface, jax_npz, timm
+from iared2_jax.weights.layouts import huggingface, jax_npz, mmaction, timm
 from iared2_jax.weights.layouts.base import NamingScheme, Recipe
 from iared2_jax.weights.layouts.jax_npz import taken_apart
 from iared2_jax.weights.layouts.timm import timm_name, to_timm
@@ -12,7 +12,11 @@ from iared2_jax.weights.layouts.timm import timm_name, to_timm
 # What marks a layout, with the prefix of its names as a group; and the layout.
 _MARKS: tuple[tuple[str, Callable[[str, Collection[str]], NamingScheme]], ...] = (
     (r"()patch_embed\.proj\.weight", lambda prefix, names: timm.scheme()),
-    (r"(|vit\.|deit\.)embeddings\.patch_embeddings\.projection\.weight", huggingface.scheme),
+    (
+        r"(|vit\.|deit\.|timesformer\.)embeddings\.patch_embeddings\.projection\.weight",
+        huggingface.scheme,
+    ),
+    (r"(|backbone\.)patch_embed\.projection\.weight", mmaction.scheme),
     (r"(|.*/)embedding/kernel", jax_npz.scheme),
 )
 

@@ -27,12 +27,14 @@ class NamingScheme:
       recipe: from a parameter's path ("backbone/block_0/attn/qkv/kernel") to what it is made of.
       unused: names of tensors that take no part in the answer.
       torch: whether its kernels lie as PyTorch's, [out, in, ..], or as Flax', [.., in, out].
+      divided: names of TimeSformer's temporal attention, which joint attention has no place for.
       joined_positions: whether the position embedding has the prefix tokens, too, before the grid.
     """
 
     name: str
     recipe: Callable[[str], Recipe]
     unused: str = r"(?!)"
+    divided: str = r"(?!)"
     joined_positions: bool = True
     torch: bool = True
 

@@ -1,4 +1,4 @@
-"""The layout of transformers' ViT and DeiT."""
+"""The layout of transformers' ViT, DeiT and TimeSformer."""
 
 import re
 from collections.abc import Collection
@@ -27,14 +27,16 @@ _HF_TOKENS = {
     "cls_token": "embeddings.cls_token",
     "dist_token": "embeddings.distillation_token",
     "pos_embed": "embeddings.position_embeddings",
+    "time_embed": "embeddings.time_embeddings",
 }
 
 
 def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
-    """The layout of a file whose names begin with `prefix` ("vit.", "deit." or nothing)."""
+    """The layout of a file whose names begin with `prefix` ("vit.", "timesformer.", ..)."""
     heads = {"head": "classifier", "head_dist": "distillation_classifier"}
     if "cls_classifier.weight" in names:
         heads["head"] = "cls_classifier"
+    joint_qkv = f"{prefix}encoder.layer.0.attention.attention.qkv.weight" in names  # TimeSformer's
 
     def recipe(path: str) -> Recipe:
         """The recipe by module and leaf: "block_0/norm1", "scale"."""
@@ -49,7 +51,9 @@ def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
             (re.sub(ours, theirs, module) for ours, theirs in _HF_MODULES
              if re.fullmatch(ours, module)), module,
         )  # fmt: skip
-        if module.endswith("/qkv"):
+        if module.endswith("/qkv") and joint_qkv:
+            theirs = theirs.format("qkv")
+        elif module.endswith("/qkv"):
             parts = tuple(
                 f"{prefix}{theirs.format(part)}.{kind}" for part in ("query", "key", "value")
             )
@@ -59,4 +63,5 @@ def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
             make = from_conv
         return Recipe((f"{prefix}{theirs}.{kind}",), make)
 
-    return NamingScheme("Hugging Face", recipe, r".*pooler\..*|.*mask_token")
+    divided = r".*encoder\.layer\.\d+\.temporal_(layernorm|attention|dense)\..*"
+    return NamingScheme("Hugging Face", recipe, r".*pooler\..*|.*mask_token", divided)

@@ -1,4 +1,4 @@
-"""The layout of PyTorch Image Models, of DeiT's and CaiT's own .pth, and of our files."""
+"""The layout of PyTorch Image Models, of DeiT's, CaiT's and TimeSformer's .pth, and of ours."""
 
 import math
 import re
@@ -54,5 +54,6 @@ def to_timm(path: str, value: np.ndarray, spec: InputSpec | None = None) -> np.n
 
 
 def scheme() -> NamingScheme:
-    """timm's layout; what in21k files have between features and head is not used."""
-    return NamingScheme("timm", _timm_recipe, r"pre_logits\..*")
+    """timm's layout, and TimeSformer's; what in21k files have before the head is not used."""
+    divided = r"blocks\.\d+\.temporal_(norm1|attn|fc)\..*"
+    return NamingScheme("timm", _timm_recipe, r"pre_logits\..*", divided)
