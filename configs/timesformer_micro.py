@@ -4,8 +4,9 @@ Not in the paper, which starts from a TimeSformer trained on Kinetics-400; this 
 space-time model on clips that are always there: a digit crosses a cluttered canvas, and the class
 is which of eight ways. A model of single frames can only guess (12.5%), see data/moving_mnist.py.
 
-Expected: TODO
-Hardware: 2 CPU cores, TODO
+Expected: not trained to its end yet. The one run there was (seed 0, stopped at step 3,800) had 46%
+training accuracy, loss 1.06, still falling slowly: learning is too slow for weights worth shipping.
+Hardware: 2 CPU cores, about 0.1 s a step on idle ones, so 10 to 20 minutes.
 
     python -m iared2_jax.main --config=configs/timesformer_micro.py --workdir=runs/timesformer_micro
 

@@ -23,7 +23,8 @@ def _parser() -> Parser:
         prog="python -m iared2_jax.main",
         description=__doc__ + "\nExit codes:\n" + exit_codes(),
         epilog="Any option of the config: --config.KEY=VALUE, e.g. --config.interpreter.steps=50; "
-        "all of them, with their defaults, are in iared2_jax/config/defaults.py.",
+        "all of them, with their defaults, are in iared2_jax/config/defaults.py and, those of a "
+        "training phase, in iared2_jax/training/phases/.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

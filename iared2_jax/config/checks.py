@@ -16,7 +16,6 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.variants import VARIANTS, get_variant, is_variant
 from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
-from iared2_jax.token_reduction.policy import LOG_PROB_REDUCTIONS, REWARD_DENOMINATORS
 from iared2_jax.training.optimizers import OPTIMIZERS
 from iared2_jax.training.phases import CURRICULA, PHASES
 
@@ -42,9 +41,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         one_of("model.name", VARIANTS)
     one_of("model.dtype", DTYPES)
     one_of("model.policy_token", ("", *POLICY_TOKENS))
-    one_of("interpreter.reward_denominator", REWARD_DENOMINATORS)
     one_of("reduction.train_execution", TRAIN_EXECUTIONS)
-    one_of("interpreter.log_prob_reduction", LOG_PROB_REDUCTIONS)
 
     groups = model_groups(config)
     if not isinstance(groups, int) and len(groups) != config.model.groups:
@@ -109,17 +106,12 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
                 raise UsageError(f"config.{key}={value} must not be negative")
     for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints",
-                "interpreter.rollouts",
                 "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
                 "data.threads"):  # fmt: skip
         if flat[key] < 1:
             raise UsageError(f"config.{key}={flat[key]} must be at least 1")
-    for key in (
-        "ema_decay",
-        "backbone.label_smoothing",
-        "supervised.label_smoothing",
-        "data.bad_share",
-    ):
+    smoothings = [key for key in flat if key.endswith(".label_smoothing")]
+    for key in ("ema_decay", "data.bad_share", *smoothings):
         if flat[key] >= 1:
             raise UsageError(f"config.{key}={flat[key]} must be below 1")
     for key in ("data.augment.erasing", "data.augment.flip"):

@@ -1,32 +1,18 @@
-"""Every option of a run, with its default, in one place; configs/*.py are deltas of it."""
+"""Every option of a run, with its default; configs/*.py are deltas of it.
+
+The options of a training phase are declared by its kind, in training/phases/.
+"""
 
 import dataclasses
-from typing import Any
 
 import ml_collections
 
 from iared2_jax.data.augment import CROP_FLIP
+from iared2_jax.training.phases import PHASES
 
 MODES = ("train", "eval", "explain")
 TRAIN_EXECUTIONS = ("masked", "gathered")
 DTYPES = ("float32", "bfloat16")
-
-
-def _phase_defaults(**changes: Any) -> dict[str, Any]:
-    """The options that every kind of phase has."""
-    phase = dict(
-        batch_size=512,  # global, over all devices
-        steps=0,  # length of one phase: steps, or epochs; exactly one is above 0
-        epochs=0.0,
-        optimizer="adam",  # see optimizers.OPTIMIZERS
-        learning_rate=4e-5,  # the peak; decays to 0 by a cosine
-        warmup_steps=0,  # linear, from 0
-        weight_decay=0.0,
-        momentum=0.9,  # sgd only
-        clip_norm=0.0,  # of the global gradient; 0 is off
-        accumulate=1,  # micro-batches per step: less memory, the same update
-    )
-    return {**phase, **changes}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -80,20 +66,11 @@ def default_config() -> ml_collections.ConfigDict:
     #   interpreters  only the interpreters; the backbone's weights are untouched (Table 4)
     #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first
     config.curriculum = "iared2"
-    config.interpreter = ml_collections.ConfigDict(_phase_defaults(epochs=10.0))
-    # The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau.
-    config.interpreter.tau = (1.0,)  # the price of an error: one for all groups, or one each
-    config.interpreter.reward_denominator = "initial"  # "initial": N | "entering": N_j
-    config.interpreter.log_prob_reduction = "sum"  # "sum" (Eq. 3) | "mean"
-    # Sampled masks per image; they share the prefix and the greedy rollout.
-    config.interpreter.rollouts = 1
-    config.backbone = ml_collections.ConfigDict(_phase_defaults(epochs=20.0))
-    config.backbone.label_smoothing = 0.0
-    config.backbone.train_head = False  # train final norm and head with the blocks, too
-    config.supervised = ml_collections.ConfigDict(
-        _phase_defaults(epochs=300.0, optimizer="adamw", learning_rate=5e-4, weight_decay=0.05)
-    )
-    config.supervised.label_smoothing = 0.0
+    # config.interpreter, config.backbone, config.supervised: each kind of phase declares its own
+    # options, with their defaults, in training/phases/<kind>.py.
+    for kind in PHASES.values():
+        options = {**config.get(kind.section, {}), **kind.options()}
+        config[kind.section] = ml_collections.ConfigDict(options)
 
     config.reduction = ml_collections.ConfigDict()
     config.reduction.threshold = 0.5  # keep iff the score is above
@@ -133,7 +110,8 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.weights = "scratch"
     config.data.path = "small"
     config.data.eval_size = 4
-    for phase in (config.interpreter, config.backbone, config.supervised):
+    for section in {kind.section for kind in PHASES.values()}:
+        phase = config[section]
         phase.batch_size = 2
         phase.epochs = 0.0
         phase.steps = 2

@@ -106,12 +106,14 @@ def make_train_step(
         ema = state.ema
         if config.ema_decay:
             ema = applied(optax.incremental_update(params, ema, 1 - config.ema_decay), ema)
+        extra = applied(phase.kind.next_extra(state.extra, params), state.extra)
         new = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=optimizers.keep_unapplied(opt_state, state.opt_state, finite),
             ema=ema,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            extra=extra,
         )
         return new, {**metrics, "bad_steps": new.bad_steps.astype(jnp.float32)}
 

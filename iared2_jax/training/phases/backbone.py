@@ -1,6 +1,7 @@
 """Fine-tuning of the blocks from a group on, under the masks of the interpreters so far."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
@@ -15,6 +16,7 @@ from iared2_jax.training.phases.base import (
     PhaseContext,
     PhaseKind,
     cross_entropy,
+    phase_options,
 )
 from iared2_jax.typing import Array
 
@@ -23,6 +25,13 @@ class BackbonePhase(PhaseKind):
     """Cross-entropy under the greedy masks of interpreters 1..group (paper, section 3.2)."""
 
     section = "backbone"
+
+    def options(self) -> dict[str, Any]:
+        return phase_options(
+            epochs=20.0,
+            label_smoothing=0.0,
+            train_head=False,  # train final norm and head with the blocks, too
+        )
 
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int

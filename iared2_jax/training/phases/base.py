@@ -24,6 +24,23 @@ Capacities = tuple[int, ...]
 Part = tuple[str, int]
 
 
+def phase_options(**own: Any) -> dict[str, Any]:
+    """The options that every kind of phase has, with the defaults and options of one kind's own."""
+    common = dict(
+        batch_size=512,  # global, over all devices
+        steps=0,  # length of one phase: steps, or epochs; exactly one is above 0
+        epochs=0.0,
+        optimizer="adam",  # see optimizers.OPTIMIZERS
+        learning_rate=4e-5,  # the peak; decays to 0 by a cosine
+        warmup_steps=0,  # linear, from 0
+        weight_decay=0.0,
+        momentum=0.9,  # sgd only
+        clip_norm=0.0,  # of the global gradient; 0 is off
+        accumulate=1,  # micro-batches per step: less memory, the same update
+    )
+    return {**common, **own}
+
+
 class PhaseKind:
     """What is learned in a phase, and how; a subclass overrides what differs.
 
@@ -36,6 +53,10 @@ class PhaseKind:
     section: str
     mixes: bool = True
     reduces: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """The options of its section of the config, with their defaults."""
+        return phase_options()
 
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
@@ -54,6 +75,10 @@ class PhaseKind:
     def initial_extra(self, module: IARed2, params: Params) -> Any:
         """State of its own beside parameters and optimizer, e.g. a teacher; {} for none."""
         return {}
+
+    def next_extra(self, extra: Any, params: Params) -> Any:
+        """That state after a step that was applied, e.g. a moving teacher; as it is by default."""
+        return extra
 
     def loss(
         self, context: "PhaseContext", params: Params, batch: Batch, key: PRNGKeyArray

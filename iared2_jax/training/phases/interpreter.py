@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import ml_collections
 from einops import rearrange
 from jaxtyping import PRNGKeyArray
 
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction import policy
 from iared2_jax.training.phases.base import (
     Batch,
@@ -19,6 +20,7 @@ from iared2_jax.training.phases.base import (
     Phase,
     PhaseContext,
     PhaseKind,
+    phase_options,
 )
 from iared2_jax.typing import Array
 
@@ -28,6 +30,16 @@ class InterpreterPhase(PhaseKind):
 
     section = "interpreter"
     mixes = False  # its reward is for the right answer, which must be one
+
+    def options(self) -> dict[str, Any]:
+        """The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau."""
+        return phase_options(
+            epochs=10.0,
+            tau=(1.0,),  # the price of an error: one for all groups, or one each
+            reward_denominator="initial",  # "initial": N | "entering": N_j
+            log_prob_reduction="sum",  # "sum" (Eq. 3) | "mean"
+            rollouts=1,  # sampled masks per image; they share the prefix and the greedy rollout
+        )
 
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
@@ -43,6 +55,17 @@ class InterpreterPhase(PhaseKind):
                 f"config.interpreter.tau has {len(options.tau)} values for {num_groups} groups: "
                 f"give 1 or {num_groups}"
             )
+        for key, choices in (
+            ("reward_denominator", policy.REWARD_DENOMINATORS),
+            ("log_prob_reduction", policy.LOG_PROB_REDUCTIONS),
+        ):
+            if options[key] not in choices:
+                raise UsageError(
+                    f"config.interpreter.{key}={options[key]!r} is unknown"
+                    f"{nearest(options[key], choices)}"
+                )
+        if options.rollouts < 1:
+            raise UsageError(f"config.interpreter.rollouts={options.rollouts} must be at least 1")
 
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray

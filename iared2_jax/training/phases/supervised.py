@@ -1,5 +1,7 @@
 """Supervised training of the backbone alone, dense."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import ml_collections
 from jaxtyping import PRNGKeyArray
@@ -12,6 +14,7 @@ from iared2_jax.training.phases.base import (
     PhaseContext,
     PhaseKind,
     cross_entropy,
+    phase_options,
 )
 from iared2_jax.typing import Array
 
@@ -21,6 +24,15 @@ class SupervisedPhase(PhaseKind):
 
     section = "supervised"
     reduces = False
+
+    def options(self) -> dict[str, Any]:
+        return phase_options(
+            epochs=300.0,
+            optimizer="adamw",
+            learning_rate=5e-4,
+            weight_decay=0.05,
+            label_smoothing=0.0,
+        )
 
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
