@@ -13,7 +13,7 @@ from iared2_jax.config.checks import validate
 from iared2_jax.data import small
 from iared2_jax.data.augment import CROP_FLIP, DEIT, NONE
 from iared2_jax.data.datasets import open_dataset
-from iared2_jax.data.image_files import BAD_IN_A_ROW, BadImages
+from iared2_jax.data.image_files import BAD_IN_A_ROW, BadExamples
 from iared2_jax.data.images import BadImage, eval_transform, open_image
 from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
 from iared2_jax.data.request import DataRequest
@@ -136,7 +136,7 @@ def test_a_bad_training_image_is_named_counted_and_replaced(folder, caplog):
 
 def test_bad_images_are_counted_by_many_threads():
     """Every bad image once, whoever meets it; and as many in a row as there are, no fewer."""
-    counter = BadImages(share=0.9, total=1000)
+    counter = BadExamples(share=0.9, total=1000)
     error = BadImage("is damaged")
 
     def meet(row):

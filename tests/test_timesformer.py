@@ -330,7 +330,7 @@ def test_the_name_is_told_from_the_shapes(published, tmp_path):
     variables = init_variables(module)
     iared2_jax.save_weights(variables, tmp_path / "w.safetensors", interpreters=False)
     found, _ = iared2_jax.load_model(tmp_path / "w.safetensors")
-    assert found.input_spec == clips(224, frames=8)
+    assert found.input_spec == clips(224, frames=8, crop_pct=0.875)
     with pytest.raises(UsageError, match="has no place for time_embed"):
         iared2_jax.load_weights(
             create_module("vit_s16", num_classes=400), tmp_path / "w.safetensors"

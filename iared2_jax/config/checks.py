@@ -107,7 +107,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
                 raise UsageError(f"config.{key}={value} must not be negative")
     for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints",
                 "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
-                "data.threads"):  # fmt: skip
+                "data.threads", "data.sampling_rate"):  # fmt: skip
         if flat[key] < 1:
             raise UsageError(f"config.{key}={flat[key]} must be at least 1")
     smoothings = [key for key in flat if key.endswith(".label_smoothing")]

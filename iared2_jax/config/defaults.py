@@ -46,7 +46,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = (
-        "cluttered_mnist"  # "cluttered_mnist" | "moving_mnist" | "imagenet" | "folder"
+        "cluttered_mnist"  # "cluttered_mnist" | "moving_mnist" | "imagenet" | "folder" | "videos"
     )
     # imagenet: TFDS' data_dir; folder: what has train/ and val/; "small": a few embedded images in
     # that format; mode "explain": a folder of pictures.
@@ -55,7 +55,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"
     config.data.eval_size = 2000  # images, evenly spread; 0: all
     config.data.threads = 2  # that prepare batches ahead
-    config.data.bad_share = 0.001  # of the training images that may be unreadable
+    config.data.bad_share = 0.001  # of the training images or videos that may be unreadable
+    config.data.sampling_rate = 32  # of videos: how far apart frames are, counted at 30 a second
     # Of the training images, for data that is read. The paper does not tell what it used: crop and
     # flip is our choice. DeiT's own (data.augment.DEIT) is rand_augment=True, erasing=0.25,
     # mixup=0.8, cutmix=1.0, repeats=3; interpreters are never trained on mixed images.

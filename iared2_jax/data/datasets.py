@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from iared2_jax.data import cluttered_mnist, moving_mnist
+from iared2_jax.data import cluttered_mnist, moving_mnist, video_files
 from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.small import small_folder, small_imagenet
+from iared2_jax.data.video_files import VideoFiles
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
@@ -164,11 +165,25 @@ def _folder(request: DataRequest) -> Dataset:
     return _files(open_folder, ("train", "val"), request)
 
 
+def _videos(request: DataRequest) -> Dataset:
+    files = VideoFiles(request)
+    return Dataset(
+        class_names=files.class_names,
+        splits=video_files.SPLITS,
+        epoch_size=len(files.training.files),
+        train_example=files.train_example,
+        load=files.load,
+        open_split=files.open_split,
+        content=files.training.digest(),
+    )
+
+
 OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
     "cluttered_mnist": _cluttered_mnist,
     "moving_mnist": _moving_mnist,
     "imagenet": _imagenet,
     "folder": _folder,
+    "videos": _videos,
 }
 MADE = {"cluttered_mnist", "moving_mnist"}  # those that need no files
 

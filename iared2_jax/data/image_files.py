@@ -13,7 +13,6 @@ from PIL import Image
 
 from iared2_jax.data.augment import rand_augment, random_erasing, repeated_example
 from iared2_jax.data.images import (
-    BadImage,
     eval_transform,
     open_image,
     random_flip,
@@ -26,14 +25,18 @@ from iared2_jax.errors import DataError
 log = logging.getLogger(__name__)
 
 BAD_IN_A_ROW = 100  # unreadable images that end a run whatever the share
-_EXAMPLE = 2  # sets an example's randomness apart from its epoch's order (and from mixing)
+EXAMPLE = 2  # sets an example's randomness apart from its epoch's order (and from mixing)
 THREADS = 8  # that decode evaluation images
 
 
-class BadImages:
-    """Counts unreadable training images, and gives up when they are too many."""
+class BadExamples:
+    """Counts training files that cannot be used, and gives up when they are too many.
 
-    def __init__(self, share: float, total: int):
+    kind: what errors call them.
+    """
+
+    def __init__(self, share: float, total: int, kind: str = "images"):
+        self._kind = kind
         self._allowed = max(1, int(share * total)) if share else 0
         self._rows: set[int] = set()
         self._in_a_row = 0
@@ -54,10 +57,10 @@ class BadImages:
             self._in_a_row += 1
             if row not in self._rows:
                 self._rows.add(row)
-                log.warning("training image %s: another takes its place", error)
+                log.warning("training %s: another takes its place: %s", self._kind, error)
             if len(self._rows) > self._allowed or self._in_a_row >= BAD_IN_A_ROW:
-                raise BadImage(
-                    f"{len(self._rows)} training images cannot be used, the last one because "
+                raise type(error)(
+                    f"{len(self._rows)} training {self._kind} cannot be used, the last one because "
                     f"{error}: mend them, or raise config.data.bad_share"
                 ) from error
 
@@ -72,7 +75,7 @@ class ImageFiles:
     def __init__(self, records: Sequence, request: DataRequest):
         self._records, self._request = records, request
         self.class_names: tuple[str, ...] = tuple(records.class_names)
-        self._bad = BadImages(request.bad_share, len(records))
+        self._bad = BadExamples(request.bad_share, len(records))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -93,7 +96,7 @@ class ImageFiles:
         augment, size = self._request.augment, len(self)
         epoch, k = divmod(index, size)
         place, _ = repeated_example(k, size, augment.repeats)
-        order = _shuffled(size, seed, epoch)
+        order = shuffled(size, seed, epoch)
         while True:
             row = int(order[place])
             try:
@@ -104,7 +107,7 @@ class ImageFiles:
                 self._bad.bad(row, error)
                 place = (place + 1) % size
         self._bad.good()
-        rng = np.random.default_rng((seed, index, _EXAMPLE))
+        rng = np.random.default_rng((seed, index, EXAMPLE))
         pixels = self._augmented(image, rng)
         return {"input": pixels, "label": np.int32(record["label"])}
 
@@ -160,7 +163,8 @@ class EvalImages:
 
 
 @functools.lru_cache(maxsize=4)  # the end of one epoch is read together with the next
-def _shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+def shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's examples."""
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 

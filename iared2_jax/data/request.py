@@ -14,10 +14,12 @@ class DataRequest:
       spec: the inputs that the model takes.
       path: where its files are; `SMALL` makes a few. Not for data that is made.
       augment: of the training images; data that is made is not augmented.
-      bad_share: of the training images that may be unreadable.
+      bad_share: of the training images or videos that may be unreadable.
+      sampling_rate: of clips, how far apart their frames are, counted at 30 a second.
     """
 
     spec: InputSpec
     path: str = ""
     augment: AugmentOptions = CROP_FLIP
     bad_share: float = 0.001
+    sampling_rate: int = 32

@@ -26,7 +26,7 @@ Named = Iterator[tuple[str, Any]]
 
 def collect(
     fn: Callable[[dict[str, Array]], dict[str, Array]],
-    arrays: dict[str, np.ndarray],
+    arrays: Mapping[str, Any],
     batch_size: int,
     stop: Stop | None = None,
 ) -> dict[str, np.ndarray]:
@@ -34,7 +34,7 @@ def collect(
 
     Args:
       fn: jitted; a batch to arrays [B, ...].
-      arrays: the examples, by name.
+      arrays: the examples, by name: arrays, or what is read when it is indexed (`EvalImages`).
 
     Raises:
       Interrupted: if `stop` was requested.

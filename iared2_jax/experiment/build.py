@@ -31,6 +31,7 @@ def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
         path=config.data.path,
         augment=augment_options(config.data.augment),
         bad_share=config.data.bad_share,
+        sampling_rate=config.data.sampling_rate,
     )
     return open_dataset(config.data.name, request)
 

@@ -37,7 +37,7 @@ _IMAGENET_384 = images(384)
 _HALF_224 = images(224, norm=HALF_NORM, crop_pct=0.9)
 _HALF_384 = images(384, norm=HALF_NORM)
 _CAIT_224 = images(224)
-_CLIP_224 = clips(224, frames=8)
+_CLIP_224 = clips(224, frames=8, crop_pct=0.875)  # of 256 px
 
 VARIANTS: dict[str, Variant] = {
     # DeiT (Touvron et al. 2021), ImageNet-1k.

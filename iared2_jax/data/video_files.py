@@ -1,0 +1,185 @@
+"""Lists of videos (train.csv, val.csv, test.csv) as training clips and evaluation clips.
+
+A line is `path label`, separated by a space or a comma, as TimeSformer's lists of Kinetics-400 are;
+paths are relative to the list's folder. `classes.txt` beside them may name the classes, one a line.
+"""
+
+import functools
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from iared2_jax.data.image_files import EXAMPLE, THREADS, BadExamples, shuffled
+from iared2_jax.data.images import with_channels
+from iared2_jax.data.request import DataRequest
+from iared2_jax.data.videos import ClipSampling, centre_crop, read_clip, train_crop
+from iared2_jax.errors import DataError, UsageError, nearest
+
+SPLITS = ("train", "val", "test")
+CLASSES = "classes.txt"
+
+
+class VideoList(NamedTuple):
+    """A split: the videos and their classes."""
+
+    path: Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def digest(self) -> str:
+        """Changes with the names and labels of the videos."""
+        lines = (f"{file} {label}\n" for file, label in zip(self.files, self.labels, strict=True))
+        return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()[:16]
+
+
+def read_list(folder: Path, split: str) -> VideoList:
+    """The videos that a split's list names; they are looked for, not read.
+
+    Raises:
+      UsageError: no such split or list, a line that is none, or a video that is not there.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"lists of videos have no split {split!r}{nearest(split, SPLITS)}")
+    path = folder / f"{split}.csv"
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}): it lists the videos, `path label` a line"
+        ) from error
+    entries = [_entry(path, i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not entries:
+        raise UsageError(f"{path} lists no videos")
+    missing = [name for name, _ in entries if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(
+            f"{path} lists {len(missing)} videos that are not there, the first is {missing[0]}: "
+            "take their lines out, or bring them"
+        )
+    files, labels = zip(*entries, strict=True)
+    return VideoList(path, files, labels)
+
+
+def _entry(path: Path, number: int, line: str) -> tuple[str, int]:
+    name, _, label = line.strip().rpartition("," if "," in line else " ")
+    if not name.strip() or not label.strip().isdigit():
+        raise UsageError(f"{path}, line {number}: {line.strip()!r} is not `path label`")
+    return name.strip(), int(label)
+
+
+def class_names(folder: Path, training: VideoList) -> tuple[str, ...]:
+    """The names in classes.txt, or the numbers up to the largest that is trained."""
+    path = folder / CLASSES
+    if path.is_file():
+        return tuple(line.strip() for line in path.read_text().strip().splitlines())
+    return tuple(str(label) for label in range(max(training.labels) + 1))
+
+
+class VideoFiles:
+    """The videos of a folder's lists, made into clips for a model.
+
+    Raises:
+      UsageError: a list that cannot be used, a label out of range, or an augmentation of images.
+    """
+
+    def __init__(self, request: DataRequest):
+        folder, spec = Path(request.path), request.spec
+        if not spec.is_clip:
+            raise UsageError("config.data.name='videos' has clips, but the model takes images")
+        if request.augment.rand_augment or request.augment.erasing:
+            raise UsageError(
+                "config.data.augment.rand_augment and erasing are for images: switch them off"
+            )
+        self._folder, self._request = folder, request
+        self._sampling = ClipSampling(spec.frames, request.sampling_rate)
+        self.training = read_list(folder, "train")
+        self.class_names = class_names(folder, self.training)
+        self._check_labels(self.training)
+        self._bad = BadExamples(request.bad_share, len(self.training.files), "videos")
+
+    def open_split(self, split: str) -> VideoList:
+        """A split's list, checked."""
+        listed = self.training if split == "train" else read_list(self._folder, split)
+        self._check_labels(listed)
+        return listed
+
+    def _check_labels(self, listed: VideoList) -> None:
+        worst = max(listed.labels)
+        if worst >= len(self.class_names):
+            name = listed.files[listed.labels.index(worst)]
+            raise UsageError(
+                f"{listed.path} has the label {worst} ({name}), but there are classes 0.."
+                f"{len(self.class_names) - 1}"
+            )
+
+    def train_example(self, seed: int, index: int) -> dict[str, np.ndarray]:
+        """Example `index` of an endless stream of shuffled epochs; a pure function of both.
+
+        A clip begins anywhere in its video. A video that cannot be used is replaced by the next.
+
+        Raises:
+          DataError: too many could not be used.
+        """
+        spec, listed = self._request.spec, self.training
+        size = len(listed.files)
+        epoch, place = divmod(index, size)
+        order = shuffled(size, seed, epoch)
+        rng = np.random.default_rng((seed, index, EXAMPLE))
+        position = rng.random()
+        while True:
+            row = int(order[place])
+            try:
+                frames = self._frames(listed.files[row], position)
+                break
+            except DataError as error:
+                self._bad.bad(row, error)
+                place = (place + 1) % size
+        self._bad.good()
+        pixels = train_crop(frames, spec.size, rng, self._request.augment.flip)
+        label = np.int32(listed.labels[row])
+        return {"input": with_channels(pixels, spec.channels), "label": label}
+
+    def _frames(self, file: str, position: float) -> list:
+        choose = functools.partial(self._sampling.indices, position=position)
+        return read_clip(self._folder / file, choose)
+
+    def load(self, split: str, size: int, seed: int) -> tuple["EvalClips", np.ndarray, None]:
+        """`size` clips, evenly spread over the split (0: all), decoded when they are indexed."""
+        listed = self.open_split(split)
+        total = len(listed.files)
+        count = min(size, total) if size else total
+        rows = np.arange(count) * total // count
+        labels = np.array(listed.labels, np.int32)[rows]
+        return EvalClips(self, listed, rows), labels, None
+
+    def eval_clip(self, file: str) -> UInt8[np.ndarray, "t h w c"]:
+        """The clip that begins with the video, its centre, as TimeSformer tests one view."""
+        spec = self._request.spec
+        frames = self._frames(file, 0.0)
+        pixels = centre_crop(frames, spec.size, spec.crop_pct, file)
+        return with_channels(pixels, spec.channels)
+
+
+class EvalClips:
+    """Evaluation clips that are decoded when they are indexed, as an array would be."""
+
+    def __init__(self, videos: VideoFiles, listed: VideoList, rows: np.ndarray):
+        self._videos, self._listed, self._rows = videos, listed, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b t h w c"]:
+        """Clips of a slice or an array of indices.
+
+        Raises:
+          BadVideo: one of them cannot be used; it is never left out.
+        """
+        files = [self._listed.files[row] for row in self._rows[which].tolist()]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return np.stack(list(pool.map(self._videos.eval_clip, files)))
