@@ -130,7 +130,11 @@ def evaluation_images(path: Path, num_images: int, dtype: Any = jnp.float32):
     module, variables = load_model(path)
     module = module.clone(backbone=module.backbone.clone(dtype=dtype))
     config = read_tensors(path)[1]["config"]
-    request = DataRequest(module.input_spec, path=config.get("data.path", ""))
+    request = DataRequest(
+        module.input_spec,
+        path=config.get("data.path", ""),
+        sampling_rate=config.get("data.sampling_rate", DataRequest.sampling_rate),
+    )
     source = open_dataset(config["data.name"], request)
     pixels, labels, _ = source.load(config["data.eval_split"], num_images, config["data.seed"])
     images = module.input_spec.normalize(jnp.asarray(pixels[:num_images]))

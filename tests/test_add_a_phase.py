@@ -92,3 +92,20 @@ def test_a_phases_own_state_moves_with_its_steps(tiny_config, tmp_path, monkeypa
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7, err_msg=path)
     path = "backbone/block_0/mlp/fc1/kernel"
     assert not np.array_equal(teacher[path], params[0][path])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rollouts", 0, r"config\.interpreter\.rollouts=0 must be at least 1"),
+        ("reward_denominator", "entring", r"reward_denominator='entring' is unknown"),
+        ("log_prob_reduction", "max", r"log_prob_reduction='max' is unknown"),
+    ],
+)
+def test_values_are_checked_whatever_is_trained(tiny_config, key, value, message):
+    """An option that no phase of the curriculum reads is refused all the same."""
+    tiny_config.curriculum = "supervised"
+    validate(tiny_config, 1)
+    tiny_config.interpreter[key] = value
+    with pytest.raises(UsageError, match=message):
+        validate(tiny_config, 1)

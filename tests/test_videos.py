@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import iared2_jax
 from iared2_jax import main
@@ -47,6 +48,17 @@ def write_video(path, frames=40, fps=Fraction(30), size=(64, 80), times=None, to
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_sound(path):
+    """Silence, and no video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        silence = np.zeros((1, 4096), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def rotated(path, target, degrees=90):
@@ -113,8 +125,6 @@ def test_rotation_of_the_header_is_applied(tmp_path):
 def test_crops():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (37, 61, 3), np.uint8)
-    from PIL import Image
-
     frames = [Image.fromarray(pixels)] * 3
     centre = centre_crop(frames, (32, 32), 0.875, "v")
     assert centre.shape == (3, 32, 32, 3)
@@ -163,12 +173,24 @@ def test_examples_are_pure_functions_of_their_place(kaleidoscope):
     assert sorted(epoch) == sorted(i % 3 for i in range(14))  # each video once
 
 
-def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path):
+def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path, caplog):
+    """A truncated video and one of sound alone are in the training list, too, and are named."""
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "cut.mp4").write_bytes((kaleidoscope / "video 2.mp4").read_bytes()[:2000])
+    write_sound(lists / "sound.mp4")
+    for split in ("train", "val", "test"):
+        lines = (kaleidoscope / f"{split}.csv").read_text().splitlines()
+        (lists / f"{split}.csv").write_text("".join(f"{kaleidoscope}/{x}\n" for x in lines))
+    with (lists / "train.csv").open("a") as training:
+        training.write("cut.mp4 0\nsound.mp4 1\n")
+    (lists / "classes.txt").write_text((kaleidoscope / "classes.txt").read_text())
     arguments = [
         "--config=configs/timesformer_micro.py:runlocal",
         f"--workdir={tmp_path}",
         "--config.data.name=videos",
-        f"--config.data.path={kaleidoscope}",
+        f"--config.data.path={lists}",
+        "--config.data.bad_share=0.2",
         "--config.data.eval_split=test",
         "--config.data.eval_size=0",
         "--config.data.sampling_rate=2",
@@ -185,6 +207,8 @@ def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path):
     assert main.run(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["examples"] == 20  # every video counts
+    for name, why in (("cut.mp4", "is"), ("sound.mp4", "has no video in it, only sound")):
+        assert f"training videos: another takes its place: {lists / name} {why}" in caplog.text
     assert (tmp_path / "figures" / "heatmaps.png").stat().st_size > 5_000
     module, variables = iared2_jax.load_model(tmp_path / "weights.safetensors")
     assert module.backbone.num_classes == 3
@@ -212,18 +236,9 @@ def test_files_that_are_no_video(tmp_path):
         read_clip(tmp_path / "empty.mp4", every)
     with pytest.raises(BadVideo, match=r"nowhere\.mp4"):
         read_clip(tmp_path / "nowhere.mp4", every)
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(
-            np.zeros((1, 4096), np.float32), format="fltp", layout="mono"
-        )
-        frame.sample_rate = 44100
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_sound(tmp_path / "sound.mp4")
     with pytest.raises(BadVideo, match=r"sound\.mp4 has no video in it, only sound"):
         read_clip(tmp_path / "sound.mp4", every)
-    from PIL import Image
-
     picture = Image.new("RGB", (16, 16))
     picture.save(tmp_path / "moving.gif", save_all=True, append_images=[picture])
     with pytest.raises(BadVideo, match=r"moving\.gif is a GIF"):
@@ -255,7 +270,7 @@ def test_lists_are_refused_in_words(tmp_path):
 def test_what_does_not_fit_is_refused(kaleidoscope, tmp_path):
     path = str(kaleidoscope)
     with pytest.raises(UsageError, match="has clips, but the model takes images"):
-        VideoFiles(DataRequest(images(64), path))
+        open_dataset("videos", DataRequest(images(64), path))
     with pytest.raises(UsageError, match="rand_augment and erasing are for images"):
         VideoFiles(DataRequest(SPEC, path, augment=DEIT))
     write_video(tmp_path / "v.mp4", 3)

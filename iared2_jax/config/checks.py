@@ -43,6 +43,9 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("model.policy_token", ("", *POLICY_TOKENS))
     one_of("reduction.train_execution", TRAIN_EXECUTIONS)
 
+    for kind in PHASES.values():
+        kind.check_options(config[kind.section])
+
     groups = model_groups(config)
     if not isinstance(groups, int) and len(groups) != config.model.groups:
         raise UsageError(

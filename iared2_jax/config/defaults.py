@@ -48,8 +48,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.name = (
         "cluttered_mnist"  # "cluttered_mnist" | "moving_mnist" | "imagenet" | "folder" | "videos"
     )
-    # imagenet: TFDS' data_dir; folder: what has train/ and val/; "small": a few embedded images in
-    # that format; mode "explain": a folder of pictures.
+    # imagenet: TFDS' data_dir; folder: what has train/ and val/; videos: what has train.csv and
+    # val.csv; "small": a few embedded images as imagenet or folder; mode "explain": a folder of
+    # pictures.
     config.data.path = ""
     config.data.seed = 0  # of the scenes, for data that is made
     config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"

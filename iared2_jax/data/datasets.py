@@ -6,6 +6,8 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -73,61 +75,60 @@ def pictures_of(spec: InputSpec, name: str) -> tuple[int, int]:
     return spec.size
 
 
-def _cluttered_mnist(request: DataRequest) -> Dataset:
-    size, channels = pictures_of(request.spec, "cluttered_mnist"), request.spec.channels
+def clips_of(spec: InputSpec, name: str) -> None:
+    """Refuses a model of images.
+
+    Raises:
+      UsageError: the model takes images.
+    """
+    if not spec.is_clip:
+        raise UsageError(f"config.data.name={name!r} has clips, but the model takes images")
+
+
+def _at_size(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """Colour pictures or frames [.., h, w, 3] at a model's size, in its channels."""
+    pictures = pixels.reshape(-1, *pixels.shape[-3:])
+    sized = np.stack([resized(picture, spec.size) for picture in pictures])
+    return with_channels(sized.reshape(*pixels.shape[:-3], *sized.shape[1:]), spec.channels)
+
+
+def _made(name: str, source: ModuleType, key: str, spec: InputSpec, **options: Any) -> Dataset:
+    """Data that are made, one of their own for every index.
+
+    source: a module with `example`, whose inputs are under `key`, and `load`.
+    """
 
     def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
-        """A scene of its own for every index."""
-        item = cluttered_mnist.example("train", seed, index)
-        pixels = with_channels(resized(item["image"], size), channels)
-        return {"input": pixels, "label": item["label"]}
+        """As the model takes it."""
+        item = source.example("train", seed, index, **options)
+        return {"input": _at_size(item[key], spec), "label": item["label"]}
 
     def load(split: str, count: int, seed: int) -> tuple:
-        """Scenes are made, so there is no end of them."""
+        """They are made, so there is no end of them."""
         if not count:
-            raise UsageError("cluttered_mnist has no last scene: set config.data.eval_size")
-        pixels, labels, masks = cluttered_mnist.load(split, count, seed)
-        pixels = np.stack([resized(image, size) for image in pixels])
-        return with_channels(pixels, channels), labels, resized_masks(masks, size)
+            raise UsageError(f"{name} has no last example: set config.data.eval_size")
+        pixels, labels, masks = source.load(split, count, seed, **options)
+        flat = resized_masks(masks.reshape(-1, *masks.shape[-2:]), spec.size)
+        return _at_size(pixels, spec), labels, flat.reshape(*masks.shape[:-2], *spec.size)
 
     return Dataset(
-        class_names=cluttered_mnist.CLASS_NAMES,
-        splits=cluttered_mnist.SPLITS,
-        epoch_size=50_000,  # scenes are made, so this is only a unit
+        class_names=source.CLASS_NAMES,
+        splits=source.SPLITS,
+        epoch_size=50_000,  # only a unit
         train_example=train_example,
         load=load,
     )
+
+
+def _cluttered_mnist(request: DataRequest) -> Dataset:
+    pictures_of(request.spec, "cluttered_mnist")
+    return _made("cluttered_mnist", cluttered_mnist, "image", request.spec)
 
 
 def _moving_mnist(request: DataRequest) -> Dataset:
-    spec = request.spec
-    if not spec.is_clip:
-        raise UsageError("config.data.name='moving_mnist' has clips, but the model takes images")
-
-    def as_asked(frames: np.ndarray) -> np.ndarray:
-        """Frames at the model's size, in its channels."""
-        return with_channels(np.stack([resized(f, spec.size) for f in frames]), spec.channels)
-
-    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
-        """A clip of its own for every index."""
-        item = moving_mnist.example("train", seed, index, spec.frames)
-        return {"input": as_asked(item["frames"]), "label": item["label"]}
-
-    def load(split: str, count: int, seed: int) -> tuple:
-        """Clips are made, so there is no end of them."""
-        if not count:
-            raise UsageError("moving_mnist has no last clip: set config.data.eval_size")
-        clips, labels, masks = moving_mnist.load(split, count, seed, spec.frames)
-        masks = np.stack([resized_masks(of_clip, spec.size) for of_clip in masks])
-        return np.stack([as_asked(frames) for frames in clips]), labels, masks
-
-    return Dataset(
-        class_names=moving_mnist.CLASS_NAMES,
-        splits=moving_mnist.SPLITS,
-        epoch_size=50_000,  # clips are made, so this is only a unit
-        train_example=train_example,
-        load=load,
-    )
+    clips_of(request.spec, "moving_mnist")
+    frames = request.spec.frames
+    return _made("moving_mnist", moving_mnist, "frames", request.spec, frames=frames)
 
 
 def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
@@ -137,8 +138,7 @@ def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) 
     def load(split: str, size: int, seed: int) -> tuple:
         """Evenly spread over the split, which may be in the order of classes."""
         files = ImageFiles(open_split(Path(request.path), split), request)
-        pixels = files.evaluation(size)
-        return pixels, pixels.labels(), None
+        return (*files.evaluation(size), None)
 
     return Dataset(
         class_names=train.class_names,
@@ -166,6 +166,7 @@ def _folder(request: DataRequest) -> Dataset:
 
 
 def _videos(request: DataRequest) -> Dataset:
+    clips_of(request.spec, "videos")
     files = VideoFiles(request)
     return Dataset(
         class_names=files.class_names,

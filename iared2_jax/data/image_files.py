@@ -3,7 +3,7 @@
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,7 +51,7 @@ class BadExamples:
         """Counts one that was not; warns once for each.
 
         Raises:
-          BadImage: they are more than the share that is allowed, or too many in a row.
+          DataError: they are more than the share that is allowed, or too many in a row.
         """
         with self._lock:
             self._in_a_row += 1
@@ -63,6 +63,23 @@ class BadExamples:
                     f"{len(self._rows)} training {self._kind} cannot be used, the last one because "
                     f"{error}: mend them, or raise config.data.bad_share"
                 ) from error
+
+    def first_good(self, order: np.ndarray, place: int, read: Callable[[int], Any]) -> Any:
+        """`read(row)` of the first row of an epoch's order, from `place` on, that can be used.
+
+        Raises:
+          DataError: too many could not be used.
+        """
+        while True:
+            row = int(order[place])
+            try:
+                found = read(row)
+            except DataError as error:
+                self.bad(row, error)
+                place = (place + 1) % len(order)
+            else:
+                self.good()
+                return found
 
 
 class ImageFiles:
@@ -97,19 +114,14 @@ class ImageFiles:
         epoch, k = divmod(index, size)
         place, _ = repeated_example(k, size, augment.repeats)
         order = shuffled(size, seed, epoch)
-        while True:
-            row = int(order[place])
-            try:
-                record = self._records[row]
-                image = open_image(record["image"], record["file_name"])
-                break
-            except DataError as error:
-                self._bad.bad(row, error)
-                place = (place + 1) % size
-        self._bad.good()
+        record, image = self._bad.first_good(order, place, self._opened)
         rng = np.random.default_rng((seed, index, EXAMPLE))
         pixels = self._augmented(image, rng)
         return {"input": pixels, "label": np.int32(record["label"])}
+
+    def _opened(self, row: int) -> tuple[dict[str, Any], Image.Image]:
+        record = self._records[row]
+        return record, open_image(record["image"], record["file_name"])
 
     def _augmented(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         spec, augment = self._request.spec, self._request.augment
@@ -123,43 +135,49 @@ class ImageFiles:
             pixels = random_erasing(pixels, rng, spec.norm, augment.erasing)
         return with_channels(pixels, spec.channels)
 
-    def evaluation(self, size: int = 0) -> "EvalImages":
-        """`size` images, evenly spread over the split, as they are evaluated; 0: all of them."""
-        count = min(size, len(self)) if size else len(self)
-        rows = np.arange(count) * len(self) // count
-        return EvalImages(self._records, rows, self._request)
+    def evaluation(self, size: int = 0) -> tuple["EvalInputs", np.ndarray]:
+        """`size` images, evenly spread over the split, as they are evaluated, and their classes.
 
-
-class EvalImages:
-    """Evaluation images that are read and decoded when they are indexed, as an array would be."""
-
-    def __init__(self, records: Sequence, rows: np.ndarray, request: DataRequest):
-        self._records, self._rows, self._request = records, rows, request
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b h w c"]:
-        """Pixels of a slice or an array of indices.
-
-        Raises:
-          BadImage: one of them cannot be used; it is never left out.
+        size: 0: all of them.
         """
+        rows = evenly_spread(len(self), size)
         with ThreadPoolExecutor(THREADS) as pool:
-            return np.stack(list(pool.map(self._pixels, self._rows[which].tolist())))
+            labels = pool.map(self._records.label, rows.tolist())
+            return EvalInputs(self._evaluated, rows), np.fromiter(labels, np.int32, len(rows))
 
-    def _pixels(self, row: int) -> np.ndarray:
-        record = self._records[row]
-        image = open_image(record["image"], record["file_name"])
+    def _evaluated(self, row: int) -> UInt8[np.ndarray, "h w c"]:
+        record, image = self._opened(row)
         spec, name = self._request.spec, record["file_name"]
         pixels = eval_transform(image, spec.size, spec.crop_pct, name=name)
         return with_channels(pixels, spec.channels)
 
-    def labels(self) -> np.ndarray:
-        """The classes of all of them."""
+
+def evenly_spread(total: int, size: int) -> np.ndarray:
+    """`size` rows of a split, which may be in the order of classes; 0: all of them."""
+    count = min(size, total) if size else total
+    return np.arange(count) * total // count
+
+
+class EvalInputs:
+    """Evaluation images or clips that are decoded when they are indexed, as an array would be.
+
+    read: from a row of the split to its pixels.
+    """
+
+    def __init__(self, read: Callable[[int], np.ndarray], rows: np.ndarray):
+        self._read, self._rows = read, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b ..."]:
+        """Pixels of a slice or an array of indices.
+
+        Raises:
+          DataError: one of them cannot be used; it is never left out.
+        """
         with ThreadPoolExecutor(THREADS) as pool:
-            labels = pool.map(self._records.label, self._rows.tolist())
-            return np.fromiter(labels, np.int32, len(self))
+            return np.stack(list(pool.map(self._read, self._rows[which].tolist())))
 
 
 @functools.lru_cache(maxsize=4)  # the end of one epoch is read together with the next

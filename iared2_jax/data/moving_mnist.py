@@ -44,6 +44,11 @@ class _Motion(NamedTuple):
         shifts = self.offsets.tolist()
         return np.stack([np.roll(canvas, (down, right), (0, 1)) for down, right in shifts])
 
+    def frames(self) -> UInt8[np.ndarray, "t h w 3"]:
+        """The clip: the digit over the background."""
+        grey = np.maximum(self.moved(self.digit), self.background)
+        return np.repeat(grey[..., None], 3, axis=-1)
+
 
 def _motion(split: str, seed: int, index: int, frames: int) -> _Motion:
     pixels, _ = digits(split)
@@ -64,15 +69,13 @@ def _motion(split: str, seed: int, index: int, frames: int) -> _Motion:
 def example(split: str, seed: int, index: int, frames: int = 8) -> dict[str, np.ndarray]:
     """Clip `index` as a training example, {"frames": uint8 [T, 64, 64, 3], "label": int32}."""
     motion = _motion(split, seed, index, frames)
-    grey = np.maximum(motion.moved(motion.digit), motion.background)
-    return {"frames": np.repeat(grey[..., None], 3, axis=-1), "label": np.int32(motion.label)}
+    return {"frames": motion.frames(), "label": np.int32(motion.label)}
 
 
 def clip(split: str, seed: int, index: int, frames: int = 8) -> Clip:
     """Clip `index` with its masks: the digit's ink, dilated by a disc of 3 px."""
     motion = _motion(split, seed, index, frames)
-    shown = example(split, seed, index, frames)
-    return Clip(shown["frames"], motion.label, motion.moved(ink_mask(motion.digit)))
+    return Clip(motion.frames(), motion.label, motion.moved(ink_mask(motion.digit)))
 
 
 def load(

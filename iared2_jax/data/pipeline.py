@@ -84,7 +84,7 @@ def mixing(augment: AugmentOptions, num_classes: int, smoothing: float) -> Mix |
 def eval_batches(arrays: dict[str, Any], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of one fixed size; the last is padded with copies of row 0.
 
-    Values are arrays, or whatever has a length and takes an array of indices (`EvalImages`).
+    Values are arrays, or whatever has a length and takes an array of indices (`EvalInputs`).
 
     `batch["counted"]` is False on padding: sums must leave those rows out, so that every example
     counts exactly once and one compiled program does for all.

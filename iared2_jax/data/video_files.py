@@ -7,18 +7,16 @@ paths are relative to the list's folder. `classes.txt` beside them may name the 
 import functools
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
-from iared2_jax.data.image_files import EXAMPLE, THREADS, BadExamples, shuffled
+from iared2_jax.data.image_files import EXAMPLE, BadExamples, EvalInputs, evenly_spread, shuffled
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.videos import ClipSampling, centre_crop, read_clip, train_crop
-from iared2_jax.errors import DataError, UsageError, nearest
+from iared2_jax.errors import UsageError, nearest
 
 SPLITS = ("train", "val", "test")
 CLASSES = "classes.txt"
@@ -89,8 +87,6 @@ class VideoFiles:
 
     def __init__(self, request: DataRequest):
         folder, spec = Path(request.path), request.spec
-        if not spec.is_clip:
-            raise UsageError("config.data.name='videos' has clips, but the model takes images")
         if request.augment.rand_augment or request.augment.erasing:
             raise UsageError(
                 "config.data.augment.rand_augment and erasing are for images: switch them off"
@@ -131,15 +127,11 @@ class VideoFiles:
         order = shuffled(size, seed, epoch)
         rng = np.random.default_rng((seed, index, EXAMPLE))
         position = rng.random()
-        while True:
-            row = int(order[place])
-            try:
-                frames = self._frames(listed.files[row], position)
-                break
-            except DataError as error:
-                self._bad.bad(row, error)
-                place = (place + 1) % size
-        self._bad.good()
+
+        def read(row: int) -> tuple[int, list]:
+            return row, self._frames(listed.files[row], position)
+
+        row, frames = self._bad.first_good(order, place, read)
         pixels = train_crop(frames, spec.size, rng, self._request.augment.flip)
         label = np.int32(listed.labels[row])
         return {"input": with_channels(pixels, spec.channels), "label": label}
@@ -148,38 +140,17 @@ class VideoFiles:
         choose = functools.partial(self._sampling.indices, position=position)
         return read_clip(self._folder / file, choose)
 
-    def load(self, split: str, size: int, seed: int) -> tuple["EvalClips", np.ndarray, None]:
-        """`size` clips, evenly spread over the split (0: all), decoded when they are indexed."""
-        listed = self.open_split(split)
-        total = len(listed.files)
-        count = min(size, total) if size else total
-        rows = np.arange(count) * total // count
-        labels = np.array(listed.labels, np.int32)[rows]
-        return EvalClips(self, listed, rows), labels, None
+    def load(self, split: str, size: int, seed: int) -> tuple[EvalInputs, np.ndarray, None]:
+        """`size` clips, evenly spread over the split (0: all), decoded when they are indexed.
 
-    def eval_clip(self, file: str) -> UInt8[np.ndarray, "t h w c"]:
-        """The clip that begins with the video, its centre, as TimeSformer tests one view."""
-        spec = self._request.spec
-        frames = self._frames(file, 0.0)
-        pixels = centre_crop(frames, spec.size, spec.crop_pct, file)
-        return with_channels(pixels, spec.channels)
-
-
-class EvalClips:
-    """Evaluation clips that are decoded when they are indexed, as an array would be."""
-
-    def __init__(self, videos: VideoFiles, listed: VideoList, rows: np.ndarray):
-        self._videos, self._listed, self._rows = videos, listed, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b t h w c"]:
-        """Clips of a slice or an array of indices.
-
-        Raises:
-          BadVideo: one of them cannot be used; it is never left out.
+        Each begins with its video, and is its centre, as TimeSformer tests one view.
         """
-        files = [self._listed.files[row] for row in self._rows[which].tolist()]
-        with ThreadPoolExecutor(THREADS) as pool:
-            return np.stack(list(pool.map(self._videos.eval_clip, files)))
+        listed, spec = self.open_split(split), self._request.spec
+        rows = evenly_spread(len(listed.files), size)
+
+        def read(row: int) -> np.ndarray:
+            frames = self._frames(listed.files[row], 0.0)
+            pixels = centre_crop(frames, spec.size, spec.crop_pct, listed.files[row])
+            return with_channels(pixels, spec.channels)
+
+        return EvalInputs(read, rows), np.array(listed.labels, np.int32)[rows], None

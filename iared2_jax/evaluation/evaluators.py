@@ -34,7 +34,7 @@ def collect(
 
     Args:
       fn: jitted; a batch to arrays [B, ...].
-      arrays: the examples, by name: arrays, or what is read when it is indexed (`EvalImages`).
+      arrays: the examples, by name: arrays, or what is read when it is indexed (`EvalInputs`).
 
     Raises:
       Interrupted: if `stop` was requested.

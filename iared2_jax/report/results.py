@@ -17,8 +17,7 @@ import numpy as np
 from iared2_jax.config import flatten
 from iared2_jax.config.loading import weights_of
 from iared2_jax.data.datasets import Dataset
-from iared2_jax.data.image_files import EvalImages
-from iared2_jax.data.video_files import EvalClips
+from iared2_jax.data.image_files import EvalInputs
 from iared2_jax.evaluation import evaluators
 from iared2_jax.files import write_json, writing
 from iared2_jax.report import figures, tables
@@ -52,7 +51,7 @@ class Comparison:
     trained: dict[str, Any]
     original: dict[str, Any]
     reduces: bool
-    pixels: np.ndarray | EvalImages | EvalClips
+    pixels: np.ndarray | EvalInputs
     labels: np.ndarray
     masks: np.ndarray | None
     class_names: tuple[str, ...]

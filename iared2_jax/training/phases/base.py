@@ -94,8 +94,15 @@ class PhaseKind:
         """Names and sentences of what is going wrong late in the phase, and what to change."""
         yield from ()
 
+    def check_options(self, options: ml_collections.ConfigDict) -> None:
+        """Refuses values that no model and curriculum could make sense of.
+
+        Raises:
+          UsageError: one sentence with the key, its value and what would do.
+        """
+
     def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
-        """Refuses options that make no sense.
+        """Refuses options that make no sense for a model of so many groups.
 
         Raises:
           UsageError: one sentence with the key, its value and what would do.

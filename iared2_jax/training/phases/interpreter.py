@@ -49,12 +49,8 @@ class InterpreterPhase(PhaseKind):
     def fixed_groups(self, group: int) -> int:
         return group - 1
 
-    def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
-        if len(options.tau) not in (1, num_groups):
-            raise UsageError(
-                f"config.interpreter.tau has {len(options.tau)} values for {num_groups} groups: "
-                f"give 1 or {num_groups}"
-            )
+    def check_options(self, options: ml_collections.ConfigDict) -> None:
+        """Refuses names that are not known, and no rollouts."""
         for key, choices in (
             ("reward_denominator", policy.REWARD_DENOMINATORS),
             ("log_prob_reduction", policy.LOG_PROB_REDUCTIONS),
@@ -66,6 +62,14 @@ class InterpreterPhase(PhaseKind):
                 )
         if options.rollouts < 1:
             raise UsageError(f"config.interpreter.rollouts={options.rollouts} must be at least 1")
+
+    def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
+        """Refuses prices that are not one for all groups, nor one each."""
+        if len(options.tau) not in (1, num_groups):
+            raise UsageError(
+                f"config.interpreter.tau has {len(options.tau)} values for {num_groups} groups: "
+                f"give 1 or {num_groups}"
+            )
 
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
