@@ -155,7 +155,7 @@ def kaleidoscope(tmp_path_factory):
     names += ["turned.mp4", "short.mp4", "variable.mp4", "plain.mkv"]
     lines = [f"{name} {i % 3}" for i, name in enumerate(names)]
     (root / "train.csv").write_text("\n".join(lines[:14]) + "\n")
-    (root / "val.csv").write_text("\n".join(line.replace(" ", ",", 0) for line in lines[14:]))
+    (root / "val.csv").write_text("\n".join(lines[14:]))
     (root / "test.csv").write_text("\n".join(f"{n},{i % 3}" for i, n in enumerate(names)))
     (root / "classes.txt").write_text("running\nreading\nrowing\n")
     return root
@@ -262,6 +262,10 @@ def test_lists_are_refused_in_words(tmp_path):
     (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 minus\n")
     with pytest.raises(UsageError, match=r"line 2: 'b\.mp4 minus' is not `path label`"):
         read_list(tmp_path, "train")
+    for name in ("one, two.mp4", "a b.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "train.csv").write_text("one, two.mp4 3\na b.mp4, 4\n")
+    assert read_list(tmp_path, "train")[1:] == (("one, two.mp4", "a b.mp4"), (3, 4))
     (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1\n")
     with pytest.raises(UsageError, match=r"2 videos that are not there, the first is a\.mp4"):
         read_list(tmp_path, "train")
@@ -271,7 +275,7 @@ def test_what_does_not_fit_is_refused(kaleidoscope, tmp_path):
     path = str(kaleidoscope)
     with pytest.raises(UsageError, match="has clips, but the model takes images"):
         open_dataset("videos", DataRequest(images(64), path))
-    with pytest.raises(UsageError, match="rand_augment and erasing are for images"):
+    with pytest.raises(UsageError, match="rand_augment, erasing and repeats are for images"):
         VideoFiles(DataRequest(SPEC, path, augment=DEIT))
     write_video(tmp_path / "v.mp4", 3)
     (tmp_path / "train.csv").write_text("v.mp4 0\n")

@@ -7,6 +7,7 @@ paths are relative to the list's folder. `classes.txt` beside them may name the 
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,10 +65,10 @@ def read_list(folder: Path, split: str) -> VideoList:
 
 
 def _entry(path: Path, number: int, line: str) -> tuple[str, int]:
-    name, _, label = line.strip().rpartition("," if "," in line else " ")
-    if not name.strip() or not label.strip().isdigit():
+    found = re.fullmatch(r"(.*[^\s,])[\s,]+([0-9]+)", line.strip())  # a path may have both in it
+    if not found:
         raise UsageError(f"{path}, line {number}: {line.strip()!r} is not `path label`")
-    return name.strip(), int(label)
+    return found[1], int(found[2])
 
 
 def class_names(folder: Path, training: VideoList) -> tuple[str, ...]:
@@ -81,15 +82,20 @@ def class_names(folder: Path, training: VideoList) -> tuple[str, ...]:
 class VideoFiles:
     """The videos of a folder's lists, made into clips for a model.
 
+    Training clips are cropped as TimeSformer does it (`videos.train_crop`): of the augmentation of
+    images they have the flip, mixup and CutMix; its `scale` and `ratio` are not looked at.
+
     Raises:
       UsageError: a list that cannot be used, a label out of range, or an augmentation of images.
     """
 
     def __init__(self, request: DataRequest):
         folder, spec = Path(request.path), request.spec
-        if request.augment.rand_augment or request.augment.erasing:
+        augment = request.augment
+        if augment.rand_augment or augment.erasing or augment.repeats > 1:
             raise UsageError(
-                "config.data.augment.rand_augment and erasing are for images: switch them off"
+                "config.data.augment.rand_augment, erasing and repeats are for images: switch them "
+                "off (False, 0, 1)"
             )
         self._folder, self._request = folder, request
         self._sampling = ClipSampling(spec.frames, request.sampling_rate)
