@@ -12,10 +12,12 @@ from iared2_jax.config.defaults import (
 )
 from iared2_jax.config.loading import flatten, input_spec_of, model_groups, weights_of
 from iared2_jax.data.datasets import MADE, OPENERS
+from iared2_jax.data.request import CLIP_VIEWS
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.variants import VARIANTS, get_variant, is_variant
 from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
+from iared2_jax.token_reduction.selectors import SELECTORS
 from iared2_jax.training.optimizers import OPTIMIZERS
 from iared2_jax.training.phases import CURRICULA, PHASES
 
@@ -42,6 +44,19 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("model.dtype", DTYPES)
     one_of("model.policy_token", ("", *POLICY_TOKENS))
     one_of("reduction.train_execution", TRAIN_EXECUTIONS)
+    one_of("reduction.selector", SELECTORS)
+    one_of("eval.clip_view", CLIP_VIEWS)
+    for selector in config.compare.selectors:
+        if selector not in SELECTORS:
+            raise UsageError(
+                f"config.compare.selectors has {selector!r}, which is unknown"
+                f"{nearest(str(selector), SELECTORS)}"
+            )
+    if config.compare.selectors and config.curriculum != "iared2":
+        raise UsageError(
+            "config.compare.selectors fine-tunes baselines as long as our own blocks: it goes with "
+            f"config.curriculum=iared2, not {config.curriculum!r}"
+        )
 
     for kind in PHASES.values():
         kind.check_options(config[kind.section])
@@ -75,6 +90,13 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             "config.weights is empty, but interpreters need a trained backbone: name its file "
             '(--config.weights=deit_small.safetensors), or "scratch" if you mean it'
         )
+    trained = config.mode == "train" and config.curriculum != "selector"
+    if trained and config.reduction.selector != "interpreter":
+        raise UsageError(
+            f"config.reduction.selector={config.reduction.selector!r} is a baseline, but "
+            f"config.curriculum={config.curriculum!r} does not train under one: set "
+            "--config.curriculum=selector"
+        )
     for kind in {PHASES[name] for name, _ in CURRICULA[config.curriculum](len(sizes))}:
         _check_phase(kind.section, config[kind.section], device_count)
         kind.check(config[kind.section], len(sizes))
@@ -96,6 +118,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     pairs = ("data.augment.scale", "data.augment.ratio")
     for key, kinds in (
         ("interpreter.tau", (int, float)),
+        ("reduction.keep_ratios", (int, float)),
         *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
         *((pair, (int, float)) for pair in pairs),
     ):

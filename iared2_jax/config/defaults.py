@@ -66,6 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
     # What is trained, in which order (training.phases.CURRICULA lists the phases):
     #   iared2        for each group: its interpreter, then the blocks from there on (the paper)
     #   interpreters  only the interpreters; the backbone's weights are untouched (Table 4)
+    #   selector      all blocks, under the tokens that reduction.selector keeps: a baseline
     #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first
     config.curriculum = "iared2"
     # config.interpreter, config.backbone, config.supervised: each kind of phase declares its own
@@ -75,10 +76,21 @@ def default_config() -> ml_collections.ConfigDict:
         config[kind.section] = ml_collections.ConfigDict(options)
 
     config.reduction = ml_collections.ConfigDict()
+    # What scores the tokens, see selectors.SELECTORS. Any but "interpreter" is a baseline: for the
+    # curriculum "selector", and for evaluation.
+    config.reduction.selector = "interpreter"
     config.reduction.threshold = 0.5  # keep iff the score is above
+    # Or a fixed budget: the share of the N tokens that each group keeps, the best-scoring ones.
+    config.reduction.keep_ratios = ()
     # How tokens that are dropped for good are left out of a training step: "masked" | "gathered",
     # into as many slots as the phase's first images need. The same gradients (docs/performance.md).
     config.reduction.train_execution = "masked"
+
+    # Baselines beside the run, e.g. ("random", "attention_block_1"): the same start, fine-tuned as
+    # long under each selector at the share of tokens that the run itself keeps; in
+    # <workdir>/baselines/, and as `methods` in results.json.
+    config.compare = ml_collections.ConfigDict()
+    config.compare.selectors = ()
 
     config.ema_decay = 0.0  # evaluate an exponential moving average of the parameters; 0 is off
     config.max_bad_steps = 10  # non-finite steps in a row (none is applied) before giving up
@@ -93,6 +105,10 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 100
+    # Of videos: top-1 of a clip ("clip-1") sees the "centre" from the video's start, or a "random"
+    # crop at a random time; the video's ("video-1") adds up the logits of three crops, or is off.
+    config.eval.clip_view = "centre"
+    config.eval.video = True
     config.eval.figures = 8  # images in the figures; 0 draws none
     config.eval.speed_batch = 32  # images per batch of the throughput figures; 0 measures none
     config.eval.speed_rounds = 15
@@ -137,8 +153,11 @@ RESUMABLE = (
     "keep_checkpoints",
     "profile",
     "eval.batch_size",
+    "eval.clip_view",
+    "eval.video",
     "eval.figures",
     "eval.speed_batch",
     "eval.speed_rounds",
     "explain.upright",
+    "compare.selectors",
 )

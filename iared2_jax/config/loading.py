@@ -131,3 +131,12 @@ def input_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def model_groups(config: ml_collections.ConfigDict) -> int | tuple[int, ...]:
     """What `create_model` takes as `groups`."""
     return tuple(config.model.group_sizes) or config.model.groups
+
+
+def reduction_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a model is applied with, so that it drops tokens as `config.reduction` says."""
+    return {
+        "thresholds": config.reduction.threshold,
+        "keep_ratios": tuple(config.reduction.keep_ratios) or None,
+        "selector": config.reduction.selector,
+    }

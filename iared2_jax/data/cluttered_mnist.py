@@ -90,7 +90,11 @@ def paste(canvas: np.ndarray, patch: np.ndarray, top: int, left: int) -> None:
 
 
 def clutter(
-    pixels: UInt8[np.ndarray, "n 28 28"], chosen: int, side: int, rng: np.random.Generator
+    pixels: UInt8[np.ndarray, "n 28 28"],
+    chosen: int,
+    side: int,
+    rng: np.random.Generator,
+    size: tuple[int, int] = (CANVAS, CANVAS),
 ) -> UInt8[np.ndarray, "h w"]:
     """A canvas with fragments of other digits than `chosen`, scaled like a digit of `side` px.
 
@@ -105,8 +109,8 @@ def clutter(
         pixels[other, top : top + FRAGMENT_SIZE, left : left + FRAGMENT_SIZE]
         for other, (top, left) in zip(others, cuts, strict=True)
     ]
-    places = rng.integers(0, CANVAS - fragment_side + 1, size=(count, 2)).tolist()
-    canvas = np.zeros((CANVAS, CANVAS), np.uint8)
+    places = rng.integers(0, np.array(size) - fragment_side + 1, size=(count, 2)).tolist()
+    canvas = np.zeros(size, np.uint8)
     for fragment, place in zip(scaled(np.stack(fragments), fragment_side), places, strict=True):
         paste(canvas, fragment, *place)
     return canvas

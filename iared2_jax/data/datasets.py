@@ -13,11 +13,12 @@ import numpy as np
 
 from iared2_jax.data import cluttered_mnist, moving_mnist, video_files
 from iared2_jax.data.folder import open_folder
-from iared2_jax.data.image_files import ImageFiles, resized, resized_masks
+from iared2_jax.data.image_files import EXAMPLE, ImageFiles, resized, resized_masks
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.small import small_folder, small_imagenet
 from iared2_jax.data.video_files import VideoFiles
+from iared2_jax.data.videos import crop_boxes
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
@@ -38,6 +39,9 @@ class Dataset:
       content: tells the training examples' labels from others'; "" if they are made.
       load: (split, size, seed) -> pixels uint8 [size, ..], which may be read only when they are
         indexed; labels; masks (bool [size, h, w], or None if there are none). size 0: all of them.
+      load_crops: of clips: (split, size, seed) -> pixels [size, crops, ..] of the same examples,
+        whose logits are added up for a video's answer.
+      unusable: how many training examples could not be used so far.
     """
 
     class_names: tuple[str, ...]
@@ -47,6 +51,8 @@ class Dataset:
     load: Callable[..., tuple]
     open_split: Callable[[str], object] = lambda split: None
     content: str = ""
+    load_crops: Callable[[str, int, int], Any] | None = None
+    unusable: Callable[[], int] = lambda: 0
 
     @property
     def num_classes(self) -> int:
@@ -86,49 +92,90 @@ def clips_of(spec: InputSpec, name: str) -> None:
 
 
 def _at_size(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """Colour pictures or frames [.., h, w, 3] at a model's size, in its channels."""
+    """Colour pictures [.., h, w, 3] at a model's size, in its channels."""
     pictures = pixels.reshape(-1, *pixels.shape[-3:])
     sized = np.stack([resized(picture, spec.size) for picture in pictures])
     return with_channels(sized.reshape(*pixels.shape[:-3], *sized.shape[1:]), spec.channels)
 
 
-def _made(name: str, source: ModuleType, key: str, spec: InputSpec, **options: Any) -> Dataset:
-    """Data that are made, one of their own for every index.
-
-    source: a module with `example`, whose inputs are under `key`, and `load`.
-    """
-
-    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
-        """As the model takes it."""
-        item = source.example("train", seed, index, **options)
-        return {"input": _at_size(item[key], spec), "label": item["label"]}
-
-    def load(split: str, count: int, seed: int) -> tuple:
-        """They are made, so there is no end of them."""
-        if not count:
-            raise UsageError(f"{name} has no last example: set config.data.eval_size")
-        pixels, labels, masks = source.load(split, count, seed, **options)
-        flat = resized_masks(masks.reshape(-1, *masks.shape[-2:]), spec.size)
-        return _at_size(pixels, spec), labels, flat.reshape(*masks.shape[:-2], *spec.size)
-
-    return Dataset(
-        class_names=source.CLASS_NAMES,
-        splits=source.SPLITS,
-        epoch_size=50_000,  # only a unit
-        train_example=train_example,
-        load=load,
-    )
+def _refuse_all(name: str, count: int) -> None:
+    """Data that are made have no last example."""
+    if not count:
+        raise UsageError(f"{name} has no last example: set config.data.eval_size")
 
 
 def _cluttered_mnist(request: DataRequest) -> Dataset:
+    """Made scenes, one of their own for every index."""
     pictures_of(request.spec, "cluttered_mnist")
-    return _made("cluttered_mnist", cluttered_mnist, "image", request.spec)
+    spec = request.spec
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """As the model takes it."""
+        scene = cluttered_mnist.example("train", seed, index)
+        return {"input": _at_size(scene["image"], spec), "label": scene["label"]}
+
+    def load(split: str, count: int, seed: int) -> tuple:
+        """Scenes with their masks."""
+        _refuse_all("cluttered_mnist", count)
+        images, labels, masks = cluttered_mnist.load(split, count, seed)
+        return _at_size(images, spec), labels, resized_masks(masks, spec.size)
+
+    return _made(cluttered_mnist, train_example, load)
 
 
 def _moving_mnist(request: DataRequest) -> Dataset:
+    """Made clips: training and evaluation see crops of them, as of videos."""
     clips_of(request.spec, "moving_mnist")
-    frames = request.spec.frames
-    return _made("moving_mnist", moving_mnist, "frames", request.spec, frames=frames)
+    spec, frames = request.spec, request.spec.frames
+    covering = max(new / old for new, old in zip(spec.size, moving_mnist.SIZE, strict=True))
+    size = tuple(round(covering * side) for side in moving_mnist.SIZE)  # of a clip before its crop
+    sized = dataclasses.replace(spec, height=size[0], width=size[1], patch=(1, 1))
+
+    def cropped(pixels: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
+        """Frames [.., t, h, w, c] or masks [.., t, h, w, 1] as the model sees them."""
+        (top, left), (height, width) = corner, spec.size
+        return pixels[..., top : top + height, left : left + width, :]
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """A random crop."""
+        clip = moving_mnist.example("train", seed, index, frames)
+        rng = np.random.default_rng((seed, index, EXAMPLE))
+        corner = [int(rng.integers(a - b + 1)) for a, b in zip(size, spec.size, strict=True)]
+        return {"input": cropped(_at_size(clip["frames"], sized), corner), "label": clip["label"]}
+
+    def load(split: str, count: int, seed: int) -> tuple:
+        """Clips with their masks: the centre, or crops at random."""
+        _refuse_all("moving_mnist", count)
+        pixels, labels, masks = moving_mnist.load(split, count, seed, frames)
+        flat = resized_masks(masks.reshape(-1, *masks.shape[-2:]), size)
+        masks = flat.reshape(*masks.shape[:-2], *size, 1)
+        corners = np.tile(crop_boxes(size, spec.size, 1), (count, 1))
+        if request.clip_view == "random":
+            rng = np.random.default_rng((seed, EXAMPLE))
+            corners = rng.integers(np.array(size) - spec.size + 1, size=(count, 2))
+        both = zip(_at_size(pixels, sized), masks, corners.tolist(), strict=True)
+        parts = [(cropped(clip, corner), cropped(mask, corner)) for clip, mask, corner in both]
+        pixels, masks = (np.stack(part) for part in zip(*parts, strict=True))
+        return pixels, labels, masks[..., 0]
+
+    def load_crops(split: str, count: int, seed: int) -> np.ndarray:
+        """Left, centre and right of the same clips."""
+        pixels = _at_size(moving_mnist.load(split, count, seed, frames)[0], sized)
+        corners = crop_boxes(size, spec.size, 3)
+        return np.stack([cropped(pixels, corner) for corner in corners], axis=1)
+
+    made = _made(moving_mnist, train_example, load)
+    return dataclasses.replace(made, load_crops=load_crops)
+
+
+def _made(source: ModuleType, train_example: Callable, load: Callable) -> Dataset:
+    return Dataset(
+        class_names=source.CLASS_NAMES,
+        splits=source.SPLITS,
+        epoch_size=50_000,  # only a unit: there is no end of them
+        train_example=train_example,
+        load=load,
+    )
 
 
 def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
@@ -176,6 +223,8 @@ def _videos(request: DataRequest) -> Dataset:
         load=files.load,
         open_split=files.open_split,
         content=files.training.digest(),
+        load_crops=files.load_crops,
+        unusable=lambda: files.unusable,
     )
 
 

@@ -42,6 +42,11 @@ class BadExamples:
         self._in_a_row = 0
         self._lock = threading.Lock()
 
+    @property
+    def count(self) -> int:
+        """How many there were so far."""
+        return len(self._rows)
+
     def good(self) -> None:
         """Counts one that was readable."""
         with self._lock:

@@ -5,6 +5,8 @@ import dataclasses
 from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
 from iared2_jax.models.input_spec import InputSpec
 
+CLIP_VIEWS = ("centre", "random")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataRequest:
@@ -16,6 +18,8 @@ class DataRequest:
       augment: of the training images; data that is made is not augmented.
       bad_share: of the training images or videos that may be unreadable.
       sampling_rate: of clips, how far apart their frames are, counted at 30 a second.
+      clip_view: of the evaluation clips, one of `CLIP_VIEWS`: the centre of each from its video's
+        start, or a random crop at a random time.
     """
 
     spec: InputSpec
@@ -23,3 +27,4 @@ class DataRequest:
     augment: AugmentOptions = CROP_FLIP
     bad_share: float = 0.001
     sampling_rate: int = 32
+    clip_view: str = "centre"

@@ -16,7 +16,7 @@ import numpy as np
 from iared2_jax.data.image_files import EXAMPLE, BadExamples, EvalInputs, evenly_spread, shuffled
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
-from iared2_jax.data.videos import ClipSampling, centre_crop, read_clip, train_crop
+from iared2_jax.data.videos import ClipSampling, centre_crop, read_clip, spatial_crops, train_crop
 from iared2_jax.errors import UsageError, nearest
 
 SPLITS = ("train", "val", "test")
@@ -149,14 +149,35 @@ class VideoFiles:
     def load(self, split: str, size: int, seed: int) -> tuple[EvalInputs, np.ndarray, None]:
         """`size` clips, evenly spread over the split (0: all), decoded when they are indexed.
 
-        Each begins with its video, and is its centre, as TimeSformer tests one view.
+        Each begins with its video, and is its centre, as TimeSformer tests one view; or, if that
+        is asked for, one at random, as it watches its own training.
         """
         listed, spec = self.open_split(split), self._request.spec
-        rows = evenly_spread(len(listed.files), size)
+        random = self._request.clip_view == "random"
 
         def read(row: int) -> np.ndarray:
-            frames = self._frames(listed.files[row], 0.0)
-            pixels = centre_crop(frames, spec.size, spec.crop_pct, listed.files[row])
+            rng = np.random.default_rng((seed, row, EXAMPLE))
+            frames = self._frames(listed.files[row], rng.random() if random else 0.0)
+            if random:
+                pixels = train_crop(frames, spec.size, rng, flip=0.0)
+            else:
+                pixels = centre_crop(frames, spec.size, spec.crop_pct, listed.files[row])
             return with_channels(pixels, spec.channels)
 
+        rows = evenly_spread(len(listed.files), size)
         return EvalInputs(read, rows), np.array(listed.labels, np.int32)[rows], None
+
+    def load_crops(self, split: str, size: int, seed: int) -> EvalInputs:
+        """The same videos as `load`'s, three crops each [3, T, h, w, c], from the video's start."""
+        listed, spec = self.open_split(split), self._request.spec
+
+        def read(row: int) -> np.ndarray:
+            pixels = spatial_crops(self._frames(listed.files[row], 0.0), spec.size)
+            return with_channels(pixels, spec.channels)
+
+        return EvalInputs(read, evenly_spread(len(listed.files), size))
+
+    @property
+    def unusable(self) -> int:
+        """How many of the training videos this process could not use so far."""
+        return self._bad.count

@@ -153,6 +153,43 @@ def train_crop(
     return np.ascontiguousarray(clip[:, :, ::-1]) if rng.random() < flip else clip
 
 
+def crop_boxes(size: tuple[int, int], crop: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    """Upper left corners of `count` crops, evenly spread along the longer side: one is the centre.
+
+    Three are left, centre and right of a wide frame, top, centre and bottom of a high one.
+
+    Args:
+      size: height and width of the frame, at least the crop's.
+
+    Example:
+      >>> crop_boxes((224, 299), (224, 224), 3)
+      [(0, 0), (0, 38), (0, 75)]
+    """
+    spare = np.array(size) - crop
+    centre, along = np.ceil(spare / 2).astype(int), int(np.argmax(spare))
+    corners = np.tile(centre, (count, 1))
+    if count > 1:
+        corners[:, along] = np.ceil(np.linspace(0, spare[along], count))
+    return [(int(top), int(left)) for top, left in corners]
+
+
+def spatial_crops(
+    frames: Sequence[Image.Image], size: tuple[int, int], count: int = 3
+) -> UInt8[np.ndarray, "v t h w 3"]:
+    """Crops that together see the whole frame: the shorter side resized to the crop's (bilinear).
+
+    Source:
+      TimeSformer's test with NUM_SPATIAL_CROPS 3, whose logits are added up.
+    """
+    (height, width), (w, h) = size, frames[0].size
+    enlarge = max(height / h, width / w)
+    h, w = max(height, int(h * enlarge)), max(width, int(w * enlarge))
+    resized = [frame.resize((w, h), Image.Resampling.BILINEAR) for frame in frames]
+    clip = np.stack([np.asarray(frame) for frame in resized])
+    boxes = crop_boxes((h, w), size, count)
+    return np.stack([clip[:, top : top + height, left : left + width] for top, left in boxes])
+
+
 def centre_crop(
     frames: Sequence[Image.Image], size: tuple[int, int], crop_pct: float, name: str
 ) -> UInt8[np.ndarray, "t h w 3"]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -18,7 +19,8 @@ from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.signals import Stop
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.flops import Flops, count_flops
-from iared2_jax.token_reduction.model import IARed2, Thresholds
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.selectors import Selector
 from iared2_jax.typing import Array
 
 Named = Iterator[tuple[str, Any]]
@@ -102,16 +104,21 @@ def kept_tokens(counts: Int[np.ndarray, "n groups"], num_patches: int) -> Named:
     yield "kept_p95", np.percentile(share, 95, axis=0).tolist()
 
 
-def cost(module: IARed2, counts: Int[np.ndarray, "n groups"] | None) -> Named:
+def cost(
+    module: IARed2,
+    counts: Int[np.ndarray, "n groups"] | None,
+    selector: str | Selector = "interpreter",
+) -> Named:
     """FLOPs (multiply-accumulates) per image, linear and full; None: of the dense backbone.
 
     Args:
       counts: tokens kept, per image and group.
+      selector: what chose them; its own cost is counted.
     """
     if counts is None:
         yield "flops", count_flops(module)._asdict()
         return
-    flops = count_flops(module, tuple(counts.T))
+    flops = count_flops(module, tuple(counts.T), selector=selector)
     for name, reduce in (
         ("flops", np.mean),
         ("flops_p5", functools.partial(np.percentile, q=5)),
@@ -139,13 +146,25 @@ def segmentation(
     yield "all_background", score_segmentation(np.zeros_like(masks), masks)._asdict()
 
 
+SPEED_SAMPLE = 128  # inputs that a ragged plan is made with
+
+
+def speed_sample(spec: InputSpec, pixels: Any, size: int) -> tuple[Array, np.ndarray]:
+    """A batch of `size` to be timed, on the device, and others that plans are made with.
+
+    Both normalised; where there are no others, plans are made with the same.
+    """
+    inputs = np.asarray(spec.normalize(jnp.asarray(pixels[: size + SPEED_SAMPLE])))
+    return jnp.asarray(inputs[:size]), inputs[size:] if len(inputs) > size else inputs
+
+
 def throughput(
     module: IARed2,
     dense: Mapping[str, Any],
     trained: Mapping[str, Any],
     images: Array,
     sample: Array,
-    thresholds: Thresholds,
+    reduction: Mapping[str, Any],
     rounds: int,
 ) -> Named:
     """Images per second from a device-resident batch to logits, every execution in one run.
@@ -154,14 +173,15 @@ def throughput(
       dense, trained: variables of the dense baseline and of the model that drops.
       images: one normalised batch on the device, timed.
       sample: other images, that the ragged plan is made with.
+      reduction: thresholds, keep_ratios and selector, as `IARed2.__call__` takes them.
     """
     b = len(images)
-    run = accelerate(module, trained, b, thresholds, images=sample, cache_dir=None)
+    run = accelerate(module, trained, b, images=sample, cache_dir=None, **reduction)
 
     def dense_in(rows):
         return functools.partial(jax.jit(functools.partial(run_dense, module, rows)), dense, images)
 
-    masked = jax.jit(lambda variables, x: module.apply(variables, x, thresholds)[0])
+    masked = jax.jit(lambda variables, x: module.apply(variables, x, **reduction)[0])
     # The baseline is the better of the whole batch and sub-batches that fit the caches.
     whole, *parts = sub_batch_sizes(b, jax.default_backend())
     variants = {

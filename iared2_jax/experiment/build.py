@@ -9,6 +9,7 @@ from iared2_jax.config.loading import (
     input_sizes,
     input_spec_of,
     model_groups,
+    reduction_of,
     weights_of,
 )
 from iared2_jax.data.augment import augment_options
@@ -17,6 +18,7 @@ from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.selectors import get_selector
 from iared2_jax.training.curriculum import phases
 from iared2_jax.training.phases import CURRICULA, PHASES, Phase
 from iared2_jax.weights.load import load_weights
@@ -32,6 +34,7 @@ def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
         augment=augment_options(config.data.augment),
         bad_share=config.data.bad_share,
         sampling_rate=config.data.sampling_rate,
+        clip_view=config.eval.clip_view,
     )
     return open_dataset(config.data.name, request)
 
@@ -78,8 +81,18 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def build_module(config: ml_collections.ConfigDict) -> IARed2:
-    """The config's model without parameters."""
-    return create_module(**model_options(config), dtype=jnp.dtype(config.model.dtype))
+    """The config's model without parameters.
+
+    Raises:
+      UsageError: options that make no model, or `config.reduction` does not fit it.
+    """
+    module = create_module(**model_options(config), dtype=jnp.dtype(config.model.dtype))
+    asked = reduction_of(config)
+    try:
+        module.check_budget(asked["keep_ratios"], get_selector(asked["selector"]))
+    except ValueError as error:
+        raise UsageError(f"config.reduction: {error}") from error
+    return module
 
 
 def build_model(config: ml_collections.ConfigDict) -> Model:

@@ -10,6 +10,7 @@ import ml_collections
 from iared2_jax.config.checks import validate
 from iared2_jax.config.migration import adopt_old_names
 from iared2_jax.errors import Interrupted
+from iared2_jax.experiment import compare
 from iared2_jax.experiment.build import (
     Model,
     build_model,
@@ -20,6 +21,7 @@ from iared2_jax.experiment.build import (
     load_initial,
     model_options,
 )
+from iared2_jax.experiment.compare import check_comparison
 from iared2_jax.experiment.run_directory import (
     adopt_config,
     keep_start,
@@ -103,16 +105,28 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     Raises:
       Interrupted: a signal stopped it; the state is saved, and the same call goes on.
     """
-    from iared2_jax.report.results import evaluate_run  # slow to import: matplotlib
-
     workdir = Path(workdir)
     module = _checked_module(config)
+    check_comparison(config)
+    with Stop() as stop:
+        state, results = _train_and_evaluate(config, workdir, module, stop)
+        if config.compare.selectors:
+            with locked(workdir):
+                _compare(config, workdir, module, state, results, stop)
+    return state
+
+
+def _train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: Path, module: IARed2, stop: Stop
+) -> tuple[TrainState, dict[str, Any]]:
+    from iared2_jax.report.results import evaluate_run  # slow to import: matplotlib
+
     variables = starting_point(config, module, workdir)
-    with Stop() as stop, locked(workdir):
+    with locked(workdir):
         state = _train(config, workdir, module, variables, stop)
         if stop.requested:
             raise Interrupted("stopped by a signal, state saved: the same command goes on")
-        evaluate_run(
+        results = evaluate_run(
             config,
             workdir,
             module,
@@ -123,7 +137,40 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
             stop,
             model_options(config),
         )
-    return state
+    return state, results
+
+
+def _compare(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    module: IARed2,
+    state: TrainState,
+    results: dict[str, Any],
+    stop: Stop,
+) -> None:
+    """Trains and evaluates the baselines, and adds all methods to the run's results and page."""
+    from iared2_jax.report.results import write_again
+
+    found, folders, kept = {}, {}, compare.kept_shares(results)
+    for selector in config.compare.selectors:
+        baseline = compare.baseline_config(config, selector, kept)
+        folder = folders[selector] = workdir / compare.FOLDER / selector
+        found[selector] = compare.finished(baseline, folder)
+        if found[selector] is None:
+            log.info("baseline %s, at %s of the tokens", selector, kept)
+            folder.mkdir(parents=True, exist_ok=True)
+            own = build_module(baseline)
+            _, found[selector] = _train_and_evaluate(baseline, folder, own, stop)
+    clips = module.input_spec.is_clip
+    results["methods"] = compare.methods(results, found, clips)
+    if config.eval.speed_batch:
+        original = starting_point(config, module, workdir)
+        trained = {"params": state.eval_params}
+        dataset = dataset_of(config)
+        rates = compare.rates(config, dataset, module, original, trained, folders)
+        for name, rate in rates.items():
+            results["methods"][name]["clips_per_s" if clips else "images_per_s"] = rate
+    write_again(results, workdir)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:

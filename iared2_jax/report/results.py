@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from einops import rearrange
 
 from iared2_jax.config import flatten
-from iared2_jax.config.loading import weights_of
+from iared2_jax.config.loading import reduction_of, weights_of
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.data.image_files import EvalInputs
 from iared2_jax.evaluation import evaluators
@@ -30,7 +31,11 @@ from iared2_jax.weights.save import save_weights
 log = logging.getLogger(__name__)
 
 RANDOM_MASK_SEED = 0
-SPEED_SAMPLE = 128  # images that the ragged plan is made with
+PAGE = "report.html"
+FIGURES = {  # below figures/, and their captions
+    "heatmaps.png": "What the model looked at (Figure 3)",
+    "hierarchy.png": "What each group still sees (Figure 4)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Comparison:
       reduces: whether it drops tokens at all (a supervised run does not).
       pixels, labels, masks: the evaluation set; masks, the segmentation truth, may be None.
       class_names: of the labels.
+      crops: of clips: several crops of each, whose logits make a video's answer; else None.
+      reduction: what a model is applied with to drop tokens (`config.loading.reduction_of`).
     """
 
     config: ml_collections.ConfigDict
@@ -56,6 +63,12 @@ class Comparison:
     masks: np.ndarray | None
     class_names: tuple[str, ...]
     stop: Stop | None
+    crops: np.ndarray | EvalInputs | None
+    reduction: dict[str, Any]
+
+    @property
+    def selector(self) -> str:
+        return self.reduction["selector"]
 
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
         """`fn(variables, inputs, batch)`, jitted, with the inputs normalised on the device."""
@@ -70,6 +83,31 @@ class Comparison:
         return evaluators.collect(
             lambda batch: fn(variables, batch), arrays, self.config.eval.batch_size, self.stop
         )
+
+    def video_answers(self, variables: dict[str, Any], **how: Any) -> dict[str, Any]:
+        """{"video": top-1 and top-5 of the summed logits of every video's crops}; {} for images.
+
+        Args:
+          how: what the model is applied with.
+        """
+        if self.crops is None:
+            return {}
+        spec, module = self.module.input_spec, self.module
+
+        @jax.jit
+        def summed(variables, batch):
+            crops = batch["crops"]
+            flat = spec.normalize(rearrange(crops, "b v ... -> (b v) ..."))
+            logits = module.apply(variables, flat, **how)[0]
+            return {"top": evaluators.top_classes(logits.reshape(*crops.shape[:2], -1).sum(axis=1))}
+
+        seen = evaluators.collect(
+            lambda batch: summed(variables, batch),
+            {"crops": self.crops},
+            max(1, self.config.eval.batch_size // 3),
+            self.stop,
+        )
+        return {"video": dict(evaluators.accuracy(seen["top"], self.labels))}
 
 
 def evaluate_run(
@@ -101,6 +139,9 @@ def evaluate_run(
     """
     data, drops = config.data, reduces(config)
     pixels, labels, masks = dataset.load(data.eval_split, data.eval_size, data.seed)
+    crops = None
+    if dataset.load_crops is not None and config.eval.video:
+        crops = dataset.load_crops(data.eval_split, data.eval_size, data.seed)
     trained = {"params": params}
     comparison = Comparison(
         config=config,
@@ -113,19 +154,24 @@ def evaluate_run(
         masks=masks,
         class_names=dataset.class_names,
         stop=stop,
+        crops=crops,
+        reduction=reduction_of(config),
     )
-    results = _measure(comparison)
+    results = _measure(comparison, dataset)
     if model_options is not None:
         _write_weights(comparison, results, workdir, model_options)
     _write(comparison, results, workdir)
     return results
 
 
-def _measure(comparison: Comparison) -> dict[str, Any]:
+def _measure(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
     results: dict[str, Any] = {"run": comparison.config.name, "examples": len(comparison.labels)}
     results["dense"], maps = _dense(comparison)
     if comparison.reduces:
-        results["iared2"], counts, scores = _reduced(comparison)
+        # Another selector's figures are not ours.
+        ours = "iared2" if comparison.selector == "interpreter" else "reduced"
+        results["selector"] = comparison.selector
+        results[ours], counts, scores = _reduced(comparison)
         results["random"] = _random(comparison, counts)
         maps = {**scores, **maps}
         if comparison.config.eval.speed_batch:
@@ -135,6 +181,8 @@ def _measure(comparison: Comparison) -> dict[str, Any]:
         results["segmentation"] = dict(
             evaluators.segmentation(maps, comparison.masks, comparison.module.input_spec)
         )
+    if unusable := dataset.unusable():
+        results["unusable_training_examples"] = unusable
     results["config"] = flatten(comparison.config)
     results["versions"] = _versions()
     return results
@@ -154,6 +202,7 @@ def _dense(comparison: Comparison) -> tuple[dict[str, Any], dict[str, np.ndarray
     seen = comparison.collect(comparison.compiled(dense_pass), comparison.original)
     figures = {
         **_answers(comparison, seen["top"]),
+        **comparison.video_answers(comparison.original, execution="dense"),
         **dict(evaluators.cost(comparison.module, None)),
     }
     if "attention" not in seen:
@@ -179,7 +228,7 @@ def _reduced(
     judged, module = comparison.masks is not None, comparison.module
 
     def masked_pass(variables, inputs, batch):
-        logits, out = module.apply(variables, inputs, comparison.config.reduction.threshold)
+        logits, out = module.apply(variables, inputs, **comparison.reduction)
         found = {
             "top": evaluators.top_classes(logits),
             "counts": jnp.stack([keep.sum(axis=-1) for keep in out.keep], axis=1),
@@ -190,11 +239,13 @@ def _reduced(
     counts = seen["counts"]
     figures = {
         **_answers(comparison, seen["top"]),
+        **comparison.video_answers(comparison.trained, **comparison.reduction),
         **dict(evaluators.kept_tokens(counts, module.input_spec.num_patches)),
-        **dict(evaluators.cost(module, counts)),
+        **dict(evaluators.cost(module, counts, comparison.selector)),
     }
     groups = range(module.num_groups) if judged else ()
-    return figures, counts, {f"group_{g + 1}": seen["scores"][:, g] for g in groups}
+    name = "group" if comparison.selector == "interpreter" else f"{comparison.selector}_group"
+    return figures, counts, {f"{name}_{g + 1}": seen["scores"][:, g] for g in groups}
 
 
 def _random(comparison: Comparison, counts: np.ndarray) -> dict[str, float]:
@@ -227,20 +278,20 @@ def _random(comparison: Comparison, counts: np.ndarray) -> dict[str, float]:
 
 def _speed(comparison: Comparison) -> dict[str, Any]:
     """Images per second of one batch; the ragged plan is made with other images than the timed."""
-    config, n = comparison.config, comparison.config.eval.speed_batch
-    pixels = comparison.pixels[: n + SPEED_SAMPLE]
-    images = np.asarray(comparison.module.input_spec.normalize(jnp.asarray(pixels)))
+    config = comparison.config
+    spec, size = comparison.module.input_spec, config.eval.speed_batch
+    timed, sample = evaluators.speed_sample(spec, comparison.pixels, size)
     figures = evaluators.throughput(
         comparison.module,
         comparison.original,
         comparison.trained,
-        jnp.asarray(images[:n]),
-        images[n:] if len(images) > n else images,
-        thresholds=config.reduction.threshold,
+        timed,
+        sample,
+        reduction=comparison.reduction,
         rounds=config.eval.speed_rounds,
     )
     return {
-        "batch": len(images[:n]),
+        "batch": len(timed),
         "dtype": config.model.dtype,
         "device": f"{jax.devices()[0].device_kind} x 1",
         **dict(figures),
@@ -250,7 +301,7 @@ def _speed(comparison: Comparison) -> dict[str, Any]:
 def _write_weights(
     comparison: Comparison, results: dict[str, Any], workdir: Path, options: dict[str, Any]
 ) -> None:
-    best = results.get("iared2", results["dense"])
+    best = results.get("iared2") or results.get("reduced") or results["dense"]
     metadata = {
         "create_model": options,
         "top1": best["top1"],
@@ -268,28 +319,43 @@ def _write_weights(
 
 
 def _write(comparison: Comparison, results: dict[str, Any], workdir: Path) -> None:
-    config = comparison.config
-    made = tables.tables(results)
-    footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    page = workdir / "report.html"
     # Made aside first: until all is there, what an evaluation before has written stays.
-    with writing(page) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
-        drawn = {}
-        if comparison.reduces and config.eval.figures:
+    with writing(workdir / PAGE) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
+        drawn = []
+        if comparison.reduces and comparison.config.eval.figures:
             drawn = _draw(comparison, Path(aside))
-        tables.write_html(draft, f"IA-RED²: {config.name}", made, drawn, footer)
-        for path in (workdir / "figures").glob("*.png"):
+        _write_page(draft, results, {path.name for path in drawn})
+        for path in (workdir / "figures").glob("*.*"):
             path.unlink()
-        for path in drawn.values():
+        for path in drawn:
             (workdir / "figures").mkdir(exist_ok=True)
             path.replace(workdir / "figures" / path.name)
     # Last, so that results.json says that everything else is there.
     write_json(workdir / "results.json", results)
-    print("\n\n".join(tables.as_text(table) for table in made), flush=True)
+    _show(results)
     log.info("results.json, report.html and figures are in %s", workdir)
 
 
-def _draw(comparison: Comparison, folder: Path) -> dict[str, Path]:
+def write_again(results: dict[str, Any], workdir: Path) -> None:
+    """Writes results that have grown since the evaluation, and their page, around its figures."""
+    with writing(workdir / PAGE) as draft:
+        _write_page(draft, results, {path.name for path in (workdir / "figures").glob("*.*")})
+    write_json(workdir / "results.json", results)
+    _show(results)
+
+
+def _write_page(path: Path, results: dict[str, Any], figures: set[str]) -> None:
+    footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    shown = {caption: name for name, caption in FIGURES.items() if name in figures}
+    made = tables.tables(results)
+    tables.write_html(path, f"IA-RED²: {results['run']}", made, shown, footer)
+
+
+def _show(results: dict[str, Any]) -> None:
+    print("\n\n".join(tables.as_text(table) for table in tables.tables(results)), flush=True)
+
+
+def _draw(comparison: Comparison, folder: Path) -> list[Path]:
     config, module = comparison.config, comparison.module
     shown = comparison.pixels[: config.eval.figures]
     heatmaps = figures.draw_comparison(
@@ -309,10 +375,7 @@ def _draw(comparison: Comparison, folder: Path) -> dict[str, Path]:
         folder / "hierarchy.png",
         thresholds=config.reduction.threshold,
     )
-    return {
-        "What the model looked at (Figure 3)": heatmaps,
-        "What each group still sees (Figure 4)": hierarchy,
-    }
+    return [heatmaps, hierarchy]
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,10 @@ Table = tuple[str, list[list[str]]]  # title; rows, the first is the header
 def tables(results: dict[str, Any]) -> list[Table]:
     """The tables of `results` (see `report.results.evaluate_run`), as rows of strings."""
     made = [_accuracy(results)]
-    confusions = results.get("iared2", results["dense"]).get("confusions")
+    if "methods" in results:
+        made.insert(0, _methods(results))
+    best = results.get("iared2") or results.get("reduced") or results["dense"]
+    confusions = best.get("confusions")
     if confusions:
         made.append(_confusions(confusions))
     if "segmentation" in results:
@@ -24,16 +27,23 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 def _accuracy(results: dict[str, Any]) -> Table:
     dense = results["dense"]
+    videos = ["video top-1"] if "video" in dense else []
     rows = [
-        ["model", "top-1", "top-5", "kept per group", "MMACs linear", "MMACs full", "of dense"],
+        [
+            "model", "top-1", "top-5", *videos, "kept per group", "MMACs linear", "MMACs full",
+            "of dense",
+        ],
         _accuracy_row("dense", dense, dense, "1.00"),
-    ]
-    if "iared2" in results:
-        ours, random = results["iared2"], results["random"]
+    ]  # fmt: skip
+    ours = results.get("iared2") or results.get("reduced")
+    if ours:
+        name = results["selector"].replace("_", " ") if "reduced" in results else "IA-RED2"
         shares = " / ".join(f"{share:.2f}" for share in ours["kept"])
-        rows.append(_accuracy_row("IA-RED2", ours, dense, shares))
-        rows.append(_accuracy_row("random masks, same counts", {**ours, **random}, dense, shares))
-    return f"Accuracy and cost, {results['examples']} images", rows
+        rows.append(_accuracy_row(name, ours, dense, shares))
+        random = {**ours, "video": None, **results["random"]}
+        rows.append(_accuracy_row("random masks, same counts", random, dense, shares))
+    inputs = "videos" if videos else "images"
+    return f"Accuracy and cost, {results['examples']} {inputs}", rows
 
 
 def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: str) -> list[str]:
@@ -42,11 +52,42 @@ def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: s
         name,
         f"{100 * row['top1']:.2f}%",
         f"{100 * row['top5']:.2f}%",
+        *([f"{100 * row['video']['top1']:.2f}%" if row["video"] else ""] if "video" in row else []),
         kept,
         f"{row['flops']['linear'] / 1e6:.2f}",
         f"{full / 1e6:.2f}",
         f"{100 * full / dense['flops']['full']:.1f}%",
     ]
+
+
+def _methods(results: dict[str, Any]) -> Table:
+    """Table 3's columns, for every method of a comparison."""
+    columns = {
+        "clip1_error": ("clip-1 error", "{:.2f}%"),
+        "top1_error": ("top-1 error", "{:.2f}%"),
+        "video1_error": ("video-1 error", "{:.2f}%"),
+        "kept": ("kept", "{:.3f}"),
+        "linear": ("MMACs linear", "{:.1f}"),
+        "full": ("MMACs full", "{:.1f}"),
+        "clips_per_s": ("clips/s", "{:.0f}"),
+        "images_per_s": ("images/s", "{:.0f}"),
+        "mean_iou": ("mIoU", "{:.1f}"),
+    }
+    rows = {
+        name: {
+            **row,
+            **{key: value / 1e6 for key, value in row["flops"].items()},
+            **({"mean_iou": 100 * row["mean_iou"]} if "mean_iou" in row else {}),
+        }
+        for name, row in results["methods"].items()
+    }
+    there = [key for key in columns if any(key in row for row in rows.values())]
+    made = [["method", *(columns[key][0] for key in there)]]
+    for name, row in rows.items():
+        cells = [columns[key][1].format(row[key]) if key in row else "" for key in there]
+        label = "IA-RED2" if name == "iared2" else name.replace("_", " ")
+        made.append([label, *cells])
+    return "Beside the baselines, at the same tokens kept", made
 
 
 def _confusions(confusions: list[dict[str, Any]]) -> Table:
@@ -113,9 +154,13 @@ $body
 
 
 def write_html(
-    path: Path, title: str, made: list[Table], figures: dict[str, Path], footer: str
+    path: Path, title: str, made: list[Table], figures: dict[str, str], footer: str
 ) -> Path:
-    """Writes the tables, and the figures below figures/, as one page that needs no network."""
+    """Writes the tables and figures as one page that needs no network.
+
+    Args:
+      figures: by caption, the names of files below figures/.
+    """
     parts = []
     for caption, rows in made:
         header, *body = rows
@@ -124,7 +169,7 @@ def write_html(
         parts += [_html_row(row, "td") for row in body]
         parts.append("</table>")
     for caption, image in figures.items():
-        source = html.escape(f"figures/{image.name}")
+        source = html.escape(f"figures/{image}")
         caption = html.escape(caption)
         parts.append(f'<h2>{caption}</h2>\n<img src="{source}" alt="{caption}">')
     page = _PAGE.substitute(

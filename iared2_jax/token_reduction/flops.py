@@ -10,6 +10,7 @@ from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.models.variants import get_variant
 from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.selectors import Selector, get_selector
 
 
 class Flops(NamedTuple):
@@ -29,12 +30,12 @@ def count_flops(
     *,
     group_sizes: Sequence[int] | None = None,
     interpreters: bool | None = None,
+    selector: str | Selector = "interpreter",
 ) -> Flops:
     """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
 
-    Blocks cost what the backbone's `block_flops` says for kept + prefix tokens; an interpreter that
-    is handed m patches costs (m + 1) d^2 + m d, as in the paper (ours needs less, see
-    `token_reduction.interpreter.Keys`).
+    Blocks cost what the backbone's `block_flops` says for kept + prefix tokens, and the choice of
+    tokens what the selector's `flops` says.
 
     Args:
       model: a variant's name, or a module.
@@ -42,7 +43,8 @@ def count_flops(
         dense backbone.
       group_sizes: blocks in each group; by default the module's own, or as many equal groups as
         `kept` has entries.
-      interpreters: count the interpreters (in `full`); by default if `kept` is given.
+      interpreters: count what the choice of tokens costs; by default if `kept` is given.
+      selector: what chooses them, see `selectors.SELECTORS`.
 
     Raises:
       UsageError: an unknown name, or groups that do not fit the depth.
@@ -69,15 +71,12 @@ def count_flops(
     if any((count < 0).any() or (count > n).any() for count in kept):
         raise ValueError(f"kept must be in 0..{n} patch tokens, in every group")
 
-    d = vit.embed_dim
     linear, full = vit.other_flops(kept[-1])
-    scoring = 0.0
-    entering = np.float64(n)
     for blocks, count in zip(sizes, kept, strict=True):
         block = vit.block_flops(count + vit.num_prefix)
         linear = linear + blocks * block.linear
         full = full + blocks * block.full
-        scoring = scoring + (entering + 1) * d**2 + entering * d
-        entering = count
-    full = full + (scoring if interpreters else 0.0)
+    if interpreters:
+        choice = get_selector(selector).flops(vit, (np.float64(n), *kept[:-1]))
+        linear, full = linear + choice[0], full + choice[1]
     return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

@@ -39,7 +39,10 @@ def measure_capacities(
     @jax.jit
     def counts(params, inputs):
         _, out = module.apply(
-            {"params": params}, module.input_spec.normalize(inputs), phase.thresholds
+            {"params": params},
+            module.input_spec.normalize(inputs),
+            phase.thresholds,
+            selector=phase.selector,
         )
         return jnp.stack([keep.sum(-1) for keep in out.keep], axis=1)
 

@@ -31,6 +31,8 @@ def phases(
                 steps=steps,
                 first_example=example,
                 options=options,
+                selector=config.reduction.selector,
+                keep_ratios=tuple(config.reduction.keep_ratios) or None,
             )
         )
         step += steps

@@ -140,7 +140,8 @@ def _capacities(
     batches: Any,
 ) -> Capacities | None:
     """Patch slots for gathered training; None where it is masked, or there is nothing to drop."""
-    if config.reduction.train_execution != "gathered" or not phase.kind.reduces:
+    gathered = config.reduction.train_execution == "gathered"
+    if not gathered or not phase.kind.reduces or phase.keep_ratios:  # a budget is its own capacity
         return None
 
     def measure() -> Capacities:

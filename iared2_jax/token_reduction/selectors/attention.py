@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
 from iared2_jax.typing import Array
 
@@ -22,7 +24,7 @@ class Attention(Selector):
       block: None: the last block before the group, which costs nothing, and needs a first group
         that keeps all. A number, from 0: the paper's baseline in two passes (Tables 2, 3 and 5):
         the dense backbone runs up to that block only for its map, then tokens are dropped before
-        the first block, and all blocks run. `count_flops` does not count the first pass.
+        the first block, and all blocks run.
     """
 
     block: int | None = None
@@ -50,6 +52,17 @@ class Attention(Selector):
         if attention is None:  # nothing has been attended to: all tokens score alike
             return Evidence(jnp.ones((x.shape[0], x.shape[1] - model.num_prefix)))
         return Evidence(attention.mean(axis=1))
+
+    def flops(
+        self, backbone: Backbone, entering: Sequence[ArrayLike]
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Of two passes the first: the blocks before `block`, its qkv, and the CLS query's row."""
+        if self.block is None:
+            return 0.0, 0.0
+        d, tokens = backbone.embed_dim, backbone.input_spec.num_patches + backbone.num_prefix
+        block = backbone.block_flops(tokens)
+        linear = self.block * block.linear + 3 * tokens * d**2
+        return linear, linear + self.block * (block.full - block.linear) + tokens * d
 
     def check(self, module: "IARed2", keep_ratios: Sequence[float] | None) -> None:
         """Refuses models without CLS, and budgets that drop before anything was attended to."""

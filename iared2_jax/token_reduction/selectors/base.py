@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.typing import Array
 
 if TYPE_CHECKING:
@@ -65,6 +67,16 @@ class Selector:
           attention: the CLS query's weights in the block before; None before the first.
         """
         raise TypeError(f"{type(self).__name__} has neither input_scores nor token_scores")
+
+    def flops(
+        self, backbone: Backbone, entering: Sequence[ArrayLike]
+    ) -> tuple[ArrayLike, ArrayLike]:
+        """Multiply-accumulates that scoring costs an input, (linear, full); by default none.
+
+        Args:
+          entering: patch tokens that are handed to each group.
+        """
+        return 0.0, 0.0
 
     def check(self, module: "IARed2", keep_ratios: Sequence[float] | None) -> None:
         """Refuses a model or budget that this selector makes no sense for.

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from iared2_jax.training.phases.backbone import BackbonePhase
 from iared2_jax.training.phases.base import Batch, Metrics, Params, Phase, PhaseContext, PhaseKind
 from iared2_jax.training.phases.interpreter import InterpreterPhase
+from iared2_jax.training.phases.selector import SelectorPhase
 from iared2_jax.training.phases.supervised import SupervisedPhase
 
 PHASES: dict[str, PhaseKind] = {
     "interpreter": InterpreterPhase(),
     "backbone": BackbonePhase(),
+    "selector": SelectorPhase(),
     "supervised": SupervisedPhase(),
 }
 
@@ -27,6 +29,11 @@ def _interpreters(num_groups: int) -> list[tuple[str, int]]:
     return [("interpreter", j) for j in range(1, num_groups + 1)]
 
 
+def _selector(num_groups: int) -> list[tuple[str, int]]:
+    """All blocks under the tokens that config.reduction.selector keeps (Table 3's baselines)."""
+    return [("selector", num_groups)]
+
+
 def _supervised(num_groups: int) -> list[tuple[str, int]]:
     """The backbone alone, dense: how a backbone is trained at first."""
     return [("supervised", 0)]
@@ -36,6 +43,7 @@ def _supervised(num_groups: int) -> list[tuple[str, int]]:
 CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
     "iared2": _iared2,
     "interpreters": _interpreters,
+    "selector": _selector,
     "supervised": _supervised,
 }
 
@@ -50,5 +58,6 @@ __all__ = [
     "Phase",
     "PhaseContext",
     "PhaseKind",
+    "SelectorPhase",
     "SupervisedPhase",
 ]

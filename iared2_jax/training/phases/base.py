@@ -118,6 +118,7 @@ class Phase:
       group: which group, from 1; 0 where the phase is of none.
       trains: the parts of the model that move.
       thresholds: one per group. (Benchmarks give each image its own, [b, D].)
+      selector, keep_ratios: what a phase of the `selector` kind drops by; see `IARed2.__call__`.
       first_step, steps: its place in the run.
       first_example: its place in the stream of training examples.
       options: the config's section for this kind (batch size, optimizer, ..).
@@ -131,6 +132,8 @@ class Phase:
     steps: int
     first_example: int
     options: ml_collections.ConfigDict
+    selector: str = "interpreter"
+    keep_ratios: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:

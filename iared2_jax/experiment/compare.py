@@ -1,0 +1,144 @@
+"""Baselines beside a finished run: the same backbone and recipe, as many tokens, other choices."""
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from iared2_jax.config.loading import flatten, reduction_of
+from iared2_jax.data.datasets import Dataset
+from iared2_jax.evaluation.evaluators import speed_sample
+from iared2_jax.experiment.build import build_module
+from iared2_jax.fast_inference import accelerate
+from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
+from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.weights.load import load_model
+
+log = logging.getLogger(__name__)
+
+Variables = dict[str, Any]
+FOLDER = "baselines"  # below the run's, one folder per selector
+
+
+def baseline_config(
+    config: ml_collections.ConfigDict, selector: str, keep_ratios: tuple[float, ...]
+) -> ml_collections.ConfigDict:
+    """The run that fine-tunes the start of `config`'s run under another selector.
+
+    It takes as many steps as all fine-tuning of `config`'s own run together, and keeps at least as
+    many tokens in each group.
+    """
+    baseline = config.copy_and_resolve_references().unlock()
+    baseline.name = f"{config.name}, {selector}"
+    baseline.curriculum = "selector"
+    baseline.reduction.selector = selector
+    baseline.reduction.keep_ratios = keep_ratios
+    baseline.compare.selectors = ()
+    baseline.backbone.steps *= len(keep_ratios)  # one phase in place of one for each group
+    baseline.backbone.epochs *= len(keep_ratios)
+    baseline.eval.figures = 0
+    baseline.eval.speed_batch = 0  # all methods are timed together, in the end
+    return baseline.lock()
+
+
+def check_comparison(config: ml_collections.ConfigDict) -> None:
+    """Refuses selectors that the config's model cannot have, before anything is trained.
+
+    Raises:
+      UsageError: one sentence that names the selector.
+    """
+    for selector in config.compare.selectors:
+        build_module(baseline_config(config, selector, (0.5,) * config.model.groups))
+
+
+def kept_shares(results: dict[str, Any]) -> tuple[float, ...]:
+    """The share of the N tokens that each group of a finished run keeps, rounded up to 0.001."""
+    return tuple(float(np.ceil(1000 * share) / 1000) for share in results["iared2"]["kept"])
+
+
+def finished(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
+    """The results of a run that has been through with this very config; None: there are none."""
+    path = folder / "results.json"
+    if not path.exists() or not (folder / "weights.safetensors").exists():
+        return None
+    results = json.loads(path.read_text())
+    same = results["config"] == json.loads(json.dumps(flatten(config)))
+    return results if same else None
+
+
+def methods(
+    results: dict[str, Any], baselines: dict[str, dict[str, Any]], clips: bool
+) -> dict[str, dict[str, Any]]:
+    """One row per method: errors in per cent, mean share of tokens kept, FLOPs, mIoU of its scores.
+
+    Args:
+      results: of the run itself. baselines: of the others, by selector.
+      clips: whether the inputs are clips; then errors are "clip1_error" and "video1_error".
+    """
+    rows = {"original": _row(results, "dense", None, clips)}
+    for selector, found in baselines.items():
+        rows[selector] = _row(found, "reduced", f"{selector}_group_1", clips)
+    rows["iared2"] = _row(results, "iared2", "group_1", clips)
+    return rows
+
+
+def _row(results: dict[str, Any], block: str, scores: str | None, clips: bool) -> dict[str, Any]:
+    figures = results[block]
+    row = {"clip1_error" if clips else "top1_error": 100 * (1 - figures["top1"])}
+    if "video" in figures:
+        row["video1_error"] = 100 * (1 - figures["video"]["top1"])
+    # Blocks per group may differ: what a block sees, on average.
+    row["kept"] = float(np.mean(figures.get("kept", [1.0])))
+    row["flops"] = figures["flops"]
+    if scores in results.get("segmentation", {}):
+        row["mean_iou"] = results["segmentation"][scores]["mean_iou"]
+    return row
+
+
+def rates(
+    config: ml_collections.ConfigDict,
+    dataset: Dataset,
+    module: IARed2,
+    original: Variables,
+    trained: Variables,
+    folders: dict[str, Path],
+) -> dict[str, float]:
+    """Inputs a second of every method by the ragged engine, all timed in turn in one process.
+
+    Args:
+      original, trained: of the run itself. folders: of the baselines' runs, by selector.
+    """
+    size = config.eval.speed_batch
+    pixels, _, _ = dataset.load(config.data.eval_split, config.data.eval_size, config.data.seed)
+    timed, sample = speed_sample(module.input_spec, pixels, size)
+
+    def fast(module: IARed2, variables: Variables, reduction: dict[str, Any]) -> Any:
+        run = accelerate(module, variables, len(timed), images=sample, cache_dir=None, **reduction)
+        return lambda: run(timed)[0]
+
+    def dense_in(rows: int) -> Any:
+        fn = jax.jit(functools.partial(run_dense, module, rows))
+        return functools.partial(fn, original, timed)
+
+    variants = {
+        ("original", rows): dense_in(rows)
+        for rows in sub_batch_sizes(len(timed), jax.default_backend())
+    }
+    for selector, folder in folders.items():
+        own = json.loads((folder / "results.json").read_text())["config"]
+        reduction = {
+            "keep_ratios": tuple(own["reduction.keep_ratios"]),
+            "selector": own["reduction.selector"],
+        }
+        variants[selector, 0] = fast(*load_model(folder / "weights.safetensors"), reduction)
+    variants["iared2", 0] = fast(module, trained, reduction_of(config))
+    best: dict[str, float] = {}
+    for (name, _), timing in interleaved(variants, config.eval.speed_rounds).items():
+        best[name] = max(best.get(name, 0.0), len(timed) / timing.median)
+    return best
