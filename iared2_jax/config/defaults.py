@@ -38,6 +38,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.interpreter_heads = 0  # 0: the variant's own
     config.model.scale = True  # divide the interpreter's logits by sqrt(head width)
     config.model.init_bias = 0.0  # added to them: 0 starts at a score of 0.5
+    # Gradient checkpointing: less memory, about a third more work (docs/performance.md).
+    config.model.remat = False
     config.model.dtype = "float32"  # of the computation: "float32" | "bfloat16"
 
     # Where the parameters come from, first match wins: the workdir's own checkpoint; this; scratch.
@@ -49,8 +51,8 @@ def default_config() -> ml_collections.ConfigDict:
         "cluttered_mnist"  # "cluttered_mnist" | "moving_mnist" | "imagenet" | "folder" | "videos"
     )
     # imagenet: TFDS' data_dir; folder: what has train/ and val/; videos: what has train.csv and
-    # val.csv; "small": a few embedded images as imagenet or folder; mode "explain": a folder of
-    # pictures.
+    # val.csv; "small": a few embedded images or clips as any of these; mode "explain": a folder of
+    # pictures or videos.
     config.data.path = ""
     config.data.seed = 0  # of the scenes, for data that is made
     config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"
@@ -144,6 +146,7 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 # Keys that may change between a run and its continuation: they do not change what is learned.
 RESUMABLE = (
     "mode",
+    "model.remat",
     "data.threads",
     "data.path",
     "data.bad_share",

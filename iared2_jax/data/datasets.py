@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,13 +16,13 @@ from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import EXAMPLE, ImageFiles, resized, resized_masks
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
-from iared2_jax.data.small import small_folder, small_imagenet
+from iared2_jax.data.small import small_folder, small_imagenet, small_videos
 from iared2_jax.data.video_files import VideoFiles
 from iared2_jax.data.videos import crop_boxes
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
-SMALL = "small"  # as a path: a few embedded images in the true format
+SMALL = "small"  # as a path: a few embedded images or videos in the true format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _moving_mnist(request: DataRequest) -> Dataset:
     size = tuple(round(covering * side) for side in moving_mnist.SIZE)  # of a clip before its crop
     sized = dataclasses.replace(spec, height=size[0], width=size[1], patch=(1, 1))
 
-    def cropped(pixels: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
+    def cropped(pixels: np.ndarray, corner: Sequence[int]) -> np.ndarray:
         """Frames [.., t, h, w, c] or masks [.., t, h, w, 1] as the model sees them."""
         (top, left), (height, width) = corner, spec.size
         return pixels[..., top : top + height, left : left + width, :]
@@ -214,6 +214,8 @@ def _folder(request: DataRequest) -> Dataset:
 
 def _videos(request: DataRequest) -> Dataset:
     clips_of(request.spec, "videos")
+    if request.path == SMALL:
+        request = dataclasses.replace(request, path=str(small_videos()))
     files = VideoFiles(request)
     return Dataset(
         class_names=files.class_names,

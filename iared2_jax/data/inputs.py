@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from iared2_jax.data.images import eval_transform, open_image, with_channels
+from iared2_jax.data.videos import is_video, read_video
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.typing import Array
@@ -26,13 +27,14 @@ def as_inputs(images: Images, spec: InputSpec, upright: bool = True) -> Float[Ar
       images: a batch of normalised inputs (floats), which is returned as it is, or one input;
         pixels 0..255 (uint8), a PIL image, or the path of a JPEG or PNG file, which are cropped and
         resized as the model's weights expect where they are of another size, and normalised; or a
-        list of any of these.
+        list of any of these. For a model of clips, a path is a video's, of which the start is
+        taken, at TimeSformer's rate (`data.videos.read_video` takes others).
       spec: the model's.
       upright: turn files and PIL images by their EXIF orientation, as a person sees them.
 
     Raises:
       UsageError: something else, an empty list, or an array of another shape or kind.
-      BadImage: a file cannot be read as an image.
+      BadImage, BadVideo: a file cannot be read as an image, or as a video.
 
     Example:
       >>> from iared2_jax.models.input_spec import images
@@ -43,6 +45,8 @@ def as_inputs(images: Images, spec: InputSpec, upright: bool = True) -> Float[Ar
         if not images:
             raise UsageError("there are no images: the list is empty")
         return jnp.concatenate([as_inputs(image, spec, upright) for image in images])
+    if isinstance(images, str | Path) and spec.is_clip and is_video(images):
+        return _normalised(read_video(images, spec)[None], spec)
     if isinstance(images, str | Path):
         return _normalised(_picture(open_image(images, exif_rotation=upright), spec, images), spec)
     if isinstance(images, Image.Image):

@@ -26,7 +26,7 @@ from iared2_jax.data.cluttered_mnist import (
     scaled,
 )
 
-DIGIT_SIZE = (24, 32)  # side of the scaled 28x28 digit, px, both ends included
+DIGIT_SIZE = (28, 36)  # side of the scaled 28x28 digit, px, both ends included
 SPEED = (2.5, 4.5)  # px a frame
 SIZE = (64, 80)  # of a frame, height and width, px
 REACH = 16  # px by which the digit's middle, halfway through a clip, is at most off the canvas's

@@ -1,6 +1,7 @@
 """Small data in the true formats, made from the embedded digits: for trying the machinery.
 
-Scenes of Cluttered MNIST as JPEG files; the digits take the names of ImageNet's first ten classes.
+Scenes of Cluttered MNIST as JPEG files, in which the digits take the names of ImageNet's first ten
+classes; clips of Moving MNIST as MP4 files, in which the motions are Kinetics-400's first eight.
 """
 
 import contextlib
@@ -9,11 +10,14 @@ import logging
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from iared2_jax.data import cluttered_mnist
+from iared2_jax.data import cluttered_mnist, moving_mnist
+from iared2_jax.data.videos import pyav
 from iared2_jax.errors import UsageError
 from iared2_jax.files import cache_folder
 
@@ -110,4 +114,42 @@ def small_folder() -> Path:
                     path = draft / split / str(digit) / f"{number:04d}.jpg"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(image)
+    return folder
+
+
+def write_video(path: Path, frames: np.ndarray, fps: Fraction = Fraction(30)) -> None:
+    """Writes frames [t, h, w, 3], whose sides are even, as an H.264 MP4.
+
+    Raises:
+      UsageError: PyAV is not installed.
+    """
+    av = pyav(path)
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "18"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def small_videos() -> Path:
+    """A folder with train.csv, val.csv, classes.txt and the videos that they list, in the cache.
+
+    A video has eight frames in eight and a half seconds: just a clip of TimeSformer's.
+    """
+    folder = _cache() / "small" / "videos"
+    if not folder.is_dir():
+        log.info("making a few small videos in %s", folder)
+        with _made_whole(folder) as draft:
+            names = [name.replace(" ", "_") for name in moving_mnist.CLASS_NAMES]
+            names += [f"class_{number}" for number in range(len(names), 400)]
+            (draft / "classes.txt").write_text("\n".join(names))
+            for split, of_clips, count in (("train", "train", TRAIN), ("val", "test", VALIDATION)):
+                clips = [moving_mnist.clip(of_clips, 0, number) for number in range(count)]
+                lines = [f"{split}_{i:04d}.mp4 {clip.label}\n" for i, clip in enumerate(clips)]
+                (draft / f"{split}.csv").write_text("".join(lines))
+                for number, clip in enumerate(clips):
+                    path = draft / f"{split}_{number:04d}.mp4"
+                    write_video(path, clip.frames, Fraction(30, 32))
     return folder

@@ -13,10 +13,12 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from iared2_jax.data.images import MAX_PIXELS, eval_transform
+from iared2_jax.data.images import MAX_PIXELS, eval_transform, with_channels
 from iared2_jax.errors import DataError, UsageError
+from iared2_jax.models.input_spec import InputSpec
 
 SHORT_SIDE = (256 / 224, 320 / 224)  # of training frames before the crop, over the crop's side
+EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 _RATE_FPS = 30  # the frame rate that a sampling rate is counted at
 
 
@@ -72,7 +74,7 @@ def read_clip(
       BadVideo: the file is not there, no video, a GIF, has no frames, or is damaged or truncated.
       UsageError: PyAV is not installed.
     """
-    av = _pyav(path)
+    av = pyav(path)
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
@@ -90,7 +92,12 @@ def read_clip(
     return [found[stamp] for stamp in wanted]
 
 
-def _pyav(path: str | Path) -> Any:
+def pyav(path: str | Path) -> Any:
+    """PyAV, for the sake of a file.
+
+    Raises:
+      UsageError: it is not installed.
+    """
     try:
         import av  # an extra: models of images need none
     except ImportError as error:
@@ -151,6 +158,25 @@ def train_crop(
     resized = (frame.resize((w, h), Image.Resampling.BILINEAR).crop(box) for frame in frames)
     clip = np.stack([np.asarray(frame) for frame in resized])
     return np.ascontiguousarray(clip[:, :, ::-1]) if rng.random() < flip else clip
+
+
+def read_video(path: str | Path, spec: InputSpec, rate: int = 32) -> UInt8[np.ndarray, "t h w c"]:
+    """The start of a video as a model evaluates it: `spec.frames` frames, their centre.
+
+    Args:
+      rate: see `ClipSampling`.
+
+    Raises:
+      BadVideo: the file cannot be used. UsageError: PyAV is not installed.
+    """
+    sampling = ClipSampling(spec.frames, rate)
+    frames = read_clip(path, lambda times: sampling.indices(times, 0.0))
+    return with_channels(centre_crop(frames, spec.size, spec.crop_pct, str(path)), spec.channels)
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether a file's name is that of a video."""
+    return Path(path).suffix.lower() in EXTENSIONS
 
 
 def crop_boxes(size: tuple[int, int], crop: tuple[int, int], count: int) -> list[tuple[int, int]]:

@@ -86,7 +86,9 @@ def build_module(config: ml_collections.ConfigDict) -> IARed2:
     Raises:
       UsageError: options that make no model, or `config.reduction` does not fit it.
     """
-    module = create_module(**model_options(config), dtype=jnp.dtype(config.model.dtype))
+    module = create_module(
+        **model_options(config), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+    )
     asked = reduction_of(config)
     try:
         module.check_budget(asked["keep_ratios"], get_selector(asked["selector"]))

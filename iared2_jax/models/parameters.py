@@ -121,11 +121,6 @@ def decays(path: str, shape: tuple[int, ...], initial: Initial | None) -> bool:
     return len(shape) == 2 and path.endswith("/kernel")
 
 
-def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    # One uniform number each, by the inverse distribution.
-    return 0.02 * special.ndtri(rng.uniform(special.ndtr(-8), special.ndtr(8), shape))
-
-
 def _fan_in_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.uniform(-1, 1, shape) / shape[0] ** 0.5
 
@@ -135,13 +130,22 @@ def constant(value: float) -> Initial:
     return Initial(nn.initializers.constant(value), lambda rng, shape: np.full(shape, value))
 
 
+def normal(std: float, decays: bool = False) -> Initial:
+    """Normal numbers around 0."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """One uniform number each, by the inverse distribution."""
+        return std * special.ndtri(rng.uniform(special.ndtr(-8), special.ndtr(8), shape))
+
+    return Initial(nn.initializers.normal(stddev=std), draw, decays)
+
+
 ZEROS = Initial(nn.initializers.zeros, lambda rng, shape: np.zeros(shape))
 ONES = Initial(nn.initializers.ones, lambda rng, shape: np.ones(shape))
 
 # DeiT's standard deviation; its truncated normal is cut at 2.0, a hundred of them out.
-_NORMAL = nn.initializers.normal(stddev=0.02)
-WEIGHT = Initial(_NORMAL, _normal, decays=True)
-TOKEN = Initial(_NORMAL, _normal)  # CLS, positions: vectors that are added, whatever their shape
+WEIGHT = normal(0.02, decays=True)
+TOKEN = normal(0.02)  # CLS, positions: vectors that are added, whatever their shape
 
 # PyTorch's default for a linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 LINEAR = Initial(

@@ -1,4 +1,4 @@
-"""The paper's Figures 3 and 4, for any model and any images, as PNG."""
+"""The paper's Figures 3 and 4 for any model and inputs as PNG; clips also as animated GIF."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
 
 from iared2_jax.attribution.maps import (
     explain,
@@ -19,6 +21,7 @@ from iared2_jax.token_reduction.model import IARed2, Thresholds
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch
+_GIF_HEIGHT = 128  # px of a frame, at least
 
 
 def draw_comparison(
@@ -86,6 +89,45 @@ def draw_hierarchy(
     return _save(figure, path)
 
 
+def draw_animation(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    pixels: UInt8[np.ndarray, "b t h w c"],
+    path: str | Path,
+    *,
+    group: int = 1,
+    thresholds: Thresholds = 0.5,
+    frames_per_second: float = 4.0,
+) -> Path:
+    """Clips as an animated GIF, a row each: as they are, their scores, what the group keeps.
+
+    Raises:
+      ValueError: the model takes images.
+    """
+    spec = module.input_spec
+    if not spec.is_clip:
+        raise ValueError("an animation shows clips; this model takes images")
+    inputs = spec.normalize(pixels)
+    scores = np.asarray(explain(module, variables, inputs, group, thresholds))
+    keep = spec.on_grid(np.asarray(keep_masks(module, variables, inputs, thresholds)[group - 1]))
+    enlarged = -(-_GIF_HEIGHT // spec.height)
+    shown = []
+    for t in range(spec.frames):
+        rows = []
+        for clip, heatmap, kept in zip(pixels, scores, keep, strict=True):
+            picture = _in_colour(clip[t])
+            hot = colormaps["jet"](_stretched(heatmap)[t])[..., :3]
+            parts = (picture / 255, 0.5 * picture / 255 + 0.5 * hot, _lit(picture, kept[t], spec))
+            rows.append(np.concatenate(parts, axis=1))
+        panel = np.rint(255 * np.concatenate(rows)).astype(np.uint8)
+        shown.append(Image.fromarray(panel.repeat(enlarged, axis=0).repeat(enlarged, axis=1)))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    duration = round(1000 / frames_per_second)
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=duration, loop=0)
+    return path
+
+
 def _in_a_row(values: np.ndarray, spec: InputSpec) -> np.ndarray:
     """A picture [H, W, ..] as it is; the frames of a clip [T, H, W, ..] side by side."""
     return np.concatenate(list(values), axis=1) if spec.is_clip else values
@@ -93,13 +135,23 @@ def _in_a_row(values: np.ndarray, spec: InputSpec) -> np.ndarray:
 
 def _picture(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
     """Pixels [H, W, 3] of an input; grey ones in colour, of more channels the first three."""
-    picture = _in_a_row(pixels, spec)
-    return np.repeat(picture, 3, axis=-1) if spec.channels < 3 else picture[..., :3]
+    return _in_colour(_in_a_row(pixels, spec))
+
+
+def _in_colour(picture: np.ndarray) -> np.ndarray:
+    return np.repeat(picture, 3, axis=-1) if picture.shape[-1] < 3 else picture[..., :3]
 
 
 def _shaded(picture: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """The picture over a grey ground; dropped patches are dimmed, so that black images show it."""
-    mask = np.kron(_in_a_row(spec.on_grid(kept), spec), np.ones(spec.patch))[..., None]
+    return _lit(picture, _in_a_row(spec.on_grid(kept), spec), spec)
+
+
+def _lit(picture: np.ndarray, grid: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """The picture over a grey ground; dropped patches are dimmed, so that black images show it.
+
+    grid: whether each patch is kept, by row and column.
+    """
+    mask = np.kron(grid, np.ones(spec.patch))[..., None]
     lit = 0.35 + 0.65 * picture / 255
     return np.where(mask, lit, lit * _DROPPED)
 

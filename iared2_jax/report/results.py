@@ -31,10 +31,12 @@ from iared2_jax.weights.save import save_weights
 log = logging.getLogger(__name__)
 
 RANDOM_MASK_SEED = 0
+ANIMATED = 4  # clips in the GIF
 PAGE = "report.html"
 FIGURES = {  # below figures/, and their captions
     "heatmaps.png": "What the model looked at (Figure 3)",
     "hierarchy.png": "What each group still sees (Figure 4)",
+    "clips.gif": "Clips, the scores of the first group, and what it keeps",
 }
 
 
@@ -375,7 +377,18 @@ def _draw(comparison: Comparison, folder: Path) -> list[Path]:
         folder / "hierarchy.png",
         thresholds=config.reduction.threshold,
     )
-    return [heatmaps, hierarchy]
+    drawn = [heatmaps, hierarchy]
+    if module.input_spec.is_clip:
+        drawn.append(
+            figures.draw_animation(
+                module,
+                comparison.trained,
+                shown[:ANIMATED],
+                folder / "clips.gif",
+                thresholds=config.reduction.threshold,
+            )
+        )
+    return drawn
 
 
 def _versions() -> dict[str, str]:

@@ -49,6 +49,7 @@ def create_module(
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     num_frames: int | None = None,
+    remat: bool = False,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
@@ -83,6 +84,7 @@ def create_module(
         backbone=backbone,
         group_sizes=split_into_groups(backbone.depth, groups),
         policy_token=policy_token,
+        remat=remat,
         **interpreter,
     )
 
@@ -98,6 +100,7 @@ def create_model(
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     num_frames: int | None = None,
+    remat: bool = False,
     **interpreter: Any,
 ) -> tuple[IARed2, dict[str, Any]]:
     """A named backbone with its interpreters, freshly initialised.
@@ -113,6 +116,7 @@ def create_model(
       image_size, patch_size: px, one number or (height, width); None: the variant's own.
       num_frames: of a clip, for models that take clips; None: the variant's own.
       channels: of the inputs; another number than the variant's gets the mean of its norm.
+      remat: gradient checkpointing: less memory in training, about a third more work.
       **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`).
 
     Returns:
@@ -137,6 +141,7 @@ def create_model(
         patch_size,
         channels,
         num_frames,
+        remat,
         **interpreter,
     )
     return module, init_variables(module, seed)
