@@ -11,6 +11,7 @@ a run the counts are those of its evaluation images; else they are drawn (benchm
 import argparse
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +23,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import common, peers
-from benchmarks.workload import SPREADS, Workload, from_checkpoint, synthetic
+from benchmarks.workload import KEPT, SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
 from iared2_jax.fast_inference import Accelerated, Plan, planner
 from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
+from iared2_jax.models.variants import get_variant
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 
@@ -298,13 +300,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="weights.safetensors of a run")
     on_gpu = jax.default_backend() == "gpu"
     sizes = [1, 8, 32, 128, 256, 1024] if on_gpu else [1, 8, 16, 32]
-    parser.add_argument("--batch", type=int, nargs="+", default=sizes)
+    parser.add_argument("--batch", type=int, nargs="+", help=f"{sizes}; of clips: 2, on a GPU 8")
     dtypes = ["bfloat16", "float32"] if on_gpu else ["float32"]
     parser.add_argument("--dtype", nargs="+", default=dtypes)
     parser.add_argument("--spread", nargs="+", default=["uneven"], choices=list(SPREADS))
+    parser.add_argument(
+        "--kept",
+        nargs="+",
+        help="mean shares kept, a number per group: 1,0.7,0.45 (models of clips: 0.35 0.5 0.7)",
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     flags = parser.parse_args(argv)
+    clips = not flags.checkpoint and get_variant(flags.model).backbone.input_spec.is_clip
+    flags.batch = flags.batch or ([8 if on_gpu else 2] if clips else sizes)
+    shares = flags.kept or (["0.35", "0.5", "0.7"] if clips else [",".join(map(str, KEPT))])
+    kept = [tuple(float(share) for share in text.split(",")) for text in shares]
 
     reason = peers.missing() if flags.peers else "not asked for"
     name = flags.checkpoint.parent.name if flags.checkpoint else flags.model
@@ -314,12 +325,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = flags.out or common.RESULTS / f"speed_{name}_{jax.default_backend()}.json"
     results = []
     for dtype in flags.dtype:
-        for spread in flags.spread if not flags.checkpoint else [""]:
+        # A checkpoint has counts of its own.
+        drawn = [("", ())] if flags.checkpoint else itertools.product(flags.spread, kept)
+        for spread, shares in drawn:
             most = max(flags.batch)
             if flags.checkpoint:
                 everything = from_checkpoint(flags.checkpoint, 64 + most, jnp.dtype(dtype))
             else:
-                everything = synthetic(flags.model, 64 + most, spread, dtype=jnp.dtype(dtype))
+                everything = synthetic(flags.model, 64 + most, spread, shares, jnp.dtype(dtype))
             sample, rest = everything.rows(0, 64), everything.rows(64, 64 + most)
             for batch in flags.batch:
                 result = measure(

@@ -29,7 +29,7 @@ from iared2_jax.data.cluttered_mnist import (
 DIGIT_SIZE = (28, 36)  # side of the scaled 28x28 digit, px, both ends included
 SPEED = (2.5, 4.5)  # px a frame
 SIZE = (64, 80)  # of a frame, height and width, px
-REACH = 16  # px by which the digit's middle, halfway through a clip, is at most off the canvas's
+SPREAD = 12.0  # px, standard deviation of the digit's middle halfway through a clip, each way
 CLASS_NAMES = (
     "right", "down right", "down", "down left", "left", "up left", "up", "up right",
 )  # fmt: skip
@@ -73,7 +73,7 @@ def _motion(split: str, seed: int, index: int, frames: int) -> _Motion:
     label = int(rng.integers(NUM_CLASSES))
     chosen = int(rng.integers(len(pixels)))
     side = int(rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1))
-    speed, middle = rng.uniform(*SPEED), np.array(SIZE) / 2 + rng.uniform(-REACH, REACH, size=2)
+    speed, middle = rng.uniform(*SPEED), np.array(SIZE) / 2 + rng.normal(0, SPREAD, size=2)
     digit = np.pad(scaled(pixels[chosen], side), math.ceil(MASK_DILATION))
     angle = 2 * math.pi * label / NUM_CLASSES
     step = speed * np.array([math.sin(angle), math.cos(angle)])

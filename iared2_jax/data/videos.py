@@ -62,13 +62,17 @@ class ClipSampling:
 
 
 def read_clip(
-    path: str | Path, choose: Callable[[Float[np.ndarray, " n"]], Int[np.ndarray, " t"]]
+    path: str | Path,
+    choose: Callable[[Float[np.ndarray, " n"]], Int[np.ndarray, " t"]],
+    threads: str = "NONE",
 ) -> list[Image.Image]:
     """Some frames of a video, upright, in RGB.
 
     Args:
       choose: from the times at which frames are shown (s) to the numbers of those to be read,
         ascending; one may be there twice.
+      threads: PyAV's `thread_type`: several videos are read at a time, so more threads for each
+        only cost (benchmarks/video_input.py).
 
     Raises:
       BadVideo: the file is not there, no video, a GIF, has no frames, or is damaged or truncated.
@@ -78,6 +82,7 @@ def read_clip(
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container, path)
+            stream.thread_type = threads
             stamps = _timestamps(container, stream, path)
             times = np.array([float(stamp * stream.time_base) for stamp in stamps])
             wanted = [stamps[i] for i in choose(times)]
