@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 # Large pages spare XLA's CPU backend most of its page faults; ignored where there are none.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test parity lint clean
+.PHONY: demo video test parity lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m iared2_jax.main --config=configs/cluttered_mnist.py --workdir=runs/cluttered_mnist
+
+# The demo on clips: TimeSformer on Moving MNIST, beside the paper's baselines (Table 3).
+video: $(BIN)/.installed
+	$(BIN)/python -m iared2_jax.main --config=configs/moving_mnist.py --workdir=runs/moving_mnist
 
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity"

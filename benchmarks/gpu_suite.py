@@ -3,12 +3,13 @@
     python -m benchmarks.gpu_suite
 
 First smoke tests of what is new or private to the device, then speed at the paper's kept shares,
-then the cost of training. A question that fails is recorded with its error and the next is asked;
+of clips, too, what a training step needs in memory, and the cost of training. A question that fails is recorded with its error and the next is asked;
 none is begun after `--minutes`. On a machine without a GPU it only shows that it runs:
-`python -m benchmarks.gpu_suite --models deit_ti --batch 2 --rounds 1`.
+`python -m benchmarks.gpu_suite --models deit_ti --video timesformer_micro --batch 2 --rounds 1`.
 """
 
 import functools
+import itertools
 import os
 import time
 import traceback
@@ -20,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, peers, speed, train_cost
-from benchmarks.workload import synthetic
+from benchmarks import common, memory, peers, speed, train_cost
+from benchmarks.workload import KEPT, synthetic
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.compaction import kept_first, take_tokens
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = common.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["deit_s", "deit_b", "deit_b_384"])
+    parser.add_argument("--video", default="timesformer_jointst_b", help="a model of clips")
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1, 32, 1024])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--minutes", type=float, default=7.0)
@@ -140,6 +142,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if batch == 1024 and model != flags.models[0]:
                 continue
             ask(f"speed {model} {batch}", lambda m=model, b=batch: _speed(m, b, dtype, flags))
+    for share in (0.35, 0.5, 0.7):
+        ask(
+            f"speed {flags.video} 8, {share} kept",
+            lambda share=share: _speed(flags.video, 8, dtype, flags, (share,)),
+        )
+    for remat, batch in itertools.product((False, True), (1, 8)):
+        ask(
+            f"memory {flags.video} {batch}, remat {remat}",
+            lambda remat=remat, batch=batch: memory.measure(flags.video, batch, remat, dtype),
+        )
     rows = "64" if dtype == jnp.bfloat16 else "2"
     cost = [
         "--model",
@@ -154,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"failed: {', '.join(failed) or 'nothing'}")
 
 
-def _speed(model: str, batch: int, dtype: Any, flags: Any) -> dict[str, Any]:
+def _speed(
+    model: str, batch: int, dtype: Any, flags: Any, kept: Sequence[float] = KEPT
+) -> dict[str, Any]:
     sample_size = max(64, min(batch, 256))
-    work = synthetic(model, sample_size + batch, "uneven", dtype=dtype)
+    work = synthetic(model, sample_size + batch, "uneven", kept, dtype)
     peer = model if peers.missing() is None and batch in (1, 256) else None
     sample, timed = work.rows(0, sample_size), work.rows(sample_size, sample_size + batch)
     answer = speed.measure(sample, timed, flags.rounds, peer)

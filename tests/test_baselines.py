@@ -29,6 +29,7 @@ def config():
     config = load_config("timesformer_micro", "runlocal")
     config.curriculum, config.weights = "selector", "scratch"
     config.model.groups, config.model.num_frames = 1, 2
+    config.model.patch_size = (16, 16)
     config.reduction.selector, config.reduction.keep_ratios = "temporal_difference", (0.4,)
     config.backbone.batch_size, config.backbone.epochs, config.backbone.steps = 4, 0.0, 2
     return config
@@ -168,6 +169,7 @@ def test_a_run_with_a_baseline_beside_it(tmp_path, monkeypatch):
         "--config.weights=scratch",
         "--config.model.groups=1",
         "--config.model.num_frames=2",
+        "--config.model.patch_size=16,16",
         *(f"--config.{phase}.epochs=0" for phase in ("interpreter", "backbone")),
         *(f"--config.{phase}.steps=1" for phase in ("interpreter", "backbone")),
         *(f"--config.{phase}.batch_size=8" for phase in ("interpreter", "backbone")),

@@ -25,25 +25,25 @@ def test_a_clip_is_a_pure_function_of_its_place():
     np.testing.assert_array_equal(frames[5], again.frames)
     np.testing.assert_array_equal(masks[5], again.masks)
     assert labels[5] == again.label
-    assert frames.shape == (6, 8, 64, 80, 3)
+    assert frames.shape == (6, 4, 64, 80, 3)
     other = moving_mnist.example("train", 0, 5)["frames"]
     assert not np.array_equal(other, frames[5])
 
 
 def test_the_mask_moves_the_way_the_class_says():
-    """From frame to frame the whole mask moves 2.5 to 4.5 px along its direction (y is down)."""
+    """From frame to frame the whole mask moves 6 to 10 px along its direction (y is down)."""
     seen = set()
-    for index in range(60):
+    for index in range(80):
         clip = moving_mnist.clip("test", 3, index)
         areas = clip.masks.sum(axis=(1, 2))
         whole = np.flatnonzero(areas == areas.max())  # frames in which nothing of it is outside
-        if len(whole) < 3:
+        if len(whole) < 2:
             continue
         first, last = clip.masks[whole[0]], clip.masks[whole[-1]]
         move = np.round(_middle(last) - _middle(first)).astype(int)
         np.testing.assert_array_equal(np.roll(first, move, (0, 1)), last)
         drift = move / (whole[-1] - whole[0])
-        assert 2 < np.hypot(*drift) < 5  # whole pixels, so not quite the speed
+        assert 5 < np.hypot(*drift) < 11  # whole pixels, so not quite the speed
         turns = np.arctan2(*drift) / (2 * np.pi) * 8
         assert round(turns) % 8 == clip.label, moving_mnist.CLASS_NAMES[clip.label]
         seen.add(clip.label)
@@ -63,17 +63,17 @@ def test_the_ink_is_in_the_mask_and_the_clutter_stands_still():
 
 
 def test_one_frame_cannot_tell_the_class():
-    """All that is in one frame is the digit's place: who knew it exactly would be right in 33%."""
+    """All that is in one frame is the digit's place: who knew it exactly would be right in 32%."""
     rng = np.random.default_rng(0)
     angles = 2 * np.pi * np.arange(8) / 8
-    steps = np.stack([np.sin(angles), np.cos(angles)], axis=1) * 3.5  # from the middle to the end
+    steps = np.stack([np.sin(angles), np.cos(angles)], axis=1) * 1.5  # from the middle to the end
     label, speed = rng.integers(8, size=20_000), rng.uniform(*moving_mnist.SPEED, size=(20_000, 1))
     place = rng.normal(0, moving_mnist.SPREAD, size=(20_000, 2)) + speed * steps[label]
     # How likely each direction makes that place, over all speeds that it may have had.
     speeds = np.linspace(*moving_mnist.SPEED, 21)
     off = place[:, None, None] - steps[:, None] * speeds[:, None]
     likelihood = np.exp(-(off**2).sum(-1) / (2 * moving_mnist.SPREAD**2)).mean(axis=-1)
-    assert 0.31 < (likelihood.argmax(axis=1) == label).mean() < 0.35
+    assert 0.30 < (likelihood.argmax(axis=1) == label).mean() < 0.35
 
 
 def test_the_middle_of_the_clip_says_nothing_at_all():
@@ -106,7 +106,7 @@ def test_the_dataset_gives_what_the_model_takes():
 
 def test_crops_of_a_clip_see_all_of_it():
     """Left, centre and right; the centre is what `load` gives, with its mask."""
-    spec = clips(64, frames=8)
+    spec = clips(64, frames=4)
     dataset = open_dataset("moving_mnist", DataRequest(spec))
     whole, _, masks = moving_mnist.load("test", 3)
     crops = dataset.load_crops("test", 3, 0)
@@ -132,6 +132,7 @@ def video_config():
     config = load_config("timesformer_micro", "runlocal")
     config.curriculum, config.weights = "interpreters", "scratch"
     config.model.groups, config.model.num_frames = 1, 2
+    config.model.patch_size = (16, 16)
     config.interpreter.batch_size, config.interpreter.epochs = 8, 0.0
     config.interpreter.steps = 3
     return config
@@ -155,6 +156,7 @@ def test_training_evaluation_and_report(tmp_path):
         "--config.weights=scratch",
         "--config.model.groups=1",
         "--config.model.num_frames=2",
+        "--config.model.patch_size=16,16",
         "--config.interpreter.epochs=0",
         "--config.interpreter.steps=2",
         "--config.interpreter.batch_size=8",

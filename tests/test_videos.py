@@ -11,11 +11,21 @@ from PIL import Image
 
 import iared2_jax
 from iared2_jax import main
+from iared2_jax.data import moving_mnist, small
 from iared2_jax.data.augment import CROP_FLIP, DEIT
 from iared2_jax.data.datasets import open_dataset
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.video_files import VideoFiles, read_list
-from iared2_jax.data.videos import BadVideo, ClipSampling, centre_crop, read_clip, train_crop
+from iared2_jax.data.videos import (
+    BadVideo,
+    ClipSampling,
+    centre_crop,
+    crop_boxes,
+    read_clip,
+    read_video,
+    spatial_crops,
+    train_crop,
+)
 from iared2_jax.errors import DataError, UsageError
 from iared2_jax.models.input_spec import clips, images
 
@@ -136,6 +146,23 @@ def test_crops():
     np.testing.assert_array_equal(same, other[:, :, ::-1])
 
 
+def test_three_crops_see_the_whole_frame():
+    """TimeSformer's: the shorter side is the crop's; left, centre (rounded up), right."""
+    assert crop_boxes((224, 301), (224, 224), 3) == [(0, 0), (0, 39), (0, 77)]
+    assert crop_boxes((301, 224), (224, 224), 3) == [(0, 0), (39, 0), (77, 0)]
+    assert crop_boxes((224, 301), (224, 224), 1) == [(0, 39)]
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, :, 0] = 3 * np.arange(64)
+    frames = [Image.fromarray(wide)] * 2
+    crops = spatial_crops(frames, (32, 32))
+    assert crops.shape == (3, 2, 32, 32, 3)
+    for crop, left in zip(crops, (0, 16, 32), strict=True):
+        np.testing.assert_array_equal(crop[1], wide[:, left : left + 32])
+    high = spatial_crops([frame.rotate(-90, expand=True) for frame in frames], (32, 32))
+    np.testing.assert_array_equal(high[0], np.rot90(crops[0], -1, (1, 2)))
+    assert spatial_crops(frames, (16, 16)).shape == (3, 2, 16, 16, 3)
+
+
 # -- Twenty videos, all the way.
 
 
@@ -196,6 +223,7 @@ def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path, caplog):
         "--config.data.sampling_rate=2",
         "--config.model.num_classes=0",
         "--config.model.num_frames=4",
+        "--config.model.patch_size=16,16",
         "--config.model.groups=1",
         "--config.curriculum=interpreters",
         "--config.weights=scratch",
@@ -207,6 +235,8 @@ def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path, caplog):
     assert main.run(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["examples"] == 20  # every video counts
+    assert results["unusable_training_examples"] == 2
+    assert 0 <= results["iared2"]["video"]["top1"] <= 1  # of three crops each
     for name, why in (("cut.mp4", "is"), ("sound.mp4", "has no video in it, only sound")):
         assert f"training videos: another takes its place: {lists / name} {why}" in caplog.text
     assert (tmp_path / "figures" / "heatmaps.png").stat().st_size > 5_000
@@ -217,6 +247,68 @@ def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path, caplog):
     assert masks is None
     heatmaps = iared2_jax.explain(module, variables, pixels[:], group=1)
     assert heatmaps.shape == (2, 4, 64, 64)
+    # A file says the same as the clip that is read from it.
+    path = kaleidoscope / dataset.open_split("val").files[0]
+    clip = read_video(path, module.input_spec)
+    np.testing.assert_array_equal(clip, pixels[0])
+    of_file = iared2_jax.explain(module, variables, path, group=1)
+    np.testing.assert_allclose(of_file[0], heatmaps[0], atol=1e-5)
+    _explains_a_folder(tmp_path / "weights.safetensors", kaleidoscope, tmp_path / "shown", caplog)
+
+
+def _explains_a_folder(weights, source, folder, caplog):
+    """Beside every video its filmstrips and an animation; a damaged one is named, and left out."""
+    folder.mkdir()
+    for name in ("video 0.mp4", "turned.mp4"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    (folder / "noise.mp4").write_bytes(b"no video at all")
+    arguments = [
+        "--config=configs/timesformer_micro.py:runlocal",
+        "--config.mode=explain",
+        f"--config.weights={weights}",
+        f"--config.data.path={folder}",
+    ]
+    assert main.run(arguments) == 0
+    assert "left out" in caplog.text
+    assert "noise.mp4 is damaged" in caplog.text
+    for name in ("video 0.mp4", "turned.mp4"):
+        with Image.open(folder / f"{name}.scores.gif") as animation:
+            assert animation.n_frames == 4
+            assert animation.size == (3 * 128, 128)  # input, scores, kept
+        for ending in ("heatmap", "hierarchy"):
+            with Image.open(folder / f"{name}.{ending}.png") as strip:
+                assert strip.width > 4 * strip.height  # frames side by side, for every column
+    (folder / "video 0.mp4").unlink()
+    (folder / "turned.mp4").unlink()
+    assert main.run(arguments) == 65
+    (folder / "noise.mp4").unlink()
+    assert main.run(arguments) == 2
+
+
+def test_random_views_are_pure_functions_of_their_place(kaleidoscope):
+    request = DataRequest(SPEC, str(kaleidoscope), sampling_rate=1, clip_view="random")
+    seen = [VideoFiles(request).load("test", 6, seed)[0][:] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen[0], seen[2])
+    crops = VideoFiles(request).load_crops("test", 6, 0)
+    assert crops[1:3].shape == (2, 3, *SPEC.shape)
+
+
+def test_the_small_videos_are_kinetics_in_small(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(small, "TRAIN", 2)
+    monkeypatch.setattr(small, "VALIDATION", 2)
+    spec = clips(64, frames=8)
+    dataset = open_dataset("videos", DataRequest(spec, "small"))
+    assert (dataset.num_classes, dataset.class_names[:2]) == (400, ("right", "down_right"))
+    pixels, labels, _ = dataset.load("val", 0, 0)
+    crops = dataset.load_crops("val", 0, 0)[:]
+    for row in range(2):  # the frames are those that were written, but for the compression
+        clip = moving_mnist.clip("test", 0, row, 8)
+        assert labels[row] == clip.label
+        assert pixels[row].shape == spec.shape
+        error = np.abs(crops[row, 1].astype(int) - clip.frames[:, :, 8:72]).mean()
+        assert error < 4
 
 
 # -- Bad input, one line each.

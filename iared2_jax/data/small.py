@@ -146,7 +146,7 @@ def small_videos() -> Path:
             names += [f"class_{number}" for number in range(len(names), 400)]
             (draft / "classes.txt").write_text("\n".join(names))
             for split, of_clips, count in (("train", "train", TRAIN), ("val", "test", VALIDATION)):
-                clips = [moving_mnist.clip(of_clips, 0, number) for number in range(count)]
+                clips = [moving_mnist.clip(of_clips, 0, number, 8) for number in range(count)]
                 lines = [f"{split}_{i:04d}.mp4 {clip.label}\n" for i, clip in enumerate(clips)]
                 (draft / f"{split}.csv").write_text("".join(lines))
                 for number, clip in enumerate(clips):

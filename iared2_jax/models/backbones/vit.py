@@ -14,7 +14,7 @@ from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
 from iared2_jax.models.layers import Mlp, TokenDense, classifier, layer_norm
-from iared2_jax.models.parameters import TOKEN, ZEROS, normal
+from iared2_jax.models.parameters import TOKEN, ZEROS
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
 
@@ -84,9 +84,6 @@ class ViT(nn.Module):
       embed_dim, depth, num_heads, mlp_ratio: the usual.
       num_classes: of the head; a distilled model has two heads, averaged (DeiT, at test time).
       distilled: add the distillation token and its head.
-      time_std: of a clip's time embedding at the start. 0, as in TimeSformer: at first a clip is
-        embedded as its frames are by an image model, whose weights it starts from. Without such
-        weights frames should look different from the start (docs/decisions.md).
       dtype: of the computation; parameters, softmax and logits stay float32.
       attention_kernel: "einsum", or "cudnn" (NVIDIA GPU, half precision).
     """
@@ -98,7 +95,6 @@ class ViT(nn.Module):
     mlp_ratio: int = 4
     num_classes: int = 1000
     distilled: bool = False
-    time_std: float = 0.0
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "einsum"
 
@@ -117,9 +113,9 @@ class ViT(nn.Module):
         tokens = self.num_prefix + math.prod(self.input_spec.frame_grid)
         self.pos_embed = self.param("pos_embed", TOKEN, (1, tokens, self.embed_dim))
         if self.input_spec.is_clip:
-            initial = normal(self.time_std) if self.time_std else ZEROS
+            # Zeros: at first a clip is embedded as its frames are by an image model.
             shape = (1, self.input_spec.frames, self.embed_dim)
-            self.time_embed = self.param("time_embed", initial, shape)
+            self.time_embed = self.param("time_embed", ZEROS, shape)
         self.blocks = [
             Block(
                 self.num_heads,
