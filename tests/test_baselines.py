@@ -11,6 +11,7 @@ from conftest import load_config
 import iared2_jax
 from iared2_jax import main
 from iared2_jax.config.checks import validate
+from iared2_jax.data import moving_mnist
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment import compare
 from iared2_jax.experiment.build import build_module, build_phases
@@ -38,10 +39,8 @@ def config():
 # -- Training under a selector.
 
 
-@pytest.mark.parametrize("selector", ["random", "temporal_difference"])
-def test_the_loss_is_that_of_the_tokens_the_selector_keeps(config, selector):
+def test_the_loss_is_that_of_the_tokens_the_selector_keeps(config):
     """Gathered in the phase, masked here: the same cross-entropy and gradient, no token lost."""
-    config.reduction.selector = selector
     module = build_module(config)
     (phase,) = build_phases(config, module)
     variables = iared2_jax.token_reduction.create.init_variables(module, 0)
@@ -53,7 +52,9 @@ def test_the_loss_is_that_of_the_tokens_the_selector_keeps(config, selector):
     )(variables["params"])
 
     def masked(params):
-        logits, _ = module.apply({"params": params}, inputs, keep_ratios=(0.4,), selector=selector)
+        logits, _ = module.apply(
+            {"params": params}, inputs, keep_ratios=(0.4,), selector="temporal_difference"
+        )
         return -jax.nn.log_softmax(logits)[jnp.arange(4), batch["label"]].mean()
 
     loss, expected = jax.jit(jax.value_and_grad(masked))(variables["params"])
@@ -187,6 +188,13 @@ def test_a_run_with_a_baseline_beside_it(tmp_path, monkeypatch):
     assert baseline["selector"] == "temporal_difference"
     n = 32
     assert baseline["reduced"]["kept"][0] * n >= results["iared2"]["kept"][0] * n
+    assert results["examples"] == 16
+    assert {"group_1", "raw_attention_block_1", "random"} <= results["segmentation"].keys()
+    assert (tmp_path / "figures" / "heatmaps.png").stat().st_size > 5_000
+    module, variables = iared2_jax.load_model(tmp_path / "weights.safetensors")
+    assert (module.input_spec.size, module.input_spec.frames) == ((64, 64), 2)
+    shown = moving_mnist.load("test", 2, frames=2)[0][..., 8:72, :]
+    assert iared2_jax.explain(module, variables, shown, group=1).shape == (2, 2, 64, 64)
     page = (tmp_path / "report.html").read_text()
     assert "Beside the baselines" in page
     assert "figures/clips.gif" in page

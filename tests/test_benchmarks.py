@@ -39,7 +39,7 @@ def test_the_gpu_suite_answers_everywhere(tmp_path):
     out = tmp_path / "suite.json"
     gpu_suite.main(
         ["--models", "vit_micro", "--batch", "2", "--rounds", "1", "--out", str(out),
-         "--minutes", "10"]
+         "--minutes", "10", "--video", "timesformer_micro", "--shares"]
     )  # fmt: skip
     answers = json.loads(out.read_text())["questions"]
     failed = {name for name, answer in answers.items() if "failed" in answer}
@@ -51,6 +51,9 @@ def test_the_gpu_suite_answers_everywhere(tmp_path):
         if row["kind"] == "ragged":
             assert row["error"] < 1e-4, name
     assert "x" in answers["speed vit_micro 2"]["verdict"]
+    plain, remat = (answers[f"memory timesformer_micro 8, remat {on}"] for on in (False, True))
+    assert remat["kept_bytes"] < plain["kept_bytes"] / 4
+    assert plain["program_bytes"] > plain["kept_bytes"] > 0
     assert {"interpreter 1, masked", "backbone 3, gathered"} <= set(answers["train cost"]["steps"])
 
 

@@ -1,14 +1,10 @@
 """Moving MNIST: exact motion and masks, nothing to see in one frame, the whole way through."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 from conftest import StopAfter, load_config
 
-import iared2_jax
-from iared2_jax import main
 from iared2_jax.config.checks import validate
 from iared2_jax.data import cluttered_mnist, moving_mnist
 from iared2_jax.data.datasets import open_dataset
@@ -123,7 +119,7 @@ def test_crops_of_a_clip_see_all_of_it():
     np.testing.assert_array_equal(seen, random.load("test", 3, 0)[0])
 
 
-# -- The same training loop, executions and report as for images.
+# -- The same training loop as for images (the report: tests/test_baselines.py).
 
 
 @pytest.fixture
@@ -146,33 +142,6 @@ def test_a_video_run_that_was_stopped_goes_on_bitwise(video_config, tmp_path):
     again = train(video_config, tmp_path / "stopped")
     assert int(again.step) == int(whole.step) == 3
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
-
-
-def test_training_evaluation_and_report(tmp_path):
-    arguments = [
-        "--config=configs/timesformer_micro.py:runlocal",
-        f"--workdir={tmp_path}",
-        "--config.curriculum=interpreters",
-        "--config.weights=scratch",
-        "--config.model.groups=1",
-        "--config.model.num_frames=2",
-        "--config.model.patch_size=16,16",
-        "--config.interpreter.epochs=0",
-        "--config.interpreter.steps=2",
-        "--config.interpreter.batch_size=8",
-        "--config.eval.speed_batch=0",
-    ]
-    assert main.run(arguments) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["examples"] == 16
-    assert {"group_1", "raw_attention_block_1", "random"} <= results["segmentation"].keys()
-    assert (tmp_path / "figures" / "heatmaps.png").stat().st_size > 5_000
-    module, variables = iared2_jax.load_model(tmp_path / "weights.safetensors")
-    assert (module.input_spec.size, module.input_spec.frames) == ((64, 64), 2)
-    heatmaps = iared2_jax.explain(
-        module, variables, moving_mnist.load("test", 2, frames=2)[0][..., 8:72, :], group=1
-    )
-    assert heatmaps.shape == (2, 2, 64, 64)
 
 
 def test_what_does_not_fit_is_refused_before_it_compiles(video_config):
