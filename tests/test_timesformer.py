@@ -94,9 +94,9 @@ def test_every_execution_gives_the_same_logits():
 def test_micro_model_drops_in_every_selector():
     module, variables = iared2_jax.create_model("timesformer_micro", groups=1)
     inputs = random_clips(2, module.input_spec)
-    assert module.input_spec.shape == (8, 64, 64, 3)
+    assert module.input_spec.shape == (4, 64, 64, 3)
     _, out = module.apply(variables, inputs, keep_ratios=(0.35,), selector="random")
-    assert np.asarray(out.keep[0]).sum(-1).tolist() == [45, 45]  # ceil(.35 * 128)
+    assert np.asarray(out.keep[0]).sum(-1).tolist() == [90, 90]  # ceil(.35 * 256)
 
 
 # -- The baselines of Table 3.
@@ -310,19 +310,19 @@ def test_an_image_model_becomes_one_of_clips(tmp_path, caplog):
 
 def test_other_frames_and_sizes(tmp_path):
     """Times by the nearest frame, as TimeSformer; places as of an image model; back bitwise."""
-    module, variables = iared2_jax.create_model("timesformer_micro", groups=1, seed=1)
+    module, variables = iared2_jax.create_model("timesformer_micro", groups=1, seed=1, num_frames=8)
     times = np.arange(8, dtype=np.float32)[None, :, None] * np.ones(96, np.float32)
     variables["params"]["backbone"]["time_embed"] = times
-    known = {"create_model": {"name": "timesformer_micro", "groups": 1}}
+    known = {"create_model": {"name": "timesformer_micro", "groups": 1, "num_frames": 8}}
     path = tmp_path / "clips.safetensors"
     iared2_jax.save_weights(variables, path, known, spec=module.input_spec)
     again, loaded = iared2_jax.load_model(path)
     assert again.input_spec == module.input_spec
     same_parameters(loaded, variables)
     longer, params = iared2_jax.load_model(path, num_frames=12, image_size=(64, 96))
-    assert longer.input_spec.grid == (12, 4, 6)
+    assert longer.input_spec.grid == (12, 8, 12)
     found = params["params"]["backbone"]
-    assert found["pos_embed"].shape == (1, 1 + 24, 96)
+    assert found["pos_embed"].shape == (1, 1 + 96, 96)
     nearest = [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
     np.testing.assert_array_equal(found["time_embed"][0, :, 0], nearest)
 

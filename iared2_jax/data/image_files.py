@@ -176,13 +176,16 @@ class EvalInputs:
         return len(self._rows)
 
     def __getitem__(self, which: Any) -> UInt8[np.ndarray, "b ..."]:
-        """Pixels of a slice or an array of indices.
+        """Pixels of an index, a slice or an array of indices.
 
         Raises:
           DataError: one of them cannot be used; it is never left out.
         """
+        rows = self._rows[which]
+        if not rows.ndim:
+            return self._read(int(rows))
         with ThreadPoolExecutor(THREADS) as pool:
-            return np.stack(list(pool.map(self._read, self._rows[which].tolist())))
+            return np.stack(list(pool.map(self._read, rows.tolist())))
 
 
 @functools.lru_cache(maxsize=4)  # the end of one epoch is read together with the next
