@@ -72,6 +72,13 @@ class Comparison:
     def selector(self) -> str:
         return self.reduction["selector"]
 
+    @property
+    def applied(self) -> dict[str, Any]:
+        """What the reduced model is applied with: masked, or gathered where counts are fixed."""
+        slots = self.module.keep_counts(self.reduction["keep_ratios"])
+        how = {"execution": "gathered", "capacities": slots} if slots else {}
+        return {**self.reduction, **how}
+
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
         """`fn(variables, inputs, batch)`, jitted, with the inputs normalised on the device."""
         spec = self.module.input_spec
@@ -171,12 +178,14 @@ def _measure(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
     results["dense"], maps = _dense(comparison)
     if comparison.reduces:
         # Another selector's figures are not ours.
-        ours = "iared2" if comparison.selector == "interpreter" else "reduced"
+        ours = comparison.selector == "interpreter"
         results["selector"] = comparison.selector
-        results[ours], counts, scores = _reduced(comparison)
-        results["random"] = _random(comparison, counts)
+        results["iared2" if ours else "reduced"], counts, scores = _reduced(comparison)
+        if ours:
+            results["random"] = _random(comparison, counts)
         maps = {**scores, **maps}
-        if comparison.config.eval.speed_batch:
+        # A comparison times all its methods in turn.
+        if comparison.config.eval.speed_batch and not comparison.config.compare.selectors:
             results["images_per_second"] = _speed(comparison)
     if comparison.masks is not None:
         results["foreground_share"] = float(comparison.masks.mean())
@@ -229,19 +238,19 @@ def _reduced(
     """Our accuracy and cost; the tokens kept [images, groups]; the groups' scores, if judged."""
     judged, module = comparison.masks is not None, comparison.module
 
-    def masked_pass(variables, inputs, batch):
-        logits, out = module.apply(variables, inputs, **comparison.reduction)
+    def reduced_pass(variables, inputs, batch):
+        logits, out = module.apply(variables, inputs, **comparison.applied)
         found = {
             "top": evaluators.top_classes(logits),
             "counts": jnp.stack([keep.sum(axis=-1) for keep in out.keep], axis=1),
         }
         return {**found, "scores": jnp.stack(out.scores, axis=1)} if judged else found
 
-    seen = comparison.collect(comparison.compiled(masked_pass), comparison.trained)
+    seen = comparison.collect(comparison.compiled(reduced_pass), comparison.trained)
     counts = seen["counts"]
     figures = {
         **_answers(comparison, seen["top"]),
-        **comparison.video_answers(comparison.trained, **comparison.reduction),
+        **comparison.video_answers(comparison.trained, **comparison.applied),
         **dict(evaluators.kept_tokens(counts, module.input_spec.num_patches)),
         **dict(evaluators.cost(module, counts, comparison.selector)),
     }
@@ -324,7 +333,8 @@ def _write(comparison: Comparison, results: dict[str, Any], workdir: Path) -> No
     # Made aside first: until all is there, what an evaluation before has written stays.
     with writing(workdir / PAGE) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
         drawn = []
-        if comparison.reduces and comparison.config.eval.figures:
+        ours = comparison.reduces and comparison.selector == "interpreter"
+        if ours and comparison.config.eval.figures:
             drawn = _draw(comparison, Path(aside))
         _write_page(draft, results, {path.name for path in drawn})
         for path in (workdir / "figures").glob("*.*"):

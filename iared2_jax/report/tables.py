@@ -40,19 +40,23 @@ def _accuracy(results: dict[str, Any]) -> Table:
         name = results["selector"].replace("_", " ") if "reduced" in results else "IA-RED2"
         shares = " / ".join(f"{share:.2f}" for share in ours["kept"])
         rows.append(_accuracy_row(name, ours, dense, shares))
-        random = {**ours, "video": None, **results["random"]}
-        rows.append(_accuracy_row("random masks, same counts", random, dense, shares))
+        if "random" in results:
+            random = {**ours, "video": {}, **results["random"]}
+            rows.append(_accuracy_row("random masks, same counts", random, dense, shares))
     inputs = "videos" if videos else "images"
     return f"Accuracy and cost, {results['examples']} {inputs}", rows
 
 
 def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: str) -> list[str]:
     full = row["flops"]["full"]
+    videos = []
+    if "video" in dense:
+        videos = [f"{100 * row['video']['top1']:.2f}%" if row["video"] else ""]
     return [
         name,
         f"{100 * row['top1']:.2f}%",
         f"{100 * row['top5']:.2f}%",
-        *([f"{100 * row['video']['top1']:.2f}%" if row["video"] else ""] if "video" in row else []),
+        *videos,
         kept,
         f"{row['flops']['linear'] / 1e6:.2f}",
         f"{full / 1e6:.2f}",
