@@ -57,8 +57,8 @@ def draw_comparison(
         for axis, heatmaps in zip(axes[row], columns.values(), strict=True):
             axis.imshow(_picture(image, spec))
             if heatmaps is not None:
-                heatmap = _in_a_row(np.asarray(heatmaps[row]), spec)
-                axis.imshow(_stretched(heatmap), cmap="jet", alpha=0.5)
+                heatmap = _stretched(np.asarray(heatmaps[row]))
+                axis.imshow(_in_a_row(heatmap, spec, gap=np.nan), cmap="jet", alpha=0.5)
     return _save(figure, path)
 
 
@@ -77,11 +77,10 @@ def draw_hierarchy(
     spec = module.input_spec
     figure, axes = _grid(len(pixels), titles, spec)
     for row, image in enumerate(pixels):
-        picture = _picture(image, spec)
-        axes[row, 0].imshow(picture)
+        axes[row, 0].imshow(_picture(image, spec))
         for axis, keep in zip(axes[row, 1:], masks, strict=True):
             kept = np.asarray(keep[row])
-            axis.imshow(_shaded(picture, kept, spec))
+            axis.imshow(_shaded(image, kept, spec))
             axis.text(
                 0.04, 0.95, f"{kept.mean():.2f}", transform=axis.transAxes, va="top", fontsize=9,
                 color="white", bbox={"facecolor": "black", "pad": 1.5, "linewidth": 0},
@@ -128,22 +127,31 @@ def draw_animation(
     return path
 
 
-def _in_a_row(values: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """A picture [H, W, ..] as it is; the frames of a clip [T, H, W, ..] side by side."""
-    return np.concatenate(list(values), axis=1) if spec.is_clip else values
+def _in_a_row(values: np.ndarray, spec: InputSpec, gap: float) -> np.ndarray:
+    """A picture [H, W, ..] as it is; the frames of a clip [T, H, W, ..] side by side.
+
+    gap: what is between the frames.
+    """
+    if not spec.is_clip:
+        return values
+    between = np.full_like(values[0, :, : max(1, spec.width // 32)], gap)
+    first, *others = values
+    return np.concatenate([first, *(part for x in others for part in (between, x))], axis=1)
 
 
 def _picture(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
     """Pixels [H, W, 3] of an input; grey ones in colour, of more channels the first three."""
-    return _in_colour(_in_a_row(pixels, spec))
+    return _in_a_row(_in_colour(pixels), spec, gap=255)
 
 
 def _in_colour(picture: np.ndarray) -> np.ndarray:
     return np.repeat(picture, 3, axis=-1) if picture.shape[-1] < 3 else picture[..., :3]
 
 
-def _shaded(picture: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray:
-    return _lit(picture, _in_a_row(spec.on_grid(kept), spec), spec)
+def _shaded(pixels: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """An input, its dropped patches dimmed."""
+    lit = _lit(_in_colour(pixels), spec.on_grid(kept), spec)
+    return _in_a_row(lit, spec, gap=1)
 
 
 def _lit(picture: np.ndarray, grid: np.ndarray, spec: InputSpec) -> np.ndarray:
