@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Large pages spare XLA's CPU backend most of its page faults; ignored where there are none.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo video test parity lint clean
+.PHONY: demo video test parity slow lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(BIN)/.installed
@@ -16,12 +16,16 @@ video: $(BIN)/.installed
 	$(BIN)/python -m iared2_jax.main --config=configs/moving_mnist.py --workdir=runs/moving_mnist
 
 test: $(BIN)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity and not slow"
 
 # What PyTorch, timm and transformers say, live; the stored answers in `make test` need none of them.
 parity: $(BIN)/.installed-parity
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_parity.py tests/test_weights.py tests/test_pth.py \
 	  tests/test_augment.py tests/test_images.py tests/test_peers.py tests/test_imagenet_run.py
+
+# Whole ways that take minutes.
+slow: $(BIN)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ def test_thresholds_keep_the_drawn_counts():
     np.testing.assert_array_equal(again.counts, np.concatenate([work.counts[15:], work.counts[:5]]))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # it compiles some sixty programs
 def test_the_gpu_suite_answers_everywhere(tmp_path):
     """Without a GPU cuDNN's questions fail, each by itself; all others have an answer."""

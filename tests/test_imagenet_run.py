@@ -47,6 +47,7 @@ def train_and_resume(folder):
     return folder / "run", "".join(said), second.stdout
 
 
+@pytest.mark.parity
 @pytest.mark.timeout(900)
 def test_from_the_tars_through_six_phases_to_a_file_that_timm_loads(tmp_path):
     run, first, second = train_and_resume(tmp_path)

@@ -1,5 +1,6 @@
 """The launcher: signals reach the run, its exit codes come through, crashes are started again."""
 
+import functools
 import os
 import re
 import signal
@@ -24,7 +25,9 @@ def launch(tmp_path):
         environment = {**os.environ, "PYTHON": str(python), "XDG_CACHE_HOME": str(tmp_path)}
         with (tmp_path / "said").open("w") as said:
             command = [ROOT / "launch" / name, *arguments, "--config=x"]
-            return subprocess.Popen(command, env=environment, stderr=said)
+            # What is started in the background ignores Ctrl-C, and a shell cannot change that.
+            heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            return subprocess.Popen(command, env=environment, stderr=said, preexec_fn=heard)
 
     start.starts = lambda: (tmp_path / "starts").read_text().splitlines()
     return start

@@ -267,6 +267,7 @@ def _explains_a_folder(weights, source, folder, caplog):
         "--config.mode=explain",
         f"--config.weights={weights}",
         f"--config.data.path={folder}",
+        "--config.data.sampling_rate=2",
     ]
     assert main.run(arguments) == 0
     assert "left out" in caplog.text
