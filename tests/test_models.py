@@ -11,6 +11,7 @@ import pytest
 
 from iared2_jax import create_model
 from iared2_jax.errors import UsageError
+from iared2_jax.models import attention
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.models.input_spec import images
@@ -272,6 +273,28 @@ def test_gelu_is_exact():
     x = jnp.linspace(-6, 6, 101)
     np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
     assert float(jnp.abs(gelu(x) - jax.nn.gelu(x)).max()) > 1e-4  # not the tanh form
+
+
+def test_attention_in_tiles_is_the_same(monkeypatch):
+    """Few queries at a time, the last tile padded: outputs, CLS row and gradient."""
+    rng = np.random.default_rng(0)
+    q, k, v = jnp.asarray(rng.standard_normal((3, 2, 3, 23, 8)), jnp.float32)
+    valid = jnp.asarray(rng.random((2, 23)) < 0.6).at[:, 0].set(True)
+
+    def answers(tile_bytes, valid):
+        def loss(q, k, v):
+            y, first = attention.attend(q, k, v, valid)
+            return jnp.sin(y).sum() + (first**2).sum(), (y, first)
+
+        monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for keys in (None, valid):
+        whole, tiled = (answers(size, keys) for size in (1 << 30, 4 * 3 * 23 * 5))
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        jax.tree.map(close, tiled, whole)
+    assert attention._queries_at_a_time(2, 3, 23, 23) == 8  # of 23: tiles of 8, not 2
+    assert attention._queries_at_a_time(64, 1, 1, 23) == 1  # one query is no more than itself
 
 
 def test_bfloat16_computes_close_to_float32():
