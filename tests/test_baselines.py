@@ -21,8 +21,6 @@ from iared2_jax.training.optimizers import part_of
 from iared2_jax.training.phases import PhaseContext
 from iared2_jax.training.step import _gradients
 
-BASELINES = ("random", "attention_block_1", "temporal_difference")
-
 
 @pytest.fixture
 def config():
@@ -132,8 +130,14 @@ def test_the_table_of_a_comparison():
         "segmentation": segmentation,
     }
     random = {"reduced": found(0.7, 0.75, [0.36], {}), "segmentation": segmentation}
-    rows = compare.methods(ours, {"random": random}, clips=True)
-    assert list(rows) == ["original", "random", "iared2"]
+    attention = {"reduced": found(0.7, 0.75, [0.36], {})}
+    found_ones = {"random": random, "attention_block_1": attention}
+    rows = compare.methods(ours, found_ones, clips=True)
+    # As in Table 3, whose attention is that of block 1.
+    assert list(rows) == ["original", "random", "attention", "iared2"]
+    assert list(compare.methods(ours, {"attention_block_0": attention}, True))[1] == (
+        "attention_block_0"
+    )
     assert rows["original"]["kept"] == 1
     assert "mean_iou" not in rows["original"]
     np.testing.assert_allclose(rows["random"]["clip1_error"], 30)
@@ -143,7 +147,8 @@ def test_the_table_of_a_comparison():
     assert cells[0] == [
         "method", "clip-1 error", "video-1 error", "kept", "MMACs linear", "MMACs full", "mIoU"
     ]  # fmt: skip
-    assert cells[3] == ["IA-RED2", "20.00%", "15.00%", "0.350", "1.0", "2.0", "40.0"]
+    assert cells[3][0] == "attention of block 1"
+    assert cells[4] == ["IA-RED2", "20.00%", "15.00%", "0.350", "1.0", "2.0", "40.0"]
 
 
 def test_a_baseline_has_the_runs_own_recipe(config):

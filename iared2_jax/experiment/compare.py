@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Variables = dict[str, Any]
 FOLDER = "baselines"  # below the run's, one folder per selector
+ATTENTION = "attention_block_1"  # what the paper's tables call "attention"
 
 
 def baseline_config(
@@ -72,10 +73,17 @@ def finished(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] 
     return results if same else None
 
 
+def row_name(selector: str) -> str:
+    """What a selector's row is called: as in the paper's tables."""
+    return "attention" if selector == ATTENTION else selector
+
+
 def methods(
     results: dict[str, Any], baselines: dict[str, dict[str, Any]], clips: bool
 ) -> dict[str, dict[str, Any]]:
-    """One row per method: errors in per cent, mean share of tokens kept, FLOPs, mIoU of its scores.
+    """One row per method: errors in per cent, share of tokens kept, FLOPs, mIoU of its first scores.
+
+    The share is the mean over the groups.
 
     Args:
       results: of the run itself. baselines: of the others, by selector.
@@ -83,7 +91,7 @@ def methods(
     """
     rows = {"original": _row(results, "dense", None, clips)}
     for selector, found in baselines.items():
-        rows[selector] = _row(found, "reduced", f"{selector}_group_1", clips)
+        rows[row_name(selector)] = _row(found, "reduced", f"{selector}_group_1", clips)
     rows["iared2"] = _row(results, "iared2", "group_1", clips)
     return rows
 
@@ -93,7 +101,6 @@ def _row(results: dict[str, Any], block: str, scores: str | None, clips: bool) -
     row = {"clip1_error" if clips else "top1_error": 100 * (1 - figures["top1"])}
     if "video" in figures:
         row["video1_error"] = 100 * (1 - figures["video"]["top1"])
-    # Blocks per group may differ: what a block sees, on average.
     row["kept"] = float(np.mean(figures.get("kept", [1.0])))
     row["flops"] = figures["flops"]
     if scores in results.get("segmentation", {}):
@@ -113,6 +120,9 @@ def rates(
 
     Args:
       original, trained: of the run itself. folders: of the baselines' runs, by selector.
+
+    Returns:
+      Rates by the names that `methods` gives the rows.
     """
     size = config.eval.speed_batch
     pixels, _, _ = dataset.load(config.data.eval_split, config.data.eval_size, config.data.seed)
@@ -136,7 +146,9 @@ def rates(
             "keep_ratios": tuple(own["reduction.keep_ratios"]),
             "selector": own["reduction.selector"],
         }
-        variants[selector, 0] = fast(*load_model(folder / "weights.safetensors"), reduction)
+        variants[row_name(selector), 0] = fast(
+            *load_model(folder / "weights.safetensors"), reduction
+        )
     variants["iared2", 0] = fast(module, trained, reduction_of(config))
     best: dict[str, float] = {}
     for (name, _), timing in interleaved(variants, config.eval.speed_rounds).items():

@@ -64,6 +64,9 @@ def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: s
     ]
 
 
+_METHODS = {"iared2": "IA-RED2", "attention": "attention of block 1"}
+
+
 def _methods(results: dict[str, Any]) -> Table:
     """Table 3's columns, for every method of a comparison."""
     columns = {
@@ -89,7 +92,7 @@ def _methods(results: dict[str, Any]) -> Table:
     made = [["method", *(columns[key][0] for key in there)]]
     for name, row in rows.items():
         cells = [columns[key][1].format(row[key]) if key in row else "" for key in there]
-        label = "IA-RED2" if name == "iared2" else name.replace("_", " ")
+        label = _METHODS.get(name, name.replace("_", " "))
         made.append([label, *cells])
     return "Beside the baselines, at the same tokens kept", made
 
