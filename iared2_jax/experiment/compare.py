@@ -81,9 +81,9 @@ def row_name(selector: str) -> str:
 def methods(
     results: dict[str, Any], baselines: dict[str, dict[str, Any]], clips: bool
 ) -> dict[str, dict[str, Any]]:
-    """One row per method: errors in per cent, share of tokens kept, FLOPs, mIoU of its first scores.
+    """One row per method: errors in per cent, share of tokens kept, FLOPs, mIoU of its scores.
 
-    The share is the mean over the groups.
+    The share is the mean over the groups, the scores are those of the first.
 
     Args:
       results: of the run itself. baselines: of the others, by selector.
