@@ -85,6 +85,7 @@ def test_target_speed_takes_the_dearest_that_is_fast_enough():
         _for_speed(curve, 141, speeds.__getitem__)
 
 
+@pytest.mark.slow
 def test_target_speed_end_to_end(setting):
     module, variables, images, labels = setting
     thresholds = calibrate(

@@ -145,6 +145,7 @@ def test_heatmaps_are_clips(model, clips):
     np.testing.assert_allclose(heatmaps[:, 3, 15, 23], grid[:, 3, 1, 2], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_trained_evaluated_and_reported(tmp_path):
     config = tmp_path / "toy.py"
     config.write_text(
