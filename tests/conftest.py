@@ -83,3 +83,13 @@ def _free_compiled_programs():
     """Compiled programs of one test file are not kept for the next."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def clip_config() -> ml_collections.ConfigDict:
+    """The small TimeSformer on clips of two frames and 32 patches, D = 1, from random weights."""
+    config = load_config("timesformer_micro", "runlocal")
+    config.weights = "scratch"
+    config.model.groups, config.model.num_frames = 1, 2
+    config.model.patch_size = (16, 16)
+    return config

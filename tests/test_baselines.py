@@ -1,5 +1,6 @@
 """Selectors as baselines: trained by the same loop, charged for their scoring, all in one run."""
 
+import functools
 import json
 
 import jax
@@ -16,19 +17,18 @@ from iared2_jax.errors import UsageError
 from iared2_jax.experiment import compare
 from iared2_jax.experiment.build import build_module, build_phases
 from iared2_jax.report import tables
+from iared2_jax.token_reduction.create import init_variables
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.training.optimizers import part_of
 from iared2_jax.training.phases import PhaseContext
-from iared2_jax.training.step import _gradients
+from iared2_jax.training.step import _fitting_gradients, _gradients
 
 
 @pytest.fixture
-def config():
-    """Two steps on clips of two frames under temporal difference, from random weights."""
-    config = load_config("timesformer_micro", "runlocal")
-    config.curriculum, config.weights = "selector", "scratch"
-    config.model.groups, config.model.num_frames = 1, 2
-    config.model.patch_size = (16, 16)
+def config(clip_config):
+    """Two steps under temporal difference."""
+    config = clip_config
+    config.curriculum = "selector"
     config.reduction.selector, config.reduction.keep_ratios = "temporal_difference", (0.4,)
     config.backbone.batch_size, config.backbone.epochs, config.backbone.steps = 4, 0.0, 2
     return config
@@ -41,7 +41,7 @@ def test_the_loss_is_that_of_the_tokens_the_selector_keeps(config):
     """Gathered in the phase, masked here: the same cross-entropy and gradient, no token lost."""
     module = build_module(config)
     (phase,) = build_phases(config, module)
-    variables = iared2_jax.token_reduction.create.init_variables(module, 0)
+    variables = init_variables(module, 0)
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.standard_normal((4, *module.input_spec.shape)), jnp.float32)
     batch = {"input": inputs, "label": jnp.arange(4)}
@@ -65,6 +65,30 @@ def test_the_loss_is_that_of_the_tokens_the_selector_keeps(config):
     assert {part_of(path, module) for path in grads} == {("blocks", 1)}
 
 
+def test_interpreters_as_they_are_may_choose_too(config):
+    """By thresholds counts differ: where slots do not suffice, the step is masked execution's."""
+    config.reduction.selector, config.reduction.keep_ratios = "interpreter", ()
+    module = build_module(config)
+    (phase,) = build_phases(config, module)
+    params = init_variables(module, 0)["params"]
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.standard_normal((4, *module.input_spec.shape)), jnp.float32)
+    batch = {"input": inputs, "label": jnp.arange(4)}
+    (masked, figures), (gathered, lost) = (
+        jax.jit(
+            lambda p, slots=slots: _fitting_gradients(
+                PhaseContext(module, phase, slots), p, batch, jax.random.key(0)
+            )
+        )(params)
+        for slots in (None, (1,))
+    )
+    assert 0 < figures["keep_rate"] < 1
+    assert figures["overflow"] == 0 < lost["overflow"]
+    np.testing.assert_allclose(lost["loss"], figures["loss"], rtol=1e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, gathered, masked)
+
+
 def test_a_baseline_is_refused_where_it_makes_no_sense(config):
     config.curriculum = "iared2"
     with pytest.raises(UsageError, match=r"--config\.curriculum=selector"):
@@ -80,7 +104,7 @@ def test_a_baseline_is_refused_where_it_makes_no_sense(config):
         build_module(config)
     pictures = load_config("cluttered_mnist", "runlocal")
     pictures.compare.selectors = ("temporal_difference",)
-    with pytest.raises(UsageError, match=r"config\.reduction: .*needs clips"):
+    with pytest.raises(UsageError, match=r"config\.compare\.selectors has .*needs clips"):
         compare.check_comparison(pictures)
     pictures.compare.selectors = ("magic",)
     with pytest.raises(UsageError, match=r"config\.compare\.selectors has 'magic'"):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import StopAfter, load_config
+from conftest import StopAfter
 
 from iared2_jax.config.checks import validate
 from iared2_jax.data import cluttered_mnist, moving_mnist
@@ -123,12 +123,10 @@ def test_crops_of_a_clip_see_all_of_it():
 
 
 @pytest.fixture
-def video_config():
-    """A few steps of one interpreter on clips of two frames, from random weights."""
-    config = load_config("timesformer_micro", "runlocal")
-    config.curriculum, config.weights = "interpreters", "scratch"
-    config.model.groups, config.model.num_frames = 1, 2
-    config.model.patch_size = (16, 16)
+def video_config(clip_config):
+    """A few steps of one interpreter."""
+    config = clip_config
+    config.curriculum = "interpreters"
     config.interpreter.batch_size, config.interpreter.epochs = 8, 0.0
     config.interpreter.steps = 3
     return config

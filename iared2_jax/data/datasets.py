@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.small import small_folder, small_imagenet, small_videos
 from iared2_jax.data.video_files import VideoFiles
-from iared2_jax.data.videos import crop_boxes
+from iared2_jax.data.videos import crop_boxes, cropped
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
@@ -99,23 +99,23 @@ def _at_size(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
 
 
 def _refuse_all(name: str, count: int) -> None:
-    """Data that are made have no last example."""
+    """Refuses to load every example of data that are made: there is no last one."""
     if not count:
         raise UsageError(f"{name} has no last example: set config.data.eval_size")
 
 
 def _cluttered_mnist(request: DataRequest) -> Dataset:
-    """Made scenes, one of their own for every index."""
+    """Cluttered MNIST at the model's size; every index is a scene of its own."""
     pictures_of(request.spec, "cluttered_mnist")
     spec = request.spec
 
     def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
-        """As the model takes it."""
+        """Scene `index` at the model's size."""
         scene = cluttered_mnist.example("train", seed, index)
         return {"input": _at_size(scene["image"], spec), "label": scene["label"]}
 
     def load(split: str, count: int, seed: int) -> tuple:
-        """Scenes with their masks."""
+        """The first `count` scenes with their masks."""
         _refuse_all("cluttered_mnist", count)
         images, labels, masks = cluttered_mnist.load(split, count, seed)
         return _at_size(images, spec), labels, resized_masks(masks, spec.size)
@@ -124,27 +124,22 @@ def _cluttered_mnist(request: DataRequest) -> Dataset:
 
 
 def _moving_mnist(request: DataRequest) -> Dataset:
-    """Made clips: training and evaluation see crops of them, as of videos."""
+    """Moving MNIST, cropped as videos are; every index is a clip of its own."""
     clips_of(request.spec, "moving_mnist")
     spec, frames = request.spec, request.spec.frames
     covering = max(new / old for new, old in zip(spec.size, moving_mnist.SIZE, strict=True))
     size = tuple(round(covering * side) for side in moving_mnist.SIZE)  # of a clip before its crop
     sized = dataclasses.replace(spec, height=size[0], width=size[1], patch=(1, 1))
 
-    def cropped(pixels: np.ndarray, corner: Sequence[int]) -> np.ndarray:
-        """Frames [.., t, h, w, c] or masks [.., t, h, w, 1] as the model sees them."""
-        (top, left), (height, width) = corner, spec.size
-        return pixels[..., top : top + height, left : left + width, :]
-
     def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
-        """A random crop."""
+        """Clip `index`, cropped at random."""
         clip = moving_mnist.example("train", seed, index, frames)
-        rng = np.random.default_rng((seed, index, EXAMPLE))
+        pixels, rng = _at_size(clip["frames"], sized), np.random.default_rng((seed, index, EXAMPLE))
         corner = [int(rng.integers(a - b + 1)) for a, b in zip(size, spec.size, strict=True)]
-        return {"input": cropped(_at_size(clip["frames"], sized), corner), "label": clip["label"]}
+        return {"input": cropped(pixels, corner, spec.size), "label": clip["label"]}
 
     def load(split: str, count: int, seed: int) -> tuple:
-        """Clips with their masks: the centre, or crops at random."""
+        """The first `count` clips with their masks, cropped at the centre or at random."""
         _refuse_all("moving_mnist", count)
         pixels, labels, masks = moving_mnist.load(split, count, seed, frames)
         flat = resized_masks(masks.reshape(-1, *masks.shape[-2:]), size)
@@ -153,16 +148,20 @@ def _moving_mnist(request: DataRequest) -> Dataset:
         if request.clip_view == "random":
             rng = np.random.default_rng((seed, EXAMPLE))
             corners = rng.integers(np.array(size) - spec.size + 1, size=(count, 2))
-        both = zip(_at_size(pixels, sized), masks, corners.tolist(), strict=True)
-        parts = [(cropped(clip, corner), cropped(mask, corner)) for clip, mask, corner in both]
-        pixels, masks = (np.stack(part) for part in zip(*parts, strict=True))
-        return pixels, labels, masks[..., 0]
+        corners = corners.tolist()
+
+        def all_cropped(arrays: np.ndarray) -> np.ndarray:
+            """Each clip at its own corner."""
+            pairs = zip(arrays, corners, strict=True)
+            return np.stack([cropped(array, corner, spec.size) for array, corner in pairs])
+
+        return all_cropped(_at_size(pixels, sized)), labels, all_cropped(masks)[..., 0]
 
     def load_crops(split: str, count: int, seed: int) -> np.ndarray:
-        """Left, centre and right of the same clips."""
+        """The same clips, each cropped at the left, at the centre and at the right."""
         pixels = _at_size(moving_mnist.load(split, count, seed, frames)[0], sized)
         corners = crop_boxes(size, spec.size, 3)
-        return np.stack([cropped(pixels, corner) for corner in corners], axis=1)
+        return np.stack([cropped(pixels, corner, spec.size) for corner in corners], axis=1)
 
     made = _made(moving_mnist, train_example, load)
     return dataclasses.replace(made, load_crops=load_crops)

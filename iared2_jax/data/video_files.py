@@ -16,7 +16,7 @@ import numpy as np
 from iared2_jax.data.image_files import EXAMPLE, BadExamples, EvalInputs, evenly_spread, shuffled
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
-from iared2_jax.data.videos import ClipSampling, centre_crop, read_clip, spatial_crops, train_crop
+from iared2_jax.data.videos import ClipSampling, read_clip, read_video, spatial_crops, train_crop
 from iared2_jax.errors import UsageError, nearest
 
 SPLITS = ("train", "val", "test")
@@ -156,13 +156,12 @@ class VideoFiles:
         random = self._request.clip_view == "random"
 
         def read(row: int) -> np.ndarray:
+            if not random:
+                path = self._folder / listed.files[row]
+                return read_video(path, spec, self._request.sampling_rate)
             rng = np.random.default_rng((seed, row, EXAMPLE))
-            frames = self._frames(listed.files[row], rng.random() if random else 0.0)
-            if random:
-                pixels = train_crop(frames, spec.size, rng, flip=0.0)
-            else:
-                pixels = centre_crop(frames, spec.size, spec.crop_pct, listed.files[row])
-            return with_channels(pixels, spec.channels)
+            frames = self._frames(listed.files[row], rng.random())
+            return with_channels(train_crop(frames, spec.size, rng, flip=0.0), spec.channels)
 
         rows = evenly_spread(len(listed.files), size)
         return EvalInputs(read, rows), np.array(listed.labels, np.int32)[rows], None

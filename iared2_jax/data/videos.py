@@ -204,6 +204,12 @@ def crop_boxes(size: tuple[int, int], crop: tuple[int, int], count: int) -> list
     return [(int(top), int(left)) for top, left in corners]
 
 
+def cropped(frames: np.ndarray, corner: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """The part of frames [.., h, w, c] of that size (height, width) below an upper left corner."""
+    (top, left), (height, width) = corner, size
+    return frames[..., top : top + height, left : left + width, :]
+
+
 def spatial_crops(
     frames: Sequence[Image.Image], size: tuple[int, int], count: int = 3
 ) -> UInt8[np.ndarray, "v t h w 3"]:
@@ -217,8 +223,7 @@ def spatial_crops(
     h, w = max(height, int(h * enlarge)), max(width, int(w * enlarge))
     resized = [frame.resize((w, h), Image.Resampling.BILINEAR) for frame in frames]
     clip = np.stack([np.asarray(frame) for frame in resized])
-    boxes = crop_boxes((h, w), size, count)
-    return np.stack([clip[:, top : top + height, left : left + width] for top, left in boxes])
+    return np.stack([cropped(clip, corner, size) for corner in crop_boxes((h, w), size, count)])
 
 
 def centre_crop(

@@ -24,6 +24,7 @@ from iared2_jax.token_reduction.selectors import Selector
 from iared2_jax.typing import Array
 
 Named = Iterator[tuple[str, Any]]
+SPEED_SAMPLE = 128  # inputs that a ragged plan is made with
 
 
 def collect(
@@ -146,9 +147,6 @@ def segmentation(
     yield "all_background", score_segmentation(np.zeros_like(masks), masks)._asdict()
 
 
-SPEED_SAMPLE = 128  # inputs that a ragged plan is made with
-
-
 def speed_sample(spec: InputSpec, pixels: Any, size: int) -> tuple[Array, np.ndarray]:
     """A batch of `size` to be timed, on the device, and others that plans are made with.
 
@@ -156,6 +154,21 @@ def speed_sample(spec: InputSpec, pixels: Any, size: int) -> tuple[Array, np.nda
     """
     inputs = np.asarray(spec.normalize(jnp.asarray(pixels[: size + SPEED_SAMPLE])))
     return jnp.asarray(inputs[:size]), inputs[size:] if len(inputs) > size else inputs
+
+
+def dense_calls(
+    module: IARed2, variables: Mapping[str, Any], images: Array
+) -> dict[str, Callable[[], Array]]:
+    """The dense model's ways to run a batch: whole, and in sub-batches that fit the caches.
+
+    The fastest of them is the baseline of every speed-up.
+    """
+    calls = {}
+    for rows in sub_batch_sizes(len(images), jax.default_backend()):
+        name = "dense" if rows == len(images) else f"dense, {rows} at a time"
+        fn = jax.jit(functools.partial(run_dense, module, rows))
+        calls[name] = functools.partial(fn, variables, images)
+    return calls
 
 
 def throughput(
@@ -178,15 +191,9 @@ def throughput(
     b = len(images)
     run = accelerate(module, trained, b, images=sample, cache_dir=None, **reduction)
 
-    def dense_in(rows):
-        return functools.partial(jax.jit(functools.partial(run_dense, module, rows)), dense, images)
-
     masked = jax.jit(lambda variables, x: module.apply(variables, x, **reduction)[0])
-    # The baseline is the better of the whole batch and sub-batches that fit the caches.
-    whole, *parts = sub_batch_sizes(b, jax.default_backend())
     variants = {
-        "dense": dense_in(whole),
-        **{f"dense, {rows} at a time": dense_in(rows) for rows in parts},
+        **dense_calls(module, dense, images),
         "masked": lambda: masked(trained, images),
         "ragged": lambda: run(images)[0],
     }

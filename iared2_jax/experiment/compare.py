@@ -1,21 +1,19 @@
 """Baselines beside a finished run: the same backbone and recipe, as many tokens, other choices."""
 
-import functools
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from iared2_jax.config.loading import flatten, reduction_of
 from iared2_jax.data.datasets import Dataset
-from iared2_jax.evaluation.evaluators import speed_sample
+from iared2_jax.errors import UsageError
+from iared2_jax.evaluation.evaluators import dense_calls, speed_sample
 from iared2_jax.experiment.build import build_module
 from iared2_jax.fast_inference import accelerate
-from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.weights.load import load_model
@@ -55,7 +53,11 @@ def check_comparison(config: ml_collections.ConfigDict) -> None:
       UsageError: one sentence that names the selector.
     """
     for selector in config.compare.selectors:
-        build_module(baseline_config(config, selector, (0.5,) * config.model.groups))
+        try:
+            build_module(baseline_config(config, selector, (0.5,) * config.model.groups))
+        except UsageError as error:
+            reason = str(error).removeprefix("config.reduction: ")
+            raise UsageError(f"config.compare.selectors has {selector!r}: {reason}") from error
 
 
 def kept_shares(results: dict[str, Any]) -> tuple[float, ...]:
@@ -132,25 +134,16 @@ def rates(
         run = accelerate(module, variables, len(timed), images=sample, cache_dir=None, **reduction)
         return lambda: run(timed)[0]
 
-    def dense_in(rows: int) -> Any:
-        fn = jax.jit(functools.partial(run_dense, module, rows))
-        return functools.partial(fn, original, timed)
-
-    variants = {
-        ("original", rows): dense_in(rows)
-        for rows in sub_batch_sizes(len(timed), jax.default_backend())
-    }
+    variants = dict(dense_calls(module, original, timed))
     for selector, folder in folders.items():
         own = json.loads((folder / "results.json").read_text())["config"]
         reduction = {
             "keep_ratios": tuple(own["reduction.keep_ratios"]),
             "selector": own["reduction.selector"],
         }
-        variants[row_name(selector), 0] = fast(
-            *load_model(folder / "weights.safetensors"), reduction
-        )
-    variants["iared2", 0] = fast(module, trained, reduction_of(config))
-    best: dict[str, float] = {}
-    for (name, _), timing in interleaved(variants, config.eval.speed_rounds).items():
-        best[name] = max(best.get(name, 0.0), len(timed) / timing.median)
-    return best
+        variants[row_name(selector)] = fast(*load_model(folder / "weights.safetensors"), reduction)
+    variants["iared2"] = fast(module, trained, reduction_of(config))
+    timings = interleaved(variants, config.eval.speed_rounds)
+    per_second = {name: len(timed) / timing.median for name, timing in timings.items()}
+    dense = [per_second.pop(name) for name in list(per_second) if name.startswith("dense")]
+    return {"original": max(dense), **per_second}

@@ -21,7 +21,6 @@ from iared2_jax.experiment.build import (
     load_initial,
     model_options,
 )
-from iared2_jax.experiment.compare import check_comparison
 from iared2_jax.experiment.run_directory import (
     adopt_config,
     keep_start,
@@ -107,7 +106,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     """
     workdir = Path(workdir)
     module = _checked_module(config)
-    check_comparison(config)
+    compare.check_comparison(config)
     with Stop() as stop:
         state, results = _train_and_evaluate(config, workdir, module, stop)
         if config.compare.selectors:
@@ -149,7 +148,7 @@ def _compare(
     stop: Stop,
 ) -> None:
     """Trains and evaluates the baselines, and adds all methods to the run's results and page."""
-    from iared2_jax.report.results import write_again
+    from iared2_jax.report.page import write_again
 
     found, folders, kept = {}, {}, compare.kept_shares(results)
     for selector in config.compare.selectors:

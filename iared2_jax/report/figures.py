@@ -21,6 +21,7 @@ from iared2_jax.token_reduction.model import IARed2, Thresholds
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch
+_ANIMATED = 4  # clips in one animation
 _GIF_HEIGHT = 128  # px of a frame, at least
 
 
@@ -125,6 +126,42 @@ def draw_animation(
     duration = round(1000 / frames_per_second)
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=duration, loop=0)
     return path
+
+
+def draw_all(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    pixels: UInt8[np.ndarray, "b ..."],
+    paths: Sequence[Path],
+    *,
+    thresholds: Thresholds = 0.5,
+    attention_variables: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Figure 3 (of the second group, if there is one), Figure 4, and of clips the animation.
+
+    Args:
+      paths: of the three; that of the animation is not written for images.
+
+    Returns:
+      The paths that were written.
+    """
+    drawn = [
+        draw_comparison(
+            module,
+            variables,
+            pixels,
+            paths[0],
+            group=min(2, module.num_groups),
+            block=1 if module.backbone.num_prefix else -1,  # CaiT: its last class attention
+            thresholds=thresholds,
+            attention_variables=attention_variables,
+        ),
+        draw_hierarchy(module, variables, pixels, paths[1], thresholds=thresholds),
+    ]
+    if module.input_spec.is_clip:
+        shown = pixels[:_ANIMATED]
+        drawn.append(draw_animation(module, variables, shown, paths[2], thresholds=thresholds))
+    return drawn
 
 
 def _in_a_row(values: np.ndarray, spec: InputSpec, gap: float) -> np.ndarray:

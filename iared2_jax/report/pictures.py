@@ -15,13 +15,12 @@ from iared2_jax.data.images import BadImage, eval_transform, open_image, with_ch
 from iared2_jax.data.videos import BadVideo
 from iared2_jax.errors import DataError, UsageError
 from iared2_jax.models.input_spec import InputSpec
-from iared2_jax.report.figures import draw_animation, draw_comparison, draw_hierarchy
+from iared2_jax.report.figures import draw_all
 from iared2_jax.token_reduction.model import IARed2
 
 log = logging.getLogger(__name__)
 
-_WRITTEN = (".heatmap.png", ".hierarchy.png")
-_ANIMATION = ".scores.gif"
+_WRITTEN = (".heatmap.png", ".hierarchy.png", ".scores.gif")
 
 
 def pictures_in(folder: Path, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
@@ -77,7 +76,8 @@ def explain_pictures(
         except DataError as error:
             log.warning("left out: %s", error)
             continue
-        _draw(module, variables, pixels[None], path, config.reduction.threshold)
+        beside = [path.with_name(path.name + ending) for ending in _WRITTEN]
+        draw_all(module, variables, pixels[None], beside, thresholds=config.reduction.threshold)
         done.append(path)
         log.info("%s: written beside it", path)
     if not done:
@@ -94,20 +94,3 @@ def _pixels(
     picture = open_image(path, exif_rotation=config.explain.upright)
     pixels = eval_transform(picture, spec.size, spec.crop_pct, name=str(path))
     return with_channels(pixels, spec.channels)
-
-
-def _draw(module, variables, pixels, path: Path, threshold: float) -> None:
-    heatmap, hierarchy = (path.with_name(path.name + ending) for ending in _WRITTEN)
-    draw_comparison(
-        module,
-        variables,
-        pixels,
-        heatmap,
-        group=min(2, module.num_groups),
-        block=1 if module.backbone.num_prefix else -1,
-        thresholds=threshold,
-    )
-    draw_hierarchy(module, variables, pixels, hierarchy, thresholds=threshold)
-    if module.input_spec.is_clip:
-        animation = path.with_name(path.name + _ANIMATION)
-        draw_animation(module, variables, pixels, animation, thresholds=threshold)

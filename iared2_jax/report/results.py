@@ -20,8 +20,9 @@ from iared2_jax.config.loading import reduction_of, weights_of
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.data.image_files import EvalInputs
 from iared2_jax.evaluation import evaluators
-from iared2_jax.files import write_json, writing
+from iared2_jax.files import writing
 from iared2_jax.report import figures, tables
+from iared2_jax.report.page import FIGURES, PAGE, write_page, write_results
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import random_like
@@ -31,13 +32,6 @@ from iared2_jax.weights.save import save_weights
 log = logging.getLogger(__name__)
 
 RANDOM_MASK_SEED = 0
-ANIMATED = 4  # clips in the GIF
-PAGE = "report.html"
-FIGURES = {  # below figures/, and their captions
-    "heatmaps.png": "What the model looked at (Figure 3)",
-    "hierarchy.png": "What each group still sees (Figure 4)",
-    "clips.gif": "Clips, the scores of the first group, and what it keeps",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +306,7 @@ def _speed(comparison: Comparison) -> dict[str, Any]:
 def _write_weights(
     comparison: Comparison, results: dict[str, Any], workdir: Path, options: dict[str, Any]
 ) -> None:
-    best = results.get("iared2") or results.get("reduced") or results["dense"]
+    best = tables.reduced_of(results) or results["dense"]
     metadata = {
         "create_model": options,
         "top1": best["top1"],
@@ -333,72 +327,30 @@ def _write(comparison: Comparison, results: dict[str, Any], workdir: Path) -> No
     # Made aside first: until all is there, what an evaluation before has written stays.
     with writing(workdir / PAGE) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
         drawn = []
-        ours = comparison.reduces and comparison.selector == "interpreter"
-        if ours and comparison.config.eval.figures:
+        # The pictures are of interpreters' scores and thresholds.
+        ours = comparison.selector == "interpreter" and not comparison.reduction["keep_ratios"]
+        if comparison.reduces and ours and comparison.config.eval.figures:
             drawn = _draw(comparison, Path(aside))
-        _write_page(draft, results, {path.name for path in drawn})
+        write_page(draft, results, [path.name for path in drawn])
         for path in (workdir / "figures").glob("*.*"):
             path.unlink()
         for path in drawn:
             (workdir / "figures").mkdir(exist_ok=True)
             path.replace(workdir / "figures" / path.name)
     # Last, so that results.json says that everything else is there.
-    write_json(workdir / "results.json", results)
-    _show(results)
+    write_results(results, workdir)
     log.info("results.json, report.html and figures are in %s", workdir)
 
 
-def write_again(results: dict[str, Any], workdir: Path) -> None:
-    """Writes results that have grown since the evaluation, and their page, around its figures."""
-    with writing(workdir / PAGE) as draft:
-        _write_page(draft, results, {path.name for path in (workdir / "figures").glob("*.*")})
-    write_json(workdir / "results.json", results)
-    _show(results)
-
-
-def _write_page(path: Path, results: dict[str, Any], figures: set[str]) -> None:
-    footer = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    shown = {caption: name for name, caption in FIGURES.items() if name in figures}
-    made = tables.tables(results)
-    tables.write_html(path, f"IA-RED²: {results['run']}", made, shown, footer)
-
-
-def _show(results: dict[str, Any]) -> None:
-    print("\n\n".join(tables.as_text(table) for table in tables.tables(results)), flush=True)
-
-
 def _draw(comparison: Comparison, folder: Path) -> list[Path]:
-    config, module = comparison.config, comparison.module
-    shown = comparison.pixels[: config.eval.figures]
-    heatmaps = figures.draw_comparison(
-        module,
+    return figures.draw_all(
+        comparison.module,
         comparison.trained,
-        shown,
-        folder / "heatmaps.png",
-        group=min(2, module.num_groups),
-        block=1 if module.backbone.num_prefix else -1,  # CaiT: its last class attention
-        thresholds=config.reduction.threshold,
+        comparison.pixels[: comparison.config.eval.figures],
+        [folder / name for name in FIGURES],
+        thresholds=comparison.config.reduction.threshold,
         attention_variables=comparison.original,
     )
-    hierarchy = figures.draw_hierarchy(
-        module,
-        comparison.trained,
-        shown,
-        folder / "hierarchy.png",
-        thresholds=config.reduction.threshold,
-    )
-    drawn = [heatmaps, hierarchy]
-    if module.input_spec.is_clip:
-        drawn.append(
-            figures.draw_animation(
-                module,
-                comparison.trained,
-                shown[:ANIMATED],
-                folder / "clips.gif",
-                thresholds=config.reduction.threshold,
-            )
-        )
-    return drawn
 
 
 def _versions() -> dict[str, str]:

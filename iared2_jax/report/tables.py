@@ -1,9 +1,6 @@
-"""A run's results as text tables: on the terminal, and in the HTML report."""
+"""A run's results as tables of text."""
 
-import html
 from collections.abc import Sequence
-from pathlib import Path
-from string import Template
 from typing import Any
 
 Table = tuple[str, list[list[str]]]  # title; rows, the first is the header
@@ -14,8 +11,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     made = [_accuracy(results)]
     if "methods" in results:
         made.insert(0, _methods(results))
-    best = results.get("iared2") or results.get("reduced") or results["dense"]
-    confusions = best.get("confusions")
+    confusions = (reduced_of(results) or results["dense"]).get("confusions")
     if confusions:
         made.append(_confusions(confusions))
     if "segmentation" in results:
@@ -23,6 +19,11 @@ def tables(results: dict[str, Any]) -> list[Table]:
     if "images_per_second" in results:
         made.append(_speed(results))
     return made
+
+
+def reduced_of(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of the model that drops tokens, by its interpreters or by another selector."""
+    return results.get("iared2") or results.get("reduced")
 
 
 def _accuracy(results: dict[str, Any]) -> Table:
@@ -35,8 +36,7 @@ def _accuracy(results: dict[str, Any]) -> Table:
         ],
         _accuracy_row("dense", dense, dense, "1.00"),
     ]  # fmt: skip
-    ours = results.get("iared2") or results.get("reduced")
-    if ours:
+    if ours := reduced_of(results):
         name = results["selector"].replace("_", " ") if "reduced" in results else "IA-RED2"
         shares = " / ".join(f"{share:.2f}" for share in ours["kept"])
         rows.append(_accuracy_row(name, ours, dense, shares))
@@ -138,53 +138,3 @@ def as_text(table: Table) -> str:
 
     rule = "  " + "-" * (len(line(rows[0])) - 2)
     return "\n".join([title, rule, line(rows[0]), rule, *map(line, rows[1:]), rule])
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>$title</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }
-  table { border-collapse: collapse; margin: 0 0 2rem }
-  th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ccc }
-  th:first-child, td:first-child { text-align: left }
-  img { max-width: 100% }
-  footer { color: #555; font-size: .85rem }
-</style>
-<h1>$title</h1>
-$body
-<footer>$footer</footer>
-</html>
-""")
-
-
-def write_html(
-    path: Path, title: str, made: list[Table], figures: dict[str, str], footer: str
-) -> Path:
-    """Writes the tables and figures as one page that needs no network.
-
-    Args:
-      figures: by caption, the names of files below figures/.
-    """
-    parts = []
-    for caption, rows in made:
-        header, *body = rows
-        parts.append(f"<h2>{html.escape(caption)}</h2>\n<table>")
-        parts.append(_html_row(header, "th"))
-        parts += [_html_row(row, "td") for row in body]
-        parts.append("</table>")
-    for caption, image in figures.items():
-        source = html.escape(f"figures/{image}")
-        caption = html.escape(caption)
-        parts.append(f'<h2>{caption}</h2>\n<img src="{source}" alt="{caption}">')
-    page = _PAGE.substitute(
-        title=html.escape(title), body="\n".join(parts), footer=html.escape(footer)
-    )
-    path.write_text(page, encoding="utf-8", errors="replace")
-    return path
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

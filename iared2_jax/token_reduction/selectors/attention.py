@@ -56,7 +56,7 @@ class Attention(Selector):
     def flops(
         self, backbone: Backbone, entering: Sequence[ArrayLike]
     ) -> tuple[ArrayLike, ArrayLike]:
-        """Of two passes the first: the blocks before `block`, its qkv, and the CLS query's row."""
+        """The first pass's cost: the blocks before `block`, its qkv, and the CLS query's row."""
         if self.block is None:
             return 0.0, 0.0
         d, tokens = backbone.embed_dim, backbone.input_spec.num_patches + backbone.num_prefix

@@ -33,7 +33,7 @@ class ByInterpreter(Selector):
     def flops(
         self, backbone: Backbone, entering: Sequence[ArrayLike]
     ) -> tuple[ArrayLike, ArrayLike]:
-        """(m + 1) d^2 + m d for a group that is handed m patches, as in the paper, in `full` only.
+        """The interpreters' cost, in `full` only: (m + 1) d^2 + m d for a group handed m patches.
 
         Ours needs less, see `token_reduction.interpreter.Keys`.
         """
