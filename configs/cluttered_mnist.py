@@ -50,6 +50,12 @@ def get_config(arg=None):
     config.log_every = 20
     config.checkpoint_every = 200
 
+    config.eval.maps = ("all",)
+    config.eval.maps_size = 250
+    config.eval.lime_samples = 400
+    config.eval.perturbation = True
+    config.eval.page_images = 200
+
     if arg.runlocal:
         for phase in (config.interpreter, config.backbone):
             phase.batch_size = 8
@@ -58,5 +64,7 @@ def get_config(arg=None):
         config.data.eval_size = 32
         config.eval.batch_size = 16
         config.eval.figures = 2
+        config.eval.maps = ("interpreter", "raw_attention", "random", "center")
+        config.eval.perturbation = False
         config.eval.speed_rounds = 1
     return config

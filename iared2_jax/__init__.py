@@ -11,6 +11,7 @@ from typing import Any
 
 from iared2_jax import _moved, data, fast_inference, token_reduction
 from iared2_jax.attribution.maps import explain
+from iared2_jax.evaluation.compare_maps import compare_maps
 from iared2_jax.fast_inference import accelerate, calibrate
 from iared2_jax.token_reduction.create import create_model
 from iared2_jax.token_reduction.flops import count_flops
@@ -20,6 +21,7 @@ from iared2_jax.weights.save import save_weights
 __all__ = [
     "accelerate",
     "calibrate",
+    "compare_maps",
     "count_flops",
     "create_model",
     "data",

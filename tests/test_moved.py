@@ -30,7 +30,7 @@ NAMES = {
     "steps": ["TrainState", "make_train_step"],
     "phases": ["Phase", "phases", "phase_at"],
     "losses": ["Task"],
-    "evaluate": ["throughput", "segmentation"],
+    "evaluate": ["throughput", "accuracy"],
     "data.sources": ["open_source", "Source", "Wanted"],
     "config_checks": ["validate"],
 }

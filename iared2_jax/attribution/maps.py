@@ -19,12 +19,16 @@ from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.typing import Array
 
 
-def to_heatmaps(values: Float[Array, "b n"], spec: InputSpec) -> Float[Array, "b ..."]:
+def to_heatmaps(values: Float[Array, "b ..."], spec: InputSpec) -> Float[Array, "b ..."]:
     """Per-patch values on their grid, bilinearly enlarged: [B, H, W], of clips [B, T, H, W].
 
+    Values per pixel are heatmaps already, and stay as they are.
+
     Raises:
-      ValueError: not as many values as the inputs have patches.
+      ValueError: not as many values as the inputs have patches or pixels.
     """
+    if values.shape[1:] == spec.shape[:-1]:
+        return jnp.asarray(values)
     grid = spec.on_grid(jnp.asarray(values))
     return jax.image.resize(grid, (*grid.shape[:-2], *spec.size), "bilinear")
 
@@ -54,6 +58,7 @@ def explain(
     thresholds: Thresholds | None = None,
     *,
     method: str | Method = "interpreter",
+    target: Any = None,
     upright: bool = True,
     **options: Any,
 ) -> Float[Array, "b ..."]:
@@ -61,19 +66,24 @@ def explain(
 
     By default the informative scores of the second group (the paper's Fig. 3), in [0, 1]; a patch
     that an earlier group dropped scores 0. The model's weights are used as they are: no gradient,
-    no second model.
+    no second model. All other methods of `attribution.METHODS` explain the dense backbone.
+
+    All images run at once: hand many of them in by parts.
 
     Args:
       images: see `data.inputs.as_inputs`: normalised arrays, uint8 pixels, PIL images, JPEG and PNG
         files, or a list of these.
       group, thresholds: options of the method "interpreter": which group's scores, from 1 to D;
         keep iff score > threshold, one for all groups or one each.
-      method: a name of `attribution.methods.METHODS`, or a function of your own.
+      method: a name of `attribution.METHODS`, or a function of your own.
+      target: of methods that explain a class, which: one, or one for each image; by default the
+        class that each image is taken for.
       upright: turn pictures by their EXIF orientation; the heatmap is of the upright picture.
       **options: the method's own.
 
     Raises:
-      UsageError: images that cannot be used or are not finite; no such method, group or option.
+      UsageError: images that cannot be used or are not finite; no such method, class, group or
+        option; a method that has no meaning for this backbone.
       BadImage: a file cannot be read as an image.
 
     Example:
@@ -86,7 +96,7 @@ def explain(
     options |= {name: value for name, value in given.items() if value is not None}
     inputs = as_inputs(images, module.input_spec, upright)
     refuse_non_finite(inputs)
-    values = attribute(method, module, variables, inputs, **options)
+    values = attribute(method, module, variables, inputs, target=target, **options)
     return to_heatmaps(values, module.input_spec)
 
 

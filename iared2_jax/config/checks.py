@@ -4,6 +4,7 @@ import math
 
 import ml_collections
 
+from iared2_jax.attribution.methods import METHODS
 from iared2_jax.config.defaults import (
     DTYPES,
     MODES,
@@ -46,6 +47,8 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("reduction.train_execution", TRAIN_EXECUTIONS)
     one_of("reduction.selector", SELECTORS)
     one_of("eval.clip_view", CLIP_VIEWS)
+    for key in ("eval.maps", "explain.maps"):
+        _check_maps(key, flat[key])
     for selector in config.compare.selectors:
         if selector not in SELECTORS:
             raise UsageError(
@@ -102,6 +105,19 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         kind.check(config[kind.section], len(sizes))
 
 
+def _check_maps(key: str, names: list[str]) -> None:
+    for name in names:
+        if name not in ("all", *METHODS):
+            raise UsageError(
+                f"config.{key} has {name!r}, which is unknown{nearest(str(name), METHODS)}"
+            )
+        if name == "memorability":
+            raise UsageError(
+                f'config.{key} has "memorability", which needs a scorer, and no config can name '
+                "one: call iared2_jax.compare_maps from Python"
+            )
+
+
 def _check_keys(config: ml_collections.ConfigDict) -> None:
     known = flatten(default_config())
     given = flatten(config)
@@ -132,7 +148,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             if isinstance(number, int | float) and number < 0 and key != "model.init_bias":
                 raise UsageError(f"config.{key}={value} must not be negative")
     for key in ("max_bad_steps", "log_every", "checkpoint_every", "keep_checkpoints",
-                "eval.batch_size", "eval.speed_rounds", "data.augment.repeats",
+                "eval.batch_size", "eval.speed_rounds", "eval.lime_samples", "data.augment.repeats",
                 "data.threads", "data.sampling_rate"):  # fmt: skip
         if flat[key] < 1:
             raise UsageError(f"config.{key}={flat[key]} must be at least 1")

@@ -48,14 +48,16 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = (
-        "cluttered_mnist"  # "cluttered_mnist" | "moving_mnist" | "imagenet" | "folder" | "videos"
+        # "cluttered_mnist" | "moving_mnist" | "imagenet" | "imagenet_segmentation" | "folder" |
+        # "videos"
+        "cluttered_mnist"
     )
     # imagenet: TFDS' data_dir; folder: what has train/ and val/; videos: what has train.csv and
-    # val.csv; "small": a few embedded images or clips as any of these; mode "explain": a folder of
-    # pictures or videos.
+    # val.csv; imagenet_segmentation: gtsegs_ijcv.mat; "small": a few embedded images or clips as
+    # any of these; mode "explain": a folder of pictures or videos.
     config.data.path = ""
     config.data.seed = 0  # of the scenes, for data that is made
-    config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"
+    config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"; segmentation: "all"
     config.data.eval_size = 2000  # images, evenly spread; 0: all
     config.data.threads = 2  # that prepare batches ahead
     config.data.bad_share = 0.001  # of the training images or videos that may be unreadable
@@ -104,6 +106,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.explain = ml_collections.ConfigDict()
     config.explain.upright = True  # turn pictures by their EXIF orientation, as a person sees them
+    # Maps on the page beside the groups' scores, names of attribution.METHODS.
+    config.explain.maps = ("raw_attention", "rollout", "gradcam", "transformer_attribution")
 
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 100
@@ -111,6 +115,13 @@ def default_config() -> ml_collections.ConfigDict:
     # crop at a random time; the video's ("video-1") adds up the logits of three crops, or is off.
     config.eval.clip_view = "centre"
     config.eval.video = True
+    # Maps that are measured, names of attribution.METHODS or "all": where the data has masks by the
+    # segmentation protocol, and with `perturbation` by taking pixels away.
+    config.eval.maps = ("interpreter", "raw_attention")
+    config.eval.maps_size = 0  # images they are measured on, the first of the evaluation's; 0: all
+    config.eval.perturbation = False  # 20 forward passes per image and map; and the sanity checks
+    config.eval.lime_samples = 1000  # forward passes per image for LIME
+    config.eval.page_images = 50  # images that the report's page has to look at; 0: none
     config.eval.figures = 8  # images in the figures; 0 draws none
     config.eval.speed_batch = 32  # images per batch of the throughput figures; 0 measures none
     config.eval.speed_rounds = 15
@@ -158,9 +169,15 @@ RESUMABLE = (
     "eval.batch_size",
     "eval.clip_view",
     "eval.video",
+    "eval.maps",
+    "eval.maps_size",
+    "eval.perturbation",
+    "eval.lime_samples",
+    "eval.page_images",
     "eval.figures",
     "eval.speed_batch",
     "eval.speed_rounds",
     "explain.upright",
+    "explain.maps",
     "compare.selectors",
 )

@@ -11,12 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from iared2_jax.data import cluttered_mnist, moving_mnist, video_files
+from iared2_jax.data import cluttered_mnist, imagenet_segmentation, moving_mnist, video_files
 from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import EXAMPLE, ImageFiles, resized, resized_masks
+from iared2_jax.data.imagenet_segmentation import SegmentationFile, check_split
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
-from iared2_jax.data.small import small_folder, small_imagenet, small_videos
+from iared2_jax.data.small import (
+    small_folder,
+    small_imagenet,
+    small_segmentation,
+    small_videos,
+)
 from iared2_jax.data.video_files import VideoFiles
 from iared2_jax.data.videos import crop_boxes, cropped
 from iared2_jax.errors import UsageError
@@ -30,7 +36,7 @@ class Dataset:
     """A dataset, its inputs as the model takes them.
 
     Attributes:
-      class_names: one per class.
+      class_names: one per class; () where there are no labels.
       splits: the names that `load` takes.
       epoch_size: examples that count as one epoch of training.
       train_example: (seed, index) -> {"input": uint8, shaped as the spec, "label": int32}, a pure
@@ -38,7 +44,7 @@ class Dataset:
       open_split: looks at what a split's files are, and refuses what cannot be read later.
       content: tells the training examples' labels from others'; "" if they are made.
       load: (split, size, seed) -> pixels uint8 [size, ..], which may be read only when they are
-        indexed; labels; masks (bool [size, h, w], or None if there are none). size 0: all of them.
+        indexed; labels, or None; masks (bool [size, h, w], or None). size 0: all of them.
       load_crops: of clips: (split, size, seed) -> pixels [size, crops, ..] of the same examples,
         whose logits are added up for a video's answer.
       unusable: how many training examples could not be used so far.
@@ -229,12 +235,46 @@ def _videos(request: DataRequest) -> Dataset:
     )
 
 
+def _imagenet_segmentation(request: DataRequest) -> Dataset:
+    spec = request.spec
+    pictures_of(spec, "imagenet_segmentation")
+    file = SegmentationFile(small_segmentation() if request.path == SMALL else request.path)
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """There is none."""
+        raise UsageError(
+            "config.data.name='imagenet_segmentation' has no labels to train with: it is for "
+            "config.mode=eval"
+        )
+
+    def load(split: str, size: int, seed: int) -> tuple:
+        """Evenly spread over the file, with their masks and without labels."""
+        check_split(split)
+        pixels, masks = file.evaluation(spec, size)
+        return pixels, None, masks
+
+    def open_split(split: str) -> None:
+        """Looks at every image's and mask's size."""
+        check_split(split)
+        file.check_images()
+
+    return Dataset(
+        class_names=(),
+        splits=imagenet_segmentation.SPLITS,
+        epoch_size=len(file),
+        train_example=train_example,
+        load=load,
+        open_split=open_split,
+    )
+
+
 OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
     "cluttered_mnist": _cluttered_mnist,
     "moving_mnist": _moving_mnist,
     "imagenet": _imagenet,
     "folder": _folder,
     "videos": _videos,
+    "imagenet_segmentation": _imagenet_segmentation,
 }
 MADE = {"cluttered_mnist", "moving_mnist"}  # those that need no files
 

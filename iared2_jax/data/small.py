@@ -1,7 +1,8 @@
 """Small data in the true formats, made from the embedded digits: for trying the machinery.
 
 Scenes of Cluttered MNIST as JPEG files, in which the digits take the names of ImageNet's first ten
-classes; clips of Moving MNIST as MP4 files, in which the motions are Kinetics-400's first eight.
+classes, and with their masks as ImageNet-Segmentation's file; clips of Moving MNIST as MP4 files,
+in which the motions are Kinetics-400's first eight.
 """
 
 import contextlib
@@ -9,14 +10,16 @@ import io
 import logging
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from iared2_jax.data import cluttered_mnist, moving_mnist
+from iared2_jax.data.imagenet_segmentation import FILE, hdf5
 from iared2_jax.data.videos import pyav
 from iared2_jax.errors import UsageError
 from iared2_jax.files import cache_folder
@@ -153,3 +156,43 @@ def small_videos() -> Path:
                     path = draft / f"{split}_{number:04d}.mp4"
                     write_video(path, clip.frames, Fraction(30, 32))
     return folder
+
+
+def write_segmentation(
+    path: Path, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]
+) -> None:
+    """Writes images [h, w, 3] or [h, w] and their masks [h, w] as ImageNet-Segmentation's file is.
+
+    Raises:
+      UsageError: h5py is not installed.
+    """
+    h5py = hdf5(path)
+
+    def cell(place: str, contents: Sequence[Any]) -> Any:
+        """A cell of so many arrays."""
+        column = file.create_dataset(place, (len(contents), 1), h5py.ref_dtype)
+        for row, content in enumerate(contents):
+            column[row, 0] = content.ref
+        return column
+
+    # MATLAB puts its own header before HDF5's, and what cells hold into one group.
+    with h5py.File(path, "w", userblock_size=512) as file:
+        kept = file.create_group("#refs#")
+        pixels = [kept.create_dataset(f"img{i}", data=image.T) for i, image in enumerate(images)]
+        truths = [kept.create_dataset(f"gt{i}", data=mask.T) for i, mask in enumerate(masks)]
+        cell("value/img", pixels)
+        cell("value/gt", [cell(f"#refs#/cell{i}", [truth]) for i, truth in enumerate(truths)])
+    with open(path, "r+b") as stream:
+        stream.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM")
+
+
+def small_segmentation() -> Path:
+    """A `gtsegs_ijcv.mat` of a few scenes, in the cache."""
+    folder = _cache() / "small" / "segmentation"
+    if not folder.is_dir():
+        log.info("making a small %s in %s", FILE, folder)
+        with _made_whole(folder) as draft:
+            made = [cluttered_mnist.scene("test", 0, index) for index in range(VALIDATION)]
+            masks = [scene.mask.astype(np.uint8) for scene in made]
+            write_segmentation(draft / FILE, [scene.image for scene in made], masks)
+    return folder / FILE

@@ -1,4 +1,4 @@
-"""Evaluators: accuracy, cost, speed, segmentation. Each yields (name, value) pairs."""
+"""Evaluators: accuracy, cost, speed. Each yields (name, value) pairs."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from iared2_jax.attribution.maps import to_heatmaps
-from iared2_jax.attribution.segmentation import foreground, score_segmentation
 from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.errors import Interrupted
 from iared2_jax.fast_inference import accelerate
@@ -126,25 +124,6 @@ def cost(
         ("flops_p95", functools.partial(np.percentile, q=95)),
     ):
         yield name, Flops(*(float(reduce(values)) for values in flops))._asdict()
-
-
-def segmentation(
-    maps: Mapping[str, np.ndarray], masks: np.ndarray, spec: InputSpec, seed: int = 0
-) -> Named:
-    """Pixel accuracy, mAcc and mIoU of every map, and of the trivial answers.
-
-    Args:
-      maps: per-patch values [images, N], by name.
-      masks: the truth [images, H, W]. spec: of the images.
-      seed: of the random map.
-    """
-    any_map = next(iter(maps.values()))
-    rng = np.random.default_rng(seed)
-    everything = {**maps, "random": rng.random(any_map.shape, np.float32)}
-    for name, values in everything.items():
-        heatmaps = np.asarray(to_heatmaps(values, spec))
-        yield name, score_segmentation(foreground(heatmaps), masks)._asdict()
-    yield "all_background", score_segmentation(np.zeros_like(masks), masks)._asdict()
 
 
 def speed_sample(spec: InputSpec, pixels: Any, size: int) -> tuple[Array, np.ndarray]:

@@ -51,7 +51,12 @@ def check_data(config: ml_collections.ConfigDict) -> None:
             f"config.data.eval_split={config.data.eval_split!r} is unknown"
             f"{nearest(config.data.eval_split, dataset.splits)}"
         )
-    if config.model.num_classes not in (0, dataset.num_classes):
+    if config.mode == "train" and not dataset.class_names:
+        raise UsageError(
+            f"config.data.name={config.data.name!r} has no labels to train with: it is for "
+            "config.mode=eval"
+        )
+    if dataset.class_names and config.model.num_classes not in (0, dataset.num_classes):
         raise UsageError(
             f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has "
             f"{dataset.num_classes} classes: set --config.model.num_classes={dataset.num_classes}"
@@ -60,8 +65,17 @@ def check_data(config: ml_collections.ConfigDict) -> None:
 
 
 def num_classes(config: ml_collections.ConfigDict) -> int:
-    """The classes of the config's model: as many as it says, else as the data has."""
-    return config.model.num_classes or dataset_of(config).num_classes
+    """The classes of the config's model: as many as it says, else as the data has.
+
+    Raises:
+      UsageError: neither has any.
+    """
+    count = config.model.num_classes or dataset_of(config).num_classes
+    if not count:
+        raise UsageError(
+            f"config.model.num_classes=0, but {config.data.name} has no classes: give the model's"
+        )
+    return count
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -33,7 +33,12 @@ from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training.loop import train_phases
 from iared2_jax.training.step import TrainState
 from iared2_jax.weights.files import read_tensors
-from iared2_jax.weights.load import load_model, num_classes_of, warn_if_untrained
+from iared2_jax.weights.load import (
+    has_interpreters,
+    load_model,
+    num_classes_of,
+    warn_if_untrained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -187,11 +192,18 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str
 
     module, folder = _checked_module(config), Path(workdir) / "eval"
     variables = load_initial(config, module, config.weights)
-    warn_if_untrained(config.weights, read_tensors(config.weights)[0])
-    dataset = dataset_of(config)
+    tensors, dataset = read_tensors(config.weights)[0], dataset_of(config)
+    warn_if_untrained(config.weights, tensors)
     with Stop() as stop, locked(folder):
         results = evaluate_run(
-            config, folder, module, variables["params"], variables, dataset, stop
+            config,
+            folder,
+            module,
+            variables["params"],
+            variables,
+            dataset,
+            stop,
+            scored=has_interpreters(tensors),
         )
         write_config(config, dataset, folder)
     return results

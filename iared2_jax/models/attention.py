@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
 from iared2_jax.typing import Array
@@ -20,6 +21,35 @@ MASKED_LOGIT = -1e9
 TILE_BYTES = 8 << 20
 
 
+class Similarity(nn.Module):
+    """q k^T / sqrt(e) in float32: the logits of attention."""
+
+    def __call__(
+        self, q: Float[Array, "s h r e"], k: Float[Array, "s h c e"]
+    ) -> Float[Array, "s h r c"]:
+        return jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+
+
+class Softmax(nn.Module):
+    """Softmax over the valid keys; None: all are."""
+
+    def __call__(
+        self, logits: Float[Array, "s h r c"], valid: Bool[Array, "s c"] | None
+    ) -> Float[Array, "s h r c"]:
+        if valid is not None:
+            logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
+        return jax.nn.softmax(logits, axis=-1)
+
+
+class WeightedSum(nn.Module):
+    """The values, summed with the attention's weights."""
+
+    def __call__(
+        self, weights: Float[Array, "s h r c"], v: Float[Array, "s h c e"]
+    ) -> Float[Array, "s h r e"]:
+        return jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
+
+
 def attend(
     q: Float[Array, "s h r e"],
     k: Float[Array, "s h c e"],
@@ -33,8 +63,11 @@ def attend(
       valid: which keys are real; None: all.
       tap: shows the whole weights [s, h, r, c], and returns those to go on with; None: nobody asks.
     """
+    if tap is not None:  # step by step, so that attribution sees each
+        weights = tap(Softmax()(Similarity()(q, k), valid))
+        return WeightedSum()(weights, v), weights[:, :, 0]
     rows = _queries_at_a_time(*q.shape[:3], k.shape[2])
-    if tap is None and rows < q.shape[2]:
+    if rows < q.shape[2]:
         return _in_tiles(q, k, v, valid, rows)
     logits = jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if valid is not None:
@@ -42,9 +75,6 @@ def attend(
         logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
-    if tap is not None:
-        weights = tap(weights / total)
-        return jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v), weights[:, :, 0]
     # Divided by their sum after they met the values: c x e divisions, not c x c.
     y = jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
     return y / total.astype(v.dtype), weights[:, :, 0] / total[:, :, 0]

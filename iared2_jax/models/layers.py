@@ -1,4 +1,8 @@
-"""Layers that all backbones are made of: norm, linear layer over tokens, GELU, MLP, patches."""
+"""Layers that all backbones are made of: norm, linear layer over tokens, sums, GELU, MLP.
+
+What needs no parameters is a module, too, where attribution must be able to step in: relevance is
+propagated through a sum or a GELU by other rules than gradients are (`attribution.relevance`).
+"""
 
 import warnings
 
@@ -6,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from iared2_jax.models import input_spec
@@ -62,6 +66,27 @@ def classifier(num_classes: int, name: str | None = None) -> nn.Dense:
     return nn.Dense(num_classes, kernel_init=WEIGHT, bias_init=ZEROS, name=name)
 
 
+class Gelu(nn.Module):
+    """`gelu`, as a module."""
+
+    def __call__(self, x: Array) -> Array:
+        return gelu(x)
+
+
+class Add(nn.Module):
+    """x + y: where two branches meet."""
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        return x + y
+
+
+class Scale(nn.Module):
+    """x times a constant or a parameter, channel by channel (layer scale)."""
+
+    def __call__(self, x: Array, factor: ArrayLike) -> Array:
+        return x * factor
+
+
 class Mlp(nn.Module):
     """Linear, exact GELU, linear."""
 
@@ -71,7 +96,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         d = x.shape[-1]
-        x = gelu(TokenDense(self.ratio * d, self.dtype, name="fc1")(x))
+        x = Gelu()(TokenDense(self.ratio * d, self.dtype, name="fc1")(x))
         return TokenDense(d, self.dtype, name="fc2")(x)
 
 

@@ -2,7 +2,7 @@
 
 A module shows a value with `tap(self, name, value)`. `apply_with_taps` collects what was shown,
 `tap_gradients` also differentiates with respect to it. Attention rollout, GradCAM and relevance
-propagation need no more.
+propagation (`attribution.relevance`) need no more.
 """
 
 import re
@@ -23,6 +23,7 @@ _SHOWN = "intermediates"
 _OFFSETS = "tap_offsets"
 
 ATTENTION = "attention"
+ATTENTION_INPUT = "attention_input"
 BLOCK_INPUT = "block_input"
 
 
@@ -31,11 +32,16 @@ class Taps(NamedTuple):
 
     attention: weights [B, heads, queries, keys] of every attention layer, prefix tokens first; of
       CaiT's class-attention blocks, which come last, the CLS query's alone.
+    attention_inputs: the normalised tokens that enter every attention layer; of class-attention
+      blocks with CLS first.
     block_inputs: tokens [B, P+N, d] that enter each block of the groups.
+    inputs: the images or clips themselves.
     """
 
     attention: tuple[Array, ...]
+    attention_inputs: tuple[Array, ...]
     block_inputs: tuple[Array, ...]
+    inputs: Array
 
 
 def asked(module: nn.Module, name: str) -> bool:
@@ -70,7 +76,7 @@ def apply_with_taps(
       (6, (1, 3, 65, 65), (1, 65, 96))
     """
     (logits, out), shown = module.apply(variables, inputs, **options, mutable=[_SHOWN])
-    return logits, out, _in_order(shown[_SHOWN])
+    return logits, out, _in_order(shown[_SHOWN], inputs)
 
 
 def tap_gradients(
@@ -90,22 +96,23 @@ def tap_gradients(
       Logits, the model's output, the taps, and d objective / d tap, alike in structure.
     """
 
-    def forward(offsets: Mapping[str, Any]):
+    def forward(offsets: Mapping[str, Any], inputs: Array):
         everything = {**variables, _OFFSETS: offsets}
         (logits, out), shown = module.apply(everything, inputs, **options, mutable=[_SHOWN])
         return objective(logits).sum(), (logits, out, shown[_SHOWN])
 
-    shapes = jax.eval_shape(lambda: forward({})[1][2])
+    shapes = jax.eval_shape(lambda: forward({}, inputs)[1][2])
     offsets = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    gradients, (logits, out, shown) = jax.grad(forward, has_aux=True)(offsets)
-    return logits, out, _in_order(shown), _in_order(gradients)
+    differentiate = jax.grad(forward, argnums=(0, 1), has_aux=True)
+    (gradients, of_inputs), (logits, out, shown) = differentiate(offsets, inputs)
+    return logits, out, _in_order(shown, inputs), _in_order(gradients, of_inputs)
 
 
-def _in_order(tree: Mapping[str, Any]) -> Taps:
+def _in_order(tree: Mapping[str, Any], inputs: Array) -> Taps:
     """The values of a collection of taps by kind, in the order of the blocks."""
     flat = traverse_util.flatten_dict(dict(tree), sep="/")
-    kinds: dict[str, list[Array]] = {ATTENTION: [], BLOCK_INPUT: []}
+    kinds: dict[str, list[Array]] = {ATTENTION: [], ATTENTION_INPUT: [], BLOCK_INPUT: []}
     for path in sorted(flat, key=natural_order):
         kind = re.sub(r"_\d+$", "", path.rpartition("/")[2])
         kinds.setdefault(kind, []).append(flat[path])
-    return Taps(tuple(kinds[ATTENTION]), tuple(kinds[BLOCK_INPUT]))
+    return Taps(*map(tuple, kinds.values()), inputs)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
@@ -60,6 +60,72 @@ def draw_comparison(
             if heatmaps is not None:
                 heatmap = _stretched(np.asarray(heatmaps[row]))
                 axis.imshow(_in_a_row(heatmap, spec, gap=np.nan), cmap="jet", alpha=0.5)
+    return _save(figure, path)
+
+
+def draw_maps(
+    spec: InputSpec,
+    pixels: UInt8[np.ndarray, "b ..."],
+    maps: Mapping[str, Float[np.ndarray, "b ..."]],
+    path: str | Path,
+) -> Path:
+    """Figure 3 with any maps: the input, and every map over it, one row per image.
+
+    Args:
+      pixels: images or clips at the model's size.
+      maps: heatmaps of at least as many inputs, by name (`iared2_jax.explain`).
+      path: its suffix says what is written: .png, .pdf, ..
+    """
+    titles = ["input", *(_title(name) for name in maps)]
+    figure, axes = _grid(len(pixels), titles, spec)
+    for row, image in enumerate(pixels):
+        for axis in axes[row]:
+            axis.imshow(_picture(image, spec))
+        for axis, heatmaps in zip(axes[row, 1:], maps.values(), strict=True):
+            heatmap = _stretched(np.asarray(heatmaps[row], np.float32))
+            axis.imshow(_in_a_row(heatmap, spec, gap=np.nan), cmap="jet", alpha=0.5)
+    return _save(figure, path)
+
+
+def _title(name: str) -> str:
+    """A map's name over its column, on two lines where it is long."""
+    words = name.replace("_", " ")
+    return words if len(words) < 12 else "\n".join(words.split(" ", 1))
+
+
+def draw_curves(results: Mapping[str, Any], path: str | Path) -> Path:
+    """The perturbation curves of every map: accuracy while pixels are taken away.
+
+    Args:
+      results: with "perturbation", as `compare_maps` returns it.
+      path: its suffix says what is written: .png, .pdf, ..
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    titles = {
+        "positive": "most important pixels first: lower is better",
+        "negative": "least important pixels first: higher is better",
+    }
+    found = results["perturbation"]
+    colours = colormaps["tab20"](np.linspace(0, 1, max(2, len(found))))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (order, title) in zip(axes, titles.items(), strict=True):
+        for (name, figures), colour in zip(found.items(), colours, strict=False):
+            values = 100 * np.asarray(figures["curves"][order]["accuracy"])
+            ours = name.startswith("group")
+            axis.plot(
+                np.linspace(0, 100, len(values)),
+                values,
+                color=colour,
+                label=name.replace("_", " "),
+                linewidth=2.5 if ours else 1.2,
+                linestyle="--" if name in ("random", "center") else "-",
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("pixels taken away, %")
+        axis.grid(alpha=0.3)
+    read = next(iter(found.values()))["read"]
+    axes[0].set_ylabel(f"{read}, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     return _save(figure, path)
 
 

@@ -14,12 +14,19 @@ from iared2_jax.data.folder import EXTENSIONS
 from iared2_jax.data.images import BadImage, eval_transform, open_image, with_channels
 from iared2_jax.data.videos import BadVideo
 from iared2_jax.errors import DataError, UsageError
+from iared2_jax.evaluation.compare_maps import compare_maps, map_sources
+from iared2_jax.files import writing
 from iared2_jax.models.input_spec import InputSpec
+from iared2_jax.report.explorer import collect_images
 from iared2_jax.report.figures import draw_all
+from iared2_jax.report.page import write_explanations
+from iared2_jax.report.results import versions
 from iared2_jax.token_reduction.model import IARed2
 
 log = logging.getLogger(__name__)
 
+PAGE = "iared2_report.html"
+ON_A_PAGE = 500  # a browser is quick with so many
 _WRITTEN = (".heatmap.png", ".hierarchy.png", ".scores.gif")
 
 
@@ -51,7 +58,8 @@ def explain_pictures(
 
     The heatmaps are the scores of the second group (Fig. 3), the hierarchy what each group still
     sees (Fig. 4). A model of clips explains videos: their frames in a row, and <video>.scores.gif.
-    What cannot be read is named, and left out.
+    A page to explore them all, `PAGE`, comes beside them. What cannot be read is named, and left
+    out.
 
     Args:
       load: gives module and variables, once there is something to explain.
@@ -68,7 +76,7 @@ def explain_pictures(
     folder = Path(config.data.path)
     pictures_in(folder, (*EXTENSIONS, *videos.EXTENSIONS))
     module, variables = load()
-    spec, done = module.input_spec, []
+    spec, done, shown = module.input_spec, [], []
     paths = pictures_in(folder, videos.EXTENSIONS if spec.is_clip else EXTENSIONS)
     for path in paths:
         try:
@@ -79,11 +87,39 @@ def explain_pictures(
         beside = [path.with_name(path.name + ending) for ending in _WRITTEN]
         draw_all(module, variables, pixels[None], beside, thresholds=config.reduction.threshold)
         done.append(path)
+        shown.append(pixels)
         log.info("%s: written beside it", path)
     if not done:
         kind, error = ("videos", BadVideo) if spec.is_clip else ("pictures", BadImage)
         raise error(f"none of the {len(paths)} {kind} in {folder} could be read")
+    _write_page(folder / PAGE, config, module, variables, done[:ON_A_PAGE], shown[:ON_A_PAGE])
     return done
+
+
+def _write_page(
+    page: Path,
+    config: ml_collections.ConfigDict,
+    module: IARed2,
+    variables: dict[str, Any],
+    paths: Sequence[Path],
+    pictures: Sequence[np.ndarray],
+) -> None:
+    """The page with every picture, its scores, and the maps that `config.explain.maps` names."""
+    pixels, size = np.stack(pictures), min(config.eval.batch_size, len(pictures))
+    methods = [name for name in config.explain.maps if name != "interpreter"]
+    sources = map_sources(module, methods, options={"lime": {"samples": config.eval.lime_samples}})
+    found = compare_maps(
+        module, variables, pixels, sources=sources, perturbation=False, sanity=False,
+        keep=len(pixels), batch_size=size,
+    )  # fmt: skip
+    maps = {name.replace("_", " "): heatmaps for name, heatmaps in found["heatmaps"].items()}
+    explorer = collect_images(
+        module, variables, variables, pixels, names=[path.name for path in paths],
+        thresholds=config.reduction.threshold, maps=maps, batch_size=size,
+    )  # fmt: skip
+    with writing(page) as draft:
+        write_explanations(draft, explorer, f"IA-RED²: {page.parent.name}", versions())
+    log.info("%s shows all of them", page)
 
 
 def _pixels(

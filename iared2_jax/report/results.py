@@ -1,11 +1,9 @@
 """The evaluation of a finished model: results.json, tables, figures and an HTML report."""
 
-import dataclasses
 import importlib.metadata
 import logging
 import platform
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from einops import rearrange
 
 from iared2_jax.config import flatten
 from iared2_jax.config.loading import reduction_of, weights_of
 from iared2_jax.data.datasets import Dataset
-from iared2_jax.data.image_files import EvalInputs
 from iared2_jax.evaluation import evaluators
+from iared2_jax.evaluation.agreement import answers_when_shown
 from iared2_jax.files import writing
 from iared2_jax.report import figures, tables
-from iared2_jax.report.page import FIGURES, PAGE, write_page, write_results
+from iared2_jax.report.comparison import Comparison
+from iared2_jax.report.page import PAGE, write_page, write_results
+from iared2_jax.report.run_maps import draw_figures, explored, measure_maps
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import random_like
@@ -34,85 +33,6 @@ log = logging.getLogger(__name__)
 RANDOM_MASK_SEED = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A trained model beside the dense baseline, on one evaluation set.
-
-    Attributes:
-      trained: variables of the finished model.
-      original: variables of the dense baseline: the backbone as `config.weights` has it. A backbone
-        that was trained from scratch is its own baseline.
-      reduces: whether it drops tokens at all (a supervised run does not).
-      pixels, labels, masks: the evaluation set; masks, the segmentation truth, may be None.
-      class_names: of the labels.
-      crops: of clips: several crops of each, whose logits make a video's answer; else None.
-      reduction: what a model is applied with to drop tokens (`config.loading.reduction_of`).
-    """
-
-    config: ml_collections.ConfigDict
-    module: IARed2
-    trained: dict[str, Any]
-    original: dict[str, Any]
-    reduces: bool
-    pixels: np.ndarray | EvalInputs
-    labels: np.ndarray
-    masks: np.ndarray | None
-    class_names: tuple[str, ...]
-    stop: Stop | None
-    crops: np.ndarray | EvalInputs | None
-    reduction: dict[str, Any]
-
-    @property
-    def selector(self) -> str:
-        return self.reduction["selector"]
-
-    @property
-    def applied(self) -> dict[str, Any]:
-        """What the reduced model is applied with: masked, or gathered where counts are fixed."""
-        slots = self.module.keep_counts(self.reduction["keep_ratios"])
-        how = {"execution": "gathered", "capacities": slots} if slots else {}
-        return {**self.reduction, **how}
-
-    def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
-        """`fn(variables, inputs, batch)`, jitted, with the inputs normalised on the device."""
-        spec = self.module.input_spec
-        return jax.jit(lambda v, batch: fn(v, spec.normalize(batch["pixels"]), batch))
-
-    def collect(
-        self, fn: Callable[..., Any], variables: dict[str, Any], **more: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """The results of a compiled `fn` over the whole evaluation set."""
-        arrays = {"pixels": self.pixels, **more}
-        return evaluators.collect(
-            lambda batch: fn(variables, batch), arrays, self.config.eval.batch_size, self.stop
-        )
-
-    def video_answers(self, variables: dict[str, Any], **how: Any) -> dict[str, Any]:
-        """{"video": top-1 and top-5 of the summed logits of every video's crops}; {} for images.
-
-        Args:
-          how: what the model is applied with.
-        """
-        if self.crops is None:
-            return {}
-        spec, module = self.module.input_spec, self.module
-
-        @jax.jit
-        def summed(variables, batch):
-            crops = batch["crops"]
-            flat = spec.normalize(rearrange(crops, "b v ... -> (b v) ..."))
-            logits = module.apply(variables, flat, **how)[0]
-            return {"top": evaluators.top_classes(logits.reshape(*crops.shape[:2], -1).sum(axis=1))}
-
-        seen = evaluators.collect(
-            lambda batch: summed(variables, batch),
-            {"crops": self.crops},
-            max(1, self.config.eval.batch_size // 3),
-            self.stop,
-        )
-        return {"video": dict(evaluators.accuracy(seen["top"], self.labels))}
-
-
 def evaluate_run(
     config: ml_collections.ConfigDict,
     workdir: Path,
@@ -122,6 +42,7 @@ def evaluate_run(
     dataset: Dataset,
     stop: Stop | None = None,
     model_options: dict[str, Any] | None = None,
+    scored: bool = True,
 ) -> dict[str, Any]:
     """Evaluates trained parameters against the dense backbone that a run started from.
 
@@ -132,6 +53,7 @@ def evaluate_run(
       original: variables that the run started from.
       model_options: what `create_model` made the module with, to write weights.safetensors; None
         writes none.
+      scored: False where the interpreters are fresh: their scores are not among the maps then.
 
     Returns:
       The results as written.
@@ -152,6 +74,7 @@ def evaluate_run(
         trained=trained,
         original=original if weights_of(config) and drops else trained,
         reduces=drops,
+        scored=scored,
         pixels=pixels,
         labels=labels,
         masks=masks,
@@ -160,65 +83,58 @@ def evaluate_run(
         crops=crops,
         reduction=reduction_of(config),
     )
-    results = _measure(comparison, dataset)
+    results, heatmaps = _measure(comparison, dataset)
     if model_options is not None:
         _write_weights(comparison, results, workdir, model_options)
-    _write(comparison, results, workdir)
+    _write(comparison, results, heatmaps, workdir)
     return results
 
 
-def _measure(comparison: Comparison, dataset: Dataset) -> dict[str, Any]:
-    results: dict[str, Any] = {"run": comparison.config.name, "examples": len(comparison.labels)}
-    results["dense"], maps = _dense(comparison)
+def _measure(
+    comparison: Comparison, dataset: Dataset
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The results, and the maps of the images that the page will show."""
+    results: dict[str, Any] = {"run": comparison.config.name, "examples": len(comparison.pixels)}
+    results["dense"] = _dense(comparison)
     if comparison.reduces:
         # Another selector's figures are not ours.
         ours = comparison.selector == "interpreter"
         results["selector"] = comparison.selector
-        results["iared2" if ours else "reduced"], counts, scores = _reduced(comparison)
-        if ours:
+        results["iared2" if ours else "reduced"], counts = _reduced(comparison)
+        if ours and comparison.labels is not None:
             results["random"] = _random(comparison, counts)
-        maps = {**scores, **maps}
+            results["agreement"] = _agreement(comparison)
         # A comparison times all its methods in turn.
         if comparison.config.eval.speed_batch and not comparison.config.compare.selectors:
             results["images_per_second"] = _speed(comparison)
-    if comparison.masks is not None:
-        results["foreground_share"] = float(comparison.masks.mean())
-        results["segmentation"] = dict(
-            evaluators.segmentation(maps, comparison.masks, comparison.module.input_spec)
-        )
+    measured, heatmaps = measure_maps(comparison)
+    results.update(measured)
     if unusable := dataset.unusable():
         results["unusable_training_examples"] = unusable
     results["config"] = flatten(comparison.config)
-    results["versions"] = _versions()
-    return results
+    results["versions"] = versions()
+    return results, heatmaps
 
 
-def _dense(comparison: Comparison) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The baseline's accuracy and cost; the raw attention of its blocks, if it will be judged."""
-    judged = comparison.masks is not None
+def _dense(comparison: Comparison) -> dict[str, Any]:
+    """The baseline's accuracy and cost."""
 
     def dense_pass(variables, inputs, batch):
-        logits, out = comparison.module.apply(variables, inputs, execution="dense")
-        found = {"top": evaluators.top_classes(logits)}
-        if judged and out.attention:
-            found["attention"] = jnp.stack([maps.mean(1) for maps in out.attention], axis=1)
-        return found
+        logits, _ = comparison.module.apply(variables, inputs, execution="dense")
+        return {"top": evaluators.top_classes(logits)}
 
     seen = comparison.collect(comparison.compiled(dense_pass), comparison.original)
-    figures = {
+    return {
         **_answers(comparison, seen["top"]),
         **comparison.video_answers(comparison.original, execution="dense"),
         **dict(evaluators.cost(comparison.module, None)),
     }
-    if "attention" not in seen:
-        return figures, {}
-    # Without CLS in its groups (CaiT), the blocks are the class-attention blocks.
-    blocks = range(seen["attention"].shape[1])
-    return figures, {f"raw_attention_block_{b}": seen["attention"][:, b] for b in blocks}
 
 
 def _answers(comparison: Comparison, top: np.ndarray) -> dict[str, Any]:
-    """The accuracy of a model's likeliest classes, and what it takes for what."""
+    """A model's accuracy, and what it takes for what; {} without labels."""
+    if comparison.labels is None:
+        return {}
     labels, names = comparison.labels, comparison.class_names
     return {
         **dict(evaluators.accuracy(top, labels)),
@@ -226,19 +142,16 @@ def _answers(comparison: Comparison, top: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _reduced(
-    comparison: Comparison,
-) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
-    """Our accuracy and cost; the tokens kept [images, groups]; the groups' scores, if judged."""
-    judged, module = comparison.masks is not None, comparison.module
+def _reduced(comparison: Comparison) -> tuple[dict[str, Any], np.ndarray]:
+    """Our accuracy and cost; the tokens kept [images, groups]."""
+    module = comparison.module
 
     def reduced_pass(variables, inputs, batch):
         logits, out = module.apply(variables, inputs, **comparison.applied)
-        found = {
+        return {
             "top": evaluators.top_classes(logits),
             "counts": jnp.stack([keep.sum(axis=-1) for keep in out.keep], axis=1),
         }
-        return {**found, "scores": jnp.stack(out.scores, axis=1)} if judged else found
 
     seen = comparison.collect(comparison.compiled(reduced_pass), comparison.trained)
     counts = seen["counts"]
@@ -248,9 +161,7 @@ def _reduced(
         **dict(evaluators.kept_tokens(counts, module.input_spec.num_patches)),
         **dict(evaluators.cost(module, counts, comparison.selector)),
     }
-    groups = range(module.num_groups) if judged else ()
-    name = "group" if comparison.selector == "interpreter" else f"{comparison.selector}_group"
-    return figures, counts, {f"{name}_{g + 1}": seen["scores"][:, g] for g in groups}
+    return figures, counts
 
 
 def _random(comparison: Comparison, counts: np.ndarray) -> dict[str, float]:
@@ -279,6 +190,27 @@ def _random(comparison: Comparison, counts: np.ndarray) -> dict[str, float]:
 
     before = {f"original_backbone_{k}": v for k, v in accuracy(comparison.original).items()}
     return {**accuracy(comparison.trained), **before}
+
+
+def _agreement(comparison: Comparison) -> dict[str, Any]:
+    """The accuracy by what the network is shown, and how often that answer is the dense one."""
+    module, thresholds = comparison.module, comparison.reduction["thresholds"]
+
+    def passes(variables, inputs, batch):
+        key = jax.random.key(RANDOM_MASK_SEED)
+        shown = answers_when_shown(module, variables, inputs, key, thresholds)
+        dense = module.apply(variables, inputs, execution="dense")[0]
+        return {name: logits.argmax(axis=-1) for name, logits in {**shown, "dense": dense}.items()}
+
+    seen = comparison.collect(comparison.compiled(passes), comparison.trained)
+    dense = seen.pop("dense")
+    return {
+        name: {
+            "top1": float((answers == comparison.labels).mean()),
+            "same_as_dense": float((answers == dense).mean()),
+        }
+        for name, answers in seen.items()
+    }
 
 
 def _speed(comparison: Comparison) -> dict[str, Any]:
@@ -323,15 +255,29 @@ def _write_weights(
     )
 
 
-def _write(comparison: Comparison, results: dict[str, Any], workdir: Path) -> None:
+def _write(
+    comparison: Comparison,
+    results: dict[str, Any],
+    heatmaps: dict[str, np.ndarray],
+    workdir: Path,
+) -> None:
+    """Writes page, figures and results.
+
+    Args:
+      heatmaps: of the first images, by name.
+    """
     # Made aside first: until all is there, what an evaluation before has written stays.
     with writing(workdir / PAGE) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
-        drawn = []
+        drawn, explorer = [], None
         # The pictures are of interpreters' scores and thresholds.
         ours = comparison.selector == "interpreter" and not comparison.reduction["keep_ratios"]
-        if comparison.reduces and ours and comparison.config.eval.figures:
-            drawn = _draw(comparison, Path(aside))
-        write_page(draft, results, [path.name for path in drawn])
+        if comparison.reduces and ours:
+            explorer = explored(comparison, heatmaps)
+            if comparison.config.eval.figures:
+                drawn = draw_figures(comparison, heatmaps, Path(aside))
+        if "perturbation" in results:
+            drawn.append(figures.draw_curves(results, Path(aside) / "perturbation.png"))
+        write_page(draft, results, drawn, explorer)
         for path in (workdir / "figures").glob("*.*"):
             path.unlink()
         for path in drawn:
@@ -342,18 +288,8 @@ def _write(comparison: Comparison, results: dict[str, Any], workdir: Path) -> No
     log.info("results.json, report.html and figures are in %s", workdir)
 
 
-def _draw(comparison: Comparison, folder: Path) -> list[Path]:
-    return figures.draw_all(
-        comparison.module,
-        comparison.trained,
-        comparison.pixels[: comparison.config.eval.figures],
-        [folder / name for name in FIGURES],
-        thresholds=comparison.config.reduction.threshold,
-        attention_variables=comparison.original,
-    )
-
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions that made a result."""
     packages = ("iared2_jax", "jax", "flax", "optax", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **versions}

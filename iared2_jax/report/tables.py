@@ -14,8 +14,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
     confusions = (reduced_of(results) or results["dense"]).get("confusions")
     if confusions:
         made.append(_confusions(confusions))
+    if "agreement" in results:
+        made.append(_agreement(results))
     if "segmentation" in results:
         made.append(_segmentation(results))
+    if "perturbation" in results:
+        made.append(_perturbation(results))
     if "images_per_second" in results:
         made.append(_speed(results))
     return made
@@ -52,10 +56,10 @@ def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: s
     videos = []
     if "video" in dense:
         videos = [f"{100 * row['video']['top1']:.2f}%" if row["video"] else ""]
+    accuracy = [f"{100 * row[key]:.2f}%" if key in row else "" for key in ("top1", "top5")]
     return [
         name,
-        f"{100 * row['top1']:.2f}%",
-        f"{100 * row['top5']:.2f}%",
+        *accuracy,
         *videos,
         kept,
         f"{row['flops']['linear'] / 1e6:.2f}",
@@ -105,13 +109,72 @@ def _confusions(confusions: list[dict[str, Any]]) -> Table:
     return "What is taken for what, most often", rows
 
 
+_SHOWN = {
+    "as_trained": "as trained, group by group",
+    "kept_from_the_start": "the kept ones, from the first block on",
+    "random_from_the_start": "as many at random",
+    "dropped_from_the_start": "the dropped ones",
+}
+
+
+def _agreement(results: dict[str, Any]) -> Table:
+    rows = [["patches that the network is shown", "top-1", "same answer as dense"]]
+    for key, label in _SHOWN.items():
+        figures = results["agreement"][key]
+        shares = (figures["top1"], figures["same_as_dense"])
+        rows.append([label, *(f"{100 * share:.2f}%" for share in shares)])
+    return "Does the network answer by what it keeps?", rows
+
+
+_SEGMENTATION = {
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mAcc",
+    "mean_iou": "mIoU",
+    "chance_iou": "chance",
+    "predicted_share": "marked",
+    "best_iou": "best mIoU",
+    "average_precision": "mAP",
+}
+
+
 def _segmentation(results: dict[str, Any]) -> Table:
-    rows = [["map", "pixel accuracy", "mAcc", "mIoU"]]
+    """At the paper's threshold: three figures, what chance gives, the share of pixels marked."""
+    rows = [["map", *_SEGMENTATION.values()]]
     for name, scores in results["segmentation"].items():
-        figures = (scores[key] for key in ("pixel_accuracy", "mean_accuracy", "mean_iou"))
-        rows.append([name.replace("_", " "), *(f"{100 * figure:.2f}" for figure in figures)])
-    share = results["foreground_share"]
-    return f"Weakly-supervised segmentation, foreground {100 * share:.1f}% of the pixels", rows
+        cells = [_with_spread(scores, key) for key in _SEGMENTATION if key in scores]
+        rows.append([name.replace("_", " "), *cells])
+    title = (
+        f"Weakly-supervised segmentation, {results['map_images']} inputs, foreground "
+        f"{100 * results['foreground_share']:.1f}% of the pixels (± half a 95% interval)"
+    )
+    return title, rows
+
+
+def _perturbation(results: dict[str, Any]) -> Table:
+    keys = ("positive_auc", "negative_auc", "deletion_auc", "insertion_auc")
+    first = next(iter(results["perturbation"].values()))
+    titles = ("positive ↓", "negative ↑", "deletion ↓", "insertion ↑")
+    checks = ("random_weights", "random_labels", "other_class")
+    rows = [["map", *titles, *(check.replace("_", " ") for check in checks)]]
+    for name, figures in results["perturbation"].items():
+        sanity = results.get("sanity", {}).get(name, {})
+        cells = [_with_spread(figures, key) for key in keys]
+        cells += [f"{sanity[check]:.2f}" if check in sanity else "" for check in checks]
+        rows.append([name.replace("_", " "), *cells])
+    title = (
+        f"Perturbation, areas under the {first['read']} and the probability, and what a map has in "
+        "common with that of other weights, labels or another class (1: the same)"
+    )
+    return title, rows
+
+
+def _with_spread(figures: dict[str, Any], key: str) -> str:
+    """A share in per cent, and half its interval."""
+    text = f"{100 * figures[key]:.1f}"
+    if key not in figures.get("interval", {}):
+        return text
+    low, high = figures["interval"][key]
+    return f"{text} ±{50 * (high - low):.1f}"
 
 
 def _speed(results: dict[str, Any]) -> Table:

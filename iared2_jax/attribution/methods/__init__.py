@@ -9,18 +9,47 @@ from typing import Any
 
 from jaxtyping import Float
 
+from iared2_jax.attribution.methods.center import center
+from iared2_jax.attribution.methods.grad_rollout import grad_rollout
+from iared2_jax.attribution.methods.gradcam import gradcam
+from iared2_jax.attribution.methods.gradcam_tokens import gradcam_tokens
 from iared2_jax.attribution.methods.interpreter import interpreter
+from iared2_jax.attribution.methods.lime import lime
+from iared2_jax.attribution.methods.lrp import lrp
+from iared2_jax.attribution.methods.memorability import memorability
+from iared2_jax.attribution.methods.occlusion import occlusion
+from iared2_jax.attribution.methods.partial_lrp import partial_lrp
+from iared2_jax.attribution.methods.random import random
 from iared2_jax.attribution.methods.raw_attention import raw_attention
+from iared2_jax.attribution.methods.rollout import rollout
+from iared2_jax.attribution.methods.transformer_attribution import transformer_attribution
+from iared2_jax.attribution.targets import checked_target
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
 
-# (module, variables, inputs, **its own options) -> a value per patch [B, N].
+# (module, variables, inputs, **its own options) -> a value per patch [B, N], or per pixel [B, H, W]
+# (of clips [B, T, H, W]). One with an option `target` explains a class.
 Method = Callable[..., Array]
 
 METHODS: dict[str, Method] = {
-    "interpreter": interpreter,
-    "raw_attention": raw_attention,
+    method.__name__: method
+    for method in (
+        interpreter,
+        raw_attention,
+        rollout,
+        gradcam,
+        gradcam_tokens,
+        grad_rollout,
+        partial_lrp,
+        lrp,
+        transformer_attribution,
+        lime,
+        occlusion,
+        memorability,
+        random,
+        center,
+    )
 }
 
 
@@ -29,26 +58,46 @@ def attribute(
     module: IARed2,
     variables: Mapping[str, Any],
     inputs: Float[Array, "b ..."],
+    *,
+    target: Any = None,
     **options: Any,
-) -> Float[Array, "b n"]:
-    """The values that a method gives the patches of normalised inputs.
+) -> Float[Array, "b ..."]:
+    """The values that a method gives the patches, or the pixels, of normalised inputs.
 
     Args:
       method: a name of `METHODS`, or a function of your own.
+      target: the class that is explained: one, or one for each image; None: the predicted one.
       **options: the method's.
 
     Raises:
-      UsageError: there is no such method, or it has no such option.
+      UsageError: no such method, option or class; a target for a method that explains none; values
+        that are neither one per patch nor one per pixel.
     """
     if isinstance(method, str) and method not in METHODS:
         raise UsageError(f"there is no attribution method {method!r}{nearest(method, METHODS)}")
     function = METHODS[method] if isinstance(method, str) else method
-    known = [p.name for p in inspect.signature(function).parameters.values()][3:]
+    name = method if isinstance(method, str) else function.__name__
+    known = options_of(function)
+    if target is not None:
+        if "target" not in known:
+            raise UsageError(f"{name} explains no class: leave target out")
+        options["target"] = checked_target(target, module.backbone.num_classes, len(inputs))
     for option in options:
         if option not in known:
-            name = method if isinstance(method, str) else function.__name__
             raise UsageError(f"{name} has no option {option!r}{nearest(option, known)}")
-    return function(module, variables, inputs, **options)
+    values = function(module, variables, inputs, **options)
+    pixels, patches = tuple(inputs.shape[:-1]), (len(inputs), module.input_spec.num_patches)
+    if values.shape not in (pixels, patches):
+        raise UsageError(
+            f"{name} must give a value per patch {list(patches)} or per pixel {list(pixels)}, "
+            f"got {list(values.shape)}"
+        )
+    return values
 
 
-__all__ = ["METHODS", "Method", "attribute", "interpreter", "raw_attention"]
+def options_of(method: Method) -> list[str]:
+    """The names of a method's own options."""
+    return [parameter.name for parameter in inspect.signature(method).parameters.values()][3:]
+
+
+__all__ = ["METHODS", "Method", "attribute", "interpreter", "options_of", "raw_attention"]

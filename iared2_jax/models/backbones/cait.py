@@ -7,7 +7,6 @@ within talking heads twice: see `TalkingHeads`.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -15,10 +14,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models import taps
-from iared2_jax.models.attention import MASKED_LOGIT, attend
+from iared2_jax.models.attention import (
+    Similarity,
+    Softmax,
+    WeightedSum,
+    attend,
+)
 from iared2_jax.models.backbones.protocol import PARTS, BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Mlp, TokenDense, classifier, layer_norm
+from iared2_jax.models.layers import Add, Mlp, Scale, TokenDense, classifier, layer_norm
 from iared2_jax.models.parameters import TOKEN, WEIGHT, ZEROS, constant
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
@@ -50,6 +54,7 @@ class TalkingHeads(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], layout: TokenLayout) -> Float[Array, "b n d"]:
         d = x.shape[-1]
+        x = taps.tap(self, taps.ATTENTION_INPUT, x)
         before, after = (HeadMix(self.num_heads, name=name) for name in ("proj_l", "proj_w"))
 
         def rows(
@@ -59,17 +64,13 @@ class TalkingHeads(nn.Module):
         ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
             """One row per image; the maps are mixed in float32."""
             q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
-            logits = jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k)
-            logits = before(logits.astype(jnp.float32))
-            # After the mixing: it would spread what is added for one head's sake over all.
-            if valid is not None:
-                logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
-            weights = after(jax.nn.softmax(logits, axis=-1))
+            # Masked after the mixing: it would spread what is added for one head's sake over all.
+            weights = after(Softmax()(before(Similarity()(q, k)), valid))
             # Once more: the second mixing's bias gives every dropped key a weight.
             if valid is not None:
                 weights = weights * valid[:, None, None, :]
             weights = taps.tap(self, taps.ATTENTION, weights)
-            y = jnp.einsum("shqk,shke->shqe", weights.astype(v.dtype), v)
+            y = WeightedSum()(weights, v)
             return rearrange(y, "s h c e -> s c (h e)"), weights[:, :, 0]
 
         y, _ = layout.attend(TokenDense(3 * d, self.dtype, name="qkv")(x), rows)
@@ -89,9 +90,10 @@ class Block(nn.Module):
     ) -> Float[Array, "b n d"]:
         gammas = [_gamma(self, name, x) for name in ("gamma_1", "gamma_2")]
         attention = TalkingHeads(self.num_heads, self.dtype, name="attn")
-        x = x + gammas[0] * attention(layer_norm(self.dtype, "norm1")(x), layout)
-        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
-        return x + gammas[1] * mlp(layer_norm(self.dtype, "norm2")(x))
+        y = attention(layer_norm(self.dtype, "norm1")(x), layout)
+        x = Add()(x, Scale()(y, gammas[0]))
+        y = Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return Add()(x, Scale()(y, gammas[1]))
 
 
 class ClassAttention(nn.Module):
@@ -105,6 +107,7 @@ class ClassAttention(nn.Module):
         self, x: Float[Array, "b t d"], valid: Bool[Array, "b t"] | None
     ) -> tuple[Float[Array, "b 1 d"], Float[Array, "b h t"]]:
         d = x.shape[-1]
+        x = taps.tap(self, taps.ATTENTION_INPUT, x)
         q, k, v = (
             rearrange(
                 TokenDense(d, self.dtype, name=name)(tokens),
@@ -135,9 +138,9 @@ class ClassBlock(nn.Module):
         gammas = [_gamma(self, name, x) for name in ("gamma_1", "gamma_2")]
         u = layer_norm(self.dtype, "norm1")(jnp.concatenate([cls, x], axis=1))
         y, weights = ClassAttention(self.num_heads, self.dtype, name="attn")(u, valid)
-        cls = cls + gammas[0] * y
-        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
-        return cls + gammas[1] * mlp(layer_norm(self.dtype, "norm2")(cls)), weights
+        cls = Add()(cls, Scale()(y, gammas[0]))
+        y = Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(cls))
+        return Add()(cls, Scale()(y, gammas[1])), weights
 
 
 def _gamma(module: nn.Module, name: str, x: Array) -> Array:
@@ -162,6 +165,7 @@ class CaiT(nn.Module):
 
     num_prefix = 0
     attention_kernels = ("einsum",)
+    propagates_relevance = True
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -182,11 +186,12 @@ class CaiT(nn.Module):
         ]
         self.norm = layer_norm(self.dtype)
         self.head = classifier(self.num_classes)
+        self.add = Add()
 
     def embed(self, inputs: Float[Array, "b height width c"]) -> Float[Array, "b n d"]:
         """Images to patch tokens, positions added."""
         x = self.patch_embed(self.input_spec.to_patches(inputs))
-        return x + self.pos_embed.astype(self.dtype)
+        return self.add(x, self.pos_embed.astype(self.dtype))
 
     def run_block(
         self, index: int, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN

@@ -50,6 +50,8 @@ class Backbone(Protocol):
       dtype: of the computation. attention_kernel: one of `attention_kernels`.
       parts: optional; which of its submodules belong to "embedding" and to "classifier", if they
         are not called as in `PARTS`.
+      propagates_relevance: optional; True if it is made of modules of `attribution.relevance.RULES`
+        alone, so that relevance can be propagated through it.
     """
 
     input_spec: InputSpec

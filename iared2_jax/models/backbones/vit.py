@@ -13,7 +13,7 @@ from iared2_jax.models import taps
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Mlp, TokenDense, classifier, layer_norm
+from iared2_jax.models.layers import Add, Mlp, Scale, TokenDense, classifier, layer_norm
 from iared2_jax.models.parameters import TOKEN, ZEROS
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
@@ -31,6 +31,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "b n d"], layout: TokenLayout
     ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
         d = x.shape[-1]
+        x = taps.tap(self, taps.ATTENTION_INPUT, x)
         qkv = TokenDense(3 * d, self.dtype, name="qkv")(x)
         y, attention = layout.attend(qkv, self._attend_rows)
         return TokenDense(d, self.dtype, name="proj")(y), attention
@@ -67,9 +68,9 @@ class Block(nn.Module):
         y, attention = Attention(self.num_heads, self.dtype, self.attention_kernel, name="attn")(
             layer_norm(self.dtype, "norm1")(x), layout
         )
-        x = x + y
-        x = x + Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
-        return x, attention
+        x = Add()(x, y)
+        y = Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        return Add()(x, y), attention
 
 
 class ViT(nn.Module):
@@ -99,6 +100,7 @@ class ViT(nn.Module):
     attention_kernel: str = "einsum"
 
     attention_kernels = ("einsum", "cudnn")
+    propagates_relevance = True
 
     @property
     def num_prefix(self) -> int:
@@ -130,6 +132,7 @@ class ViT(nn.Module):
         self.head = classifier(self.num_classes)
         if self.distilled:
             self.head_dist = classifier(self.num_classes)
+        self.add, self.scale = Add(), Scale()
 
     def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
         """Images or clips to tokens, prefix first, positions added."""
@@ -137,7 +140,8 @@ class ViT(nn.Module):
         prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
         prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
-        return jnp.concatenate([prefix, x], axis=1) + self._positions().astype(self.dtype)
+        tokens = jnp.concatenate([prefix, x], axis=1)
+        return self.add(tokens, self._positions().astype(self.dtype))
 
     def _positions(self) -> Float[Array, "1 t d"]:
         """What is added to the tokens for where, and when, they are."""
@@ -161,7 +165,7 @@ class ViT(nn.Module):
         x = self.norm(x[:, : self.num_prefix]).astype(jnp.float32)
         logits = self.head(x[:, 0])
         if self.distilled:
-            logits = (logits + self.head_dist(x[:, 1])) / 2
+            logits = self.scale(self.add(logits, self.head_dist(x[:, 1])), 0.5)
         return logits, x[:, 0], []
 
     def block_flops(self, tokens: ArrayLike) -> BlockFlops:

@@ -29,12 +29,12 @@ class Random(Selector):
         key = jax.random.key(self.seed)
 
         def order(image):
-            return jax.random.uniform(jax.random.fold_in(key, _fingerprint(image)), (n,))
+            return jax.random.uniform(jax.random.fold_in(key, fingerprint(image)), (n,))
 
         return jax.vmap(order)(inputs)
 
 
-def _fingerprint(image: Float[Array, "..."]) -> Array:
+def fingerprint(image: Float[Array, "..."]) -> Array:
     """A number that differs between images: their bits, each times another odd number, summed."""
     bits = jax.lax.bitcast_convert_type(image.astype(jnp.float32), jnp.uint32).ravel()
     return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
