@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_suite
 
 First smoke tests of what is new or private to the device, then speed at the paper's kept shares (of
-clips, too), what a training step needs in memory, and what training costs. A question that fails is
-recorded with its error and the next is asked; none is begun after `--minutes`. On a machine without
-a GPU it only shows that it runs: `python -m benchmarks.gpu_suite --models deit_ti --batch 2
---video timesformer_micro --rounds 1`.
+clips, too), what a training step needs in memory, what maps cost, and what training costs. A
+question that fails is recorded with its error and the next is asked; none is begun after
+`--minutes`. On a machine without a GPU it only shows that it runs: `python -m benchmarks.gpu_suite
+--models deit_ti --batch 2 --video timesformer_micro --rounds 1`.
 """
 
 import functools
@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, memory, peers, speed, train_cost
+from benchmarks import common, maps, memory, peers, speed, train_cost
 from benchmarks.workload import KEPT, synthetic
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.compaction import kept_first, take_tokens
+from iared2_jax.token_reduction.create import create_model
 
 
 def _called(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"memory {flags.video} 8, remat {remat}",
             lambda remat=remat: memory.measure(flags.video, 8, remat, dtype),
         )
+    ask(f"maps {flags.models[0]}", lambda: _maps(flags.models[0], flags.rounds))
     rows = "64" if dtype == jnp.bfloat16 else "2"
     cost = [
         "--model",
@@ -165,6 +167,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     ask("train cost", lambda: train_cost.main(cost))
     failed = [name for name, answer in result["questions"].items() if "failed" in (answer or {})]
     print(f"failed: {', '.join(failed) or 'nothing'}")
+
+
+def _maps(model: str, rounds: int) -> dict[str, Any]:
+    """What every map costs; LIME with few samples, for what each of its passes costs."""
+    batch = 64 if jax.default_backend() == "gpu" else 2
+    module, variables = create_model(model)
+    images = jax.random.normal(jax.random.key(0), (batch, *module.input_spec.shape))
+    return maps.measure(module, variables, images, batch, rounds, samples=128, few=1)
 
 
 def _speed(

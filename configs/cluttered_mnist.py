@@ -51,8 +51,8 @@ def get_config(arg=None):
     config.checkpoint_every = 200
 
     config.eval.maps = ("all",)
-    config.eval.maps_size = 250
-    config.eval.lime_samples = 400
+    config.eval.maps_size = 200
+    config.eval.lime_samples = 300
     config.eval.perturbation = True
     config.eval.page_images = 200
 
@@ -64,7 +64,7 @@ def get_config(arg=None):
         config.data.eval_size = 32
         config.eval.batch_size = 16
         config.eval.figures = 2
-        config.eval.maps = ("interpreter", "raw_attention", "random", "center")
+        config.eval.maps = ("interpreter", "raw_attention")
         config.eval.perturbation = False
         config.eval.speed_rounds = 1
     return config

@@ -46,6 +46,7 @@ def get_config(arg=None):
     config.log_every = 25
     config.checkpoint_every = 200
     config.eval.speed_rounds = 9
+    config.eval.maps_size = 250  # clips have many pixels to count
 
     if arg.runlocal:
         for phase in (config.interpreter, config.backbone):

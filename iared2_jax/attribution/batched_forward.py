@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+import numpy as np
+from jaxtyping import Float, Shaped
 
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.token_reduction.model import IARed2
@@ -21,7 +22,7 @@ def dense_logits(
     return module.apply(variables, inputs, execution="dense")[0]
 
 
-def pixels_of_patches(spec: InputSpec, values: Bool[Array, "... n"]) -> Bool[Array, "..."]:
+def pixels_of_patches(spec: InputSpec, values: Shaped[Array, "... n"]) -> Shaped[Array, "..."]:
     """A value per patch, repeated over its pixels: [.., H, W], of clips [.., T, H, W]."""
     grid = spec.on_grid(values)
     return grid.repeat(spec.patch[0], axis=-2).repeat(spec.patch[1], axis=-1)
@@ -44,6 +45,6 @@ def logits_of_copies(
     batch_size = min(batch_size, count)
     parts = []
     for start in range(0, count, batch_size):
-        numbers = jnp.minimum(jnp.arange(start, start + batch_size), count - 1)
+        numbers = np.minimum(np.arange(start, start + batch_size), count - 1)
         parts.append(dense_logits(module, variables, make(numbers)))
     return jnp.concatenate(parts)[:count]

@@ -116,7 +116,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval.clip_view = "centre"
     config.eval.video = True
     # Maps that are measured, names of attribution.METHODS or "all": where the data has masks by the
-    # segmentation protocol, and with `perturbation` by taking pixels away.
+    # segmentation protocol, and with `perturbation` by taking pixels away. "random" and "center"
+    # are always beside them.
     config.eval.maps = ("interpreter", "raw_attention")
     config.eval.maps_size = 0  # images they are measured on, the first of the evaluation's; 0: all
     config.eval.perturbation = False  # 20 forward passes per image and map; and the sanity checks

@@ -165,7 +165,9 @@ def perturb(
     return curves
 
 
-def area(curve: Float[np.ndarray, "... steps"], last: int = _LAST_OF_AREA) -> np.ndarray:
+def area(
+    curve: Float[np.ndarray, "... steps"], last: int = _LAST_OF_AREA
+) -> np.ndarray | np.floating:
     """The area under curves over the share that is gone, from 0 to last / 10, by trapezoids.
 
     Published areas end at nine tenths, so that 0.9 is the most.

@@ -50,9 +50,10 @@ def measure_maps(comparison: Comparison) -> tuple[dict[str, Any], dict[str, np.n
 
 
 def sources_of(comparison: Comparison) -> dict[str, MapSource]:
-    """The maps to measure: what this run's selector scores by, and the other methods'."""
+    """The maps to measure: the scores of the run's selector, other methods, the floor."""
     options, module = comparison.config.eval, comparison.module
-    methods = list(METHODS) if "all" in options.maps else list(options.maps)
+    asked = list(METHODS) if "all" in options.maps else list(options.maps)
+    methods = [*asked, *(name for name in ("random", "center") if name not in asked)]
     scores: dict[str, MapSource] = {}
     if "interpreter" in methods and comparison.reduces and comparison.scored:
         own = comparison.selector == "interpreter"

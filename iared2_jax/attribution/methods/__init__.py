@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from iared2_jax.attribution.methods.center import center
@@ -76,7 +78,7 @@ def attribute(
     if isinstance(method, str) and method not in METHODS:
         raise UsageError(f"there is no attribution method {method!r}{nearest(method, METHODS)}")
     function = METHODS[method] if isinstance(method, str) else method
-    name = method if isinstance(method, str) else function.__name__
+    name = method if isinstance(method, str) else getattr(method, "__name__", "the method")
     known = options_of(function)
     if target is not None:
         if "target" not in known:
@@ -87,12 +89,12 @@ def attribute(
             raise UsageError(f"{name} has no option {option!r}{nearest(option, known)}")
     values = function(module, variables, inputs, **options)
     pixels, patches = tuple(inputs.shape[:-1]), (len(inputs), module.input_spec.num_patches)
-    if values.shape not in (pixels, patches):
+    if np.shape(values) not in (pixels, patches):
         raise UsageError(
             f"{name} must give a value per patch {list(patches)} or per pixel {list(pixels)}, "
-            f"got {list(values.shape)}"
+            f"got {list(np.shape(values))}"
         )
-    return values
+    return jnp.asarray(values, jnp.float32)
 
 
 def options_of(method: Method) -> list[str]:

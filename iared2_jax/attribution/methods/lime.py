@@ -76,7 +76,7 @@ def lime(
         blank = _mean_colours(image, place, n) if fill is None else jnp.full_like(image, fill)
         show = functools.partial(_left_out, image, blank, place, rows)
         answers = logits_of_copies(module, variables, show, samples, batch_size)
-        weights.append(_fit(rows, place, class_probability(answers, jnp.full(samples, label))))
+        weights.append(_fit(rows, place, answers, label))
     weights = jnp.stack(weights)
     if of_patches:
         return weights
@@ -109,10 +109,10 @@ def _left_out(image: Array, blank: Array, place: Array, rows: Array, numbers: Ar
 
 
 @jax.jit
-def _fit(rows: Array, place: Array, y: Array) -> Array:
+def _fit(rows: Array, place: Array, answers: Array, label: Array) -> Array:
     """`fit_segments`; an image may have fewer segments than there are columns."""
     there = jnp.zeros(rows.shape[1], bool).at[place].set(True)
-    return fit_segments(rows & there, y)
+    return fit_segments(rows & there, class_probability(answers, jnp.full(len(rows), label)))
 
 
 def draw_rows(key: Array, samples: int, segments: int) -> Bool[Array, "samples segments"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from iared2_jax.attribution.batched_forward import (
@@ -57,7 +58,7 @@ def occlusion(
 
 
 @jax.jit
-def _covered(inputs: Array, covers: Array, fill: float, numbers: Array) -> Array:
+def _covered(inputs: Array, covers: Array, fill: ArrayLike, numbers: Array) -> Array:
     """Copies of images: number k is image k // N without the window of patch k % N."""
     n = len(covers)
     return jnp.where(covers[numbers % n][..., None], fill, inputs[numbers // n])
