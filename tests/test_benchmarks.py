@@ -55,6 +55,7 @@ def test_the_gpu_suite_answers_everywhere(tmp_path):
     plain, remat = (answers[f"memory timesformer_micro 8, remat {on}"] for on in (False, True))
     assert remat["kept_bytes"] < plain["kept_bytes"] / 4
     assert plain["program_bytes"] > plain["kept_bytes"] > 0
+    assert {"lrp", "lime", "forward pass"} <= set(answers["maps vit_micro"])
     assert {"interpreter 1, masked", "backbone 3, gathered"} <= set(answers["train cost"]["steps"])
 
 

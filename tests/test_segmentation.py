@@ -1,5 +1,6 @@
 """The segmentation protocol: what is counted, and the file of ImageNet-Segmentation."""
 
+import json
 import logging
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 from sklearn.metrics import average_precision_score
 
+from iared2_jax import main
 from iared2_jax.attribution.segmentation import (
     METRICS,
     THRESHOLDS,
@@ -413,3 +415,40 @@ def test_images_without_foreground_are_warned_of_once(path, caplog):
     small.write_segmentation(path, pictures()[0], [np.zeros(size, np.uint8) for size in SIZES])
     read = {"kind": DataError, "read": lambda data: data.load("all", 0, 0)}
     refused(path, "no foreground in any of the 3 masks", FILE, **read)
+
+
+# -- The whole command.
+
+EIGHT_DEVICES = ("--config.interpreter.batch_size=8", "--config.backbone.batch_size=8")
+
+
+def test_the_command_fills_the_table(tmp_path, path):
+    """From a file in the true layout to figures for every map, without labels."""
+    arguments = [
+        "--config=configs/segmentation.py:runlocal",
+        f"--workdir={tmp_path}",
+        f"--config.data.path={path}",
+        "--config.data.eval_size=0",
+        "--config.eval.maps=('interpreter', 'raw_attention', 'gradcam')",
+        "--config.eval.page_images=2",
+        *EIGHT_DEVICES,
+    ]
+    assert main.run(arguments) == 0
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    blocks = {f"raw_attention_block_{block}" for block in range(6)}
+    # The weights have no interpreters, so no scores; the floor is always there.
+    floor = {"random", "center", "all_background"}
+    assert set(results["segmentation"]) == blocks | {"gradcam"} | floor
+    for figures in results["segmentation"].values():
+        assert set(METRICS) <= set(figures)
+        assert set(figures["interval"]) == set(METRICS)
+    assert "top1" not in results["dense"]
+    assert results["map_images"] == results["examples"] > 2
+    assert "gradcam" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_training_on_it_is_refused(tmp_path, path, capsys):
+    arguments = ["--config=configs/segmentation.py:runlocal", "--config.mode=train"]
+    arguments += [*EIGHT_DEVICES, f"--workdir={tmp_path}", f"--config.data.path={path}"]
+    assert main.run(arguments) != 0
+    assert "has no labels to train with" in capsys.readouterr().err

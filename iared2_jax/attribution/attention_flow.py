@@ -17,7 +17,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
 
-Matrices = Sequence[Float[Array, "b q k"]]
+Matrices = Sequence[Float[Array, "b _q _k"]]  # of each block its own
 
 
 def answer_tokens(module: IARed2) -> int:

@@ -15,6 +15,8 @@ from iared2_jax.config.loading import flatten, input_spec_of, model_groups, weig
 from iared2_jax.data.datasets import MADE, OPENERS
 from iared2_jax.data.request import CLIP_VIEWS
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.evaluation.compare_maps import EXPLAINED
+from iared2_jax.evaluation.perturbation import REPLACEMENTS
 from iared2_jax.models.variants import VARIANTS, get_variant, is_variant
 from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
@@ -47,6 +49,8 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("reduction.train_execution", TRAIN_EXECUTIONS)
     one_of("reduction.selector", SELECTORS)
     one_of("eval.clip_view", CLIP_VIEWS)
+    one_of("eval.replacement", REPLACEMENTS)
+    one_of("eval.explained", EXPLAINED)
     for key in ("eval.maps", "explain.maps"):
         _check_maps(key, flat[key])
     for selector in config.compare.selectors:

@@ -121,6 +121,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval.maps = ("interpreter", "raw_attention")
     config.eval.maps_size = 0  # images they are measured on, the first of the evaluation's; 0: all
     config.eval.perturbation = False  # 20 forward passes per image and map; and the sanity checks
+    config.eval.replacement = "black"  # of pixels taken away: "black" | "mean" | "blur"
+    config.eval.explained = "predicted"  # the class that maps explain: "predicted" | "label"
     config.eval.lime_samples = 1000  # forward passes per image for LIME
     config.eval.page_images = 50  # images that the report's page has to look at; 0: none
     config.eval.figures = 8  # images in the figures; 0 draws none
@@ -173,6 +175,8 @@ RESUMABLE = (
     "eval.maps",
     "eval.maps_size",
     "eval.perturbation",
+    "eval.replacement",
+    "eval.explained",
     "eval.lime_samples",
     "eval.page_images",
     "eval.figures",

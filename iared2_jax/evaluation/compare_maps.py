@@ -29,7 +29,8 @@ from iared2_jax.typing import Array
 log = logging.getLogger(__name__)
 
 BOOTSTRAP = 1000  # resamples
-_FEW = 8  # images for the sanity checks of maps that cost hundreds of passes
+EXPLAINED = ("predicted", "label")
+_FEW = 4  # images for the sanity checks of maps that cost hundreds of passes
 
 Variables = Mapping[str, Any]
 
@@ -129,6 +130,7 @@ def compare_maps(
     sources: Mapping[str, MapSource] | None = None,
     perturbation: bool = True,
     replacement: str = "black",
+    explained: str = "predicted",
     sanity: bool = True,
     keep: int = 0,
     batch_size: int = 50,
@@ -149,64 +151,83 @@ def compare_maps(
       sources: which maps; by default `map_sources(module)`.
       perturbation, sanity: whether to run these.
       replacement: of pixels taken away, see `evaluation.perturbation.replacement_for`.
+      explained: which class the maps explain and probabilities are read of, one of `EXPLAINED`: the
+        one that each image is taken for, or its label.
       keep: of so many images the maps themselves are returned, too.
 
     Returns:
       segmentation (if there are masks): figures by map, as `segmentation.summarise` makes them, and
       of "all_background". perturbation: figures by map, as `summarise_curves` makes them.
       sanity: see `check_sanity`; of the first batch. left_out: why a map is missing, by name.
-      heatmaps: by map, of the first `keep` images.
+      values: the maps of the first `keep` images, a value per patch or per pixel.
 
     Raises:
       Interrupted: if `stop` was requested.
       UsageError: maps that are NaN everywhere, or masks without foreground.
     """
+    if explained not in EXPLAINED or (explained == "label" and labels is None):
+        raise UsageError(
+            f"explained={explained!r} must be predicted, or label where there are labels"
+        )
     sources = dict(map_sources(module) if sources is None else sources)
     variables = {"trained": trained, "original": trained if original is None else original}
     if masks is not None and not np.asarray(masks).any():
         raise UsageError("none of the masks has any foreground: there is nothing to find")
-    sources, left_out = _usable(sources, variables, module, pixels)
+    sources, left_out = _usable(sources, variables, module, batch_size)
     arrays = {"pixels": pixels}
     if labels is not None:
         arrays["labels"] = np.asarray(labels)
     if masks is not None:
         arrays["masks"] = masks
-    counts: dict[str, list] = {name: [] for name in sources}
-    curves: dict[str, list] = {name: [] for name in sources}
+    records = {name: _Record() for name in sources}
     results: dict[str, Any] = {"left_out": left_out}
-    kept: dict[str, list] = {name: [] for name in sources}
+    seen = 0
     for batch in eval_batches(arrays, batch_size):
         if stop is not None and stop.requested:
             raise Interrupted("the evaluation was stopped by a signal: nothing was written")
-        there = batch.pop("counted")
+        there, truth = batch["counted"], batch.get("labels")
         inputs = module.input_spec.normalize(jnp.asarray(batch["pixels"]))
         # Given as a target, so that the same compiled program does for another class.
         classes = dense_logits(module, variables["original"], inputs).argmax(axis=-1)
+        if explained == "label":
+            classes = jnp.asarray(truth, classes.dtype)
         for name, source in sources.items():
-            heatmaps = _heatmaps(name, source, variables, module, inputs, classes)
-            shown = np.asarray(heatmaps)[there]
-            kept[name].append(shown[: max(0, keep - sum(map(len, kept[name])))])
+            values = source(variables[source.of], inputs, classes)
+            heatmaps = to_heatmaps(values, module.input_spec)
+            _refuse_nan(name, heatmaps)
+            records[name].values.append(values[there][: max(0, keep - seen)])
             if masks is not None:
-                counts[name].append(segmentation.measure(shown, batch["masks"][there]))
+                found = segmentation.measure(np.asarray(heatmaps)[there], batch["masks"][there])
+                records[name].counts.append(found)
             if perturbation:
-                how = {"replacement": replacement}
-                truth = batch.get("labels")
-                judge = variables["original"]
-                curves[name].append(
-                    _rows(perturb(module, judge, inputs, heatmaps, truth, **how), there)
-                )
+                how = {"replacement": replacement, "explained": np.asarray(classes)}
+                curves = perturb(module, variables["original"], inputs, heatmaps, truth, **how)
+                records[name].curves.append(_rows(curves, there))
+        seen += there.sum()
         if sanity and "sanity" not in results:  # these compare whole maps: one batch tells
-            truth = batch.get("labels")
             results["sanity"] = check_sanity(
                 module, variables, inputs, classes, sources, there, truth
             )
     if masks is not None:
-        results["segmentation"] = _segmentation_results(counts, np.asarray(masks))
-    if keep:
-        results["heatmaps"] = {name: np.concatenate(parts) for name, parts in kept.items()}
+        results["segmentation"] = _segmentation_results(records, np.asarray(masks))
     if perturbation:
-        results["perturbation"] = {name: _perturbation(parts) for name, parts in curves.items()}
+        results["perturbation"] = {
+            name: _perturbation_results(record.curves) for name, record in records.items()
+        }
+    if keep:
+        results["values"] = {
+            name: np.concatenate(record.values) for name, record in records.items()
+        }
     return results
+
+
+@dataclasses.dataclass
+class _Record:
+    """What is found of one map, batch by batch."""
+
+    values: list[np.ndarray] = dataclasses.field(default_factory=list)
+    counts: list[segmentation.MapCounts] = dataclasses.field(default_factory=list)
+    curves: list[dict[str, Curves]] = dataclasses.field(default_factory=list)
 
 
 def _rows(curves: Mapping[str, Curves], there: np.ndarray) -> dict[str, Curves]:
@@ -214,50 +235,45 @@ def _rows(curves: Mapping[str, Curves], there: np.ndarray) -> dict[str, Curves]:
 
 
 def _usable(
-    sources: dict[str, MapSource], variables: Mapping[str, Variables], module: IARed2, pixels: Any
+    sources: dict[str, MapSource],
+    variables: Mapping[str, Variables],
+    module: IARed2,
+    batch_size: int,
 ) -> tuple[dict[str, MapSource], dict[str, str]]:
-    """The maps that the model can have, tried on one image, and why it cannot have the others."""
-    image = module.input_spec.normalize(jnp.asarray(pixels[:1]))
+    """The maps that the model can have, and why it cannot have the others; nothing is computed."""
     left_out = {}
     for name, source in sources.items():
+        # As many images as later, so that what is traced here is not traced again.
+        count = 1 if source.many_passes else batch_size
+        inputs = jax.ShapeDtypeStruct((count, *module.input_spec.shape), jnp.float32)
+        classes = jax.ShapeDtypeStruct((count,), jnp.int32) if source.explains_class else None
         try:
-            jax.eval_shape(
-                lambda v, x, s=source: s.compute(v, x, None), variables[source.of], image
-            )
+            jax.eval_shape(source.compute, variables[source.of], inputs, classes)
         except UsageError as error:
             left_out[name] = str(error)
             log.warning("no map %s: %s", name, error)
         except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-            pass  # computed outside of jax: it will say so itself
+            pass  # it is not computed by jax alone, and will say itself what is wrong
     return {name: s for name, s in sources.items() if name not in left_out}, left_out
 
 
-def _heatmaps(
-    name: str,
-    source: MapSource,
-    variables: Mapping[str, Variables],
-    module: IARed2,
-    inputs: Array,
-    classes: Array,
-) -> Array:
-    heatmaps = to_heatmaps(source(variables[source.of], inputs, classes), module.input_spec)
+def _refuse_nan(name: str, heatmaps: Array) -> None:
     pixels = tuple(range(1, heatmaps.ndim))
     if bool(jnp.isnan(heatmaps).all(axis=pixels).any()):
         raise UsageError(f"the map {name!r} is NaN everywhere on an image: are the weights finite?")
-    return heatmaps
 
 
-def _segmentation_results(counts: Mapping[str, list], masks: np.ndarray) -> dict[str, Any]:
+def _segmentation_results(records: Mapping[str, _Record], masks: np.ndarray) -> dict[str, Any]:
     found = {
-        name: segmentation.summarise(segmentation.concatenate(parts), bootstrap=BOOTSTRAP)
-        for name, parts in counts.items()
+        name: segmentation.summarise(segmentation.concatenate(record.counts), bootstrap=BOOTSTRAP)
+        for name, record in records.items()
     }
     nothing = segmentation.measure(np.zeros(masks.shape, np.float32), masks)
     found["all_background"] = segmentation.summarise(nothing, bootstrap=BOOTSTRAP)
     return found
 
 
-def _perturbation(parts: Sequence[Mapping[str, Curves]]) -> dict[str, Any]:
+def _perturbation_results(parts: Sequence[Mapping[str, Curves]]) -> dict[str, Any]:
     curves = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     n = len(curves["positive"].correct)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP) / n

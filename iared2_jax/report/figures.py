@@ -73,7 +73,7 @@ def draw_maps(
 
     Args:
       pixels: images or clips at the model's size.
-      maps: heatmaps of at least as many inputs, by name (`iared2_jax.explain`).
+      maps: heatmaps of these inputs, by name (`iared2_jax.explain`).
       path: its suffix says what is written: .png, .pdf, ..
     """
     titles = ["input", *(_title(name) for name in maps)]

@@ -112,7 +112,7 @@ def _write_page(
         module, variables, pixels, sources=sources, perturbation=False, sanity=False,
         keep=len(pixels), batch_size=size,
     )  # fmt: skip
-    maps = {name.replace("_", " "): heatmaps for name, heatmaps in found["heatmaps"].items()}
+    maps = {name.replace("_", " "): heatmaps for name, heatmaps in found["values"].items()}
     explorer = collect_images(
         module, variables, variables, pixels, names=[path.name for path in paths],
         thresholds=config.reduction.threshold, maps=maps, batch_size=size,

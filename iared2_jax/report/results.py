@@ -83,10 +83,10 @@ def evaluate_run(
         crops=crops,
         reduction=reduction_of(config),
     )
-    results, heatmaps = _measure(comparison, dataset)
+    results, values = _measure(comparison, dataset)
     if model_options is not None:
         _write_weights(comparison, results, workdir, model_options)
-    _write(comparison, results, heatmaps, workdir)
+    _write(comparison, results, values, workdir)
     return results
 
 
@@ -107,13 +107,13 @@ def _measure(
         # A comparison times all its methods in turn.
         if comparison.config.eval.speed_batch and not comparison.config.compare.selectors:
             results["images_per_second"] = _speed(comparison)
-    measured, heatmaps = measure_maps(comparison)
+    measured, values = measure_maps(comparison)
     results.update(measured)
     if unusable := dataset.unusable():
         results["unusable_training_examples"] = unusable
     results["config"] = flatten(comparison.config)
     results["versions"] = versions()
-    return results, heatmaps
+    return results, values
 
 
 def _dense(comparison: Comparison) -> dict[str, Any]:
@@ -258,13 +258,13 @@ def _write_weights(
 def _write(
     comparison: Comparison,
     results: dict[str, Any],
-    heatmaps: dict[str, np.ndarray],
+    values: dict[str, np.ndarray],
     workdir: Path,
 ) -> None:
     """Writes page, figures and results.
 
     Args:
-      heatmaps: of the first images, by name.
+      values: of the first images, by name.
     """
     # Made aside first: until all is there, what an evaluation before has written stays.
     with writing(workdir / PAGE) as draft, tempfile.TemporaryDirectory(dir=workdir) as aside:
@@ -272,9 +272,9 @@ def _write(
         # The pictures are of interpreters' scores and thresholds.
         ours = comparison.selector == "interpreter" and not comparison.reduction["keep_ratios"]
         if comparison.reduces and ours:
-            explorer = explored(comparison, heatmaps)
+            explorer = explored(comparison, values)
             if comparison.config.eval.figures:
-                drawn = draw_figures(comparison, heatmaps, Path(aside))
+                drawn = draw_figures(comparison, values, Path(aside))
         if "perturbation" in results:
             drawn.append(figures.draw_curves(results, Path(aside) / "perturbation.png"))
         write_page(draft, results, drawn, explorer)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from iared2_jax.attribution.maps import to_heatmaps
 from iared2_jax.attribution.methods import METHODS
 from iared2_jax.evaluation.compare_maps import MapSource, compare_maps, map_sources
 from iared2_jax.report import figures
@@ -35,18 +36,20 @@ def measure_maps(comparison: Comparison) -> tuple[dict[str, Any], dict[str, np.n
         masks=comparison.masks[:size] if judged else None,
         sources=sources,
         perturbation=options.perturbation,
+        replacement=options.replacement,
+        explained=options.explained if comparison.labels is not None else "predicted",
         sanity=options.perturbation,
         keep=options.page_images,
         batch_size=options.batch_size,
         stop=comparison.stop,
     )
-    left_out, heatmaps = found.pop("left_out"), found.pop("heatmaps", {})
+    left_out, values = found.pop("left_out"), found.pop("values", {})
     results = {"map_images": size, **found}
     if judged:
         results["foreground_share"] = float(comparison.masks[:size].mean())
     if left_out:
         results["maps_left_out"] = left_out
-    return results, heatmaps
+    return results, values
 
 
 def sources_of(comparison: Comparison) -> dict[str, MapSource]:
@@ -72,12 +75,12 @@ def sources_of(comparison: Comparison) -> dict[str, MapSource]:
     return {**scores, **map_sources(module, others, options=lime)}
 
 
-def explored(comparison: Comparison, heatmaps: dict[str, np.ndarray]) -> ExplorerData | None:
+def explored(comparison: Comparison, values: dict[str, np.ndarray]) -> ExplorerData | None:
     """The images that the page has to look at, with all their maps but the scores, which it has."""
     options = comparison.config.eval
     size = min(options.page_images, len(comparison.pixels))
-    if heatmaps:
-        size = min(size, *map(len, heatmaps.values()))
+    if values:
+        size = min(size, *map(len, values.values()))
     if not size:
         return None
     return collect_images(
@@ -90,25 +93,24 @@ def explored(comparison: Comparison, heatmaps: dict[str, np.ndarray]) -> Explore
         thresholds=comparison.config.reduction.threshold,
         maps={
             name.replace("_", " "): maps[:size]
-            for name, maps in heatmaps.items()
-            if not name.startswith("group_")
+            for name, maps in values.items()
+            if not name.startswith("group_") and name not in ("random", "center")
         },
         batch_size=options.batch_size,
         stop=comparison.stop,
     )
 
 
-def draw_figures(
-    comparison: Comparison, heatmaps: dict[str, np.ndarray], folder: Path
-) -> list[Path]:
+def draw_figures(comparison: Comparison, values: dict[str, np.ndarray], folder: Path) -> list[Path]:
     """The figures of the first images: Figures 3 and 4, every map, and of clips the animation."""
     drawn = []
-    columns = {name: maps for name, maps in heatmaps.items() if not _left_aside(name, heatmaps)}
+    columns = {name: maps for name, maps in values.items() if not _left_aside(name, values)}
     if len(columns) > 1 and not comparison.module.input_spec.is_clip:
         shown = min(comparison.config.eval.figures, *map(len, columns.values()))
-        pixels = comparison.pixels[np.arange(shown)]
-        path = folder / "maps.png"
-        drawn = [figures.draw_maps(comparison.module.input_spec, pixels, columns, path)]
+        pixels, path = comparison.pixels[np.arange(shown)], folder / "maps.png"
+        spec = comparison.module.input_spec
+        first = {name: np.asarray(to_heatmaps(x[:shown], spec)) for name, x in columns.items()}
+        drawn = [figures.draw_maps(spec, pixels, first, path)]
     return drawn + figures.draw_all(
         comparison.module,
         comparison.trained,
@@ -119,7 +121,7 @@ def draw_figures(
     )
 
 
-def _left_aside(name: str, heatmaps: dict[str, np.ndarray]) -> bool:
+def _left_aside(name: str, values: dict[str, np.ndarray]) -> bool:
     """Whether a map gets no column: of the blocks' attention only the paper's and the last do."""
-    blocks = [other for other in heatmaps if other.startswith("raw_attention_block_")]
+    blocks = [other for other in values if other.startswith("raw_attention_block_")]
     return name in blocks and name not in ("raw_attention_block_1", blocks[-1])
