@@ -226,7 +226,7 @@ def test_a_run_with_a_baseline_beside_it(tmp_path, monkeypatch):
     assert iared2_jax.explain(module, variables, shown, group=1).shape == (2, 2, 64, 64)
     page = (tmp_path / "report.html").read_text()
     assert "Beside the baselines" in page
-    assert "figures/clips.gif" in page
+    assert 'src="data:image/gif;base64,' in page
     assert (tmp_path / "figures" / "clips.gif").read_bytes().startswith(b"GIF89a")
 
     def refuse(*args, **options):

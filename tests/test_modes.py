@@ -54,7 +54,11 @@ def test_explain_writes_next_to_the_pictures(checkpoint, pictures, caplog):
     assert written == {
         *("astronaut.jpg", "astronaut.jpg.heatmap.png", "astronaut.jpg.hierarchy.png"),
         *("cat.png", "cat.png.heatmap.png", "cat.png.hierarchy.png"),
+        "iared2_report.html",
     }
+    page = (pictures / "iared2_report.html").read_text()
+    assert "astronaut.jpg" in page
+    assert "transformer attribution" in page
     assert "left out:" in caplog.text
     assert "has no interpreters: they are fresh, and their scores mean nothing" in caplog.text
     assert "broken.jpg is damaged" in caplog.text

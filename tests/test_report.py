@@ -9,8 +9,10 @@ from conftest import ROOT, load_config
 from PIL import Image
 
 from iared2_jax import load_model
+from iared2_jax.attribution.segmentation import METRICS
 from iared2_jax.config.checks import validate
 from iared2_jax.errors import Interrupted
+from iared2_jax.evaluation.agreement import SHOWN
 from iared2_jax.evaluation.evaluators import accuracy, collect, cost, kept_tokens, top_classes
 from iared2_jax.experiment.build import build_model, dataset_of, model_options
 from iared2_jax.report.results import evaluate_run
@@ -62,9 +64,13 @@ def test_results_have_the_promised_keys(evaluated):
     assert results["dense"]["flops"]["full"] == count_flops("vit_micro").full
     assert "top1" in results["random"]
     maps = {f"group_{g}" for g in (1, 2, 3)} | {f"raw_attention_block_{b}" for b in range(6)}
-    assert set(results["segmentation"]) == maps | {"random", "all_background"}
+    floor = {"random", "center", "all_background"}
+    assert set(results["segmentation"]) == maps | floor
     for scores in results["segmentation"].values():
-        assert set(scores) == {"pixel_accuracy", "mean_accuracy", "mean_iou"}
+        assert set(scores["interval"]) == set(METRICS) < set(scores)
+    assert results["map_images"] == 20
+    assert results["agreement"]["as_trained"]["top1"] == results["iared2"]["top1"]
+    assert set(results["agreement"]) == set(SHOWN)
     speed = results["images_per_second"]
     assert {"dense", "masked", "ragged"} < set(speed["executions"])
     assert speed["baseline"] in speed["executions"]
@@ -79,9 +85,11 @@ def test_figures_and_page_are_written(evaluated):
         picture = np.asarray(Image.open(workdir / "figures" / f"{name}.png").convert("RGB"))
         assert picture.std() > 10  # something is drawn
     page = (workdir / "report.html").read_text()
-    assert 'src="figures/heatmaps.png"' in page
+    assert page.count('src="data:image/png;base64,') == 3  # heatmaps, hierarchy, maps
     assert f"{100 * results['iared2']['top1']:.2f}%" in page
-    assert "http" not in page  # needs no network
+    assert "http:" not in page  # needs no network
+    assert "https:" not in page
+    assert 'id="explorer-data"' in page
 
 
 def test_written_weights_are_the_evaluated_ones(evaluated):

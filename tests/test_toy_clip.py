@@ -166,7 +166,7 @@ def test_it_is_trained_evaluated_and_reported(tmp_path):
     assert {"group_1", "group_2", "raw_attention_block_0"} <= results["segmentation"].keys()
     assert results["iared2"]["flops"]["full"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "figures/heatmaps.png" in page
+    assert 'src="data:image/png;base64,' in page
     assert (tmp_path / "run" / "figures" / "hierarchy.png").stat().st_size > 5_000
     module, _ = iared2_jax.load_model(tmp_path / "run" / "weights.safetensors")
     assert module.input_spec == SPEC

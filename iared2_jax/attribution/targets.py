@@ -25,14 +25,15 @@ def checked_target(target: Any, num_classes: int, images: int) -> Target:
     """
     if target is None:
         return None
-    classes = np.asarray(target)
+    traced = isinstance(target, jax.core.Tracer)  # its values are not there yet
+    classes = target if traced else np.asarray(target)
     if classes.dtype.kind not in "iu" or classes.shape not in ((), (1,), (images,)):
         raise UsageError(
             f"target must be a class, or one for each of the {images} images, got {target!r}"
         )
-    wrong = classes[(classes < 0) | (classes >= num_classes)]
-    if wrong.size:
-        raise UsageError(f"target={wrong.flat[0]}, but the model has classes 0..{num_classes - 1}")
+    wrong = [] if traced else classes[(classes < 0) | (classes >= num_classes)].ravel()
+    if len(wrong):
+        raise UsageError(f"target={wrong[0]}, but the model has classes 0..{num_classes - 1}")
     return jnp.broadcast_to(jnp.asarray(classes, jnp.int32), (images,))
 
 

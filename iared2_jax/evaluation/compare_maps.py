@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from iared2_jax.attribution import segmentation
 from iared2_jax.attribution.batched_forward import dense_logits
 from iared2_jax.attribution.maps import to_heatmaps
-from iared2_jax.attribution.methods import METHODS, attribute, options_of
+from iared2_jax.attribution.methods import METHODS, attribute, check_options, options_of
 from iared2_jax.attribution.methods.interpreter import masked_pass
 from iared2_jax.attribution.methods.raw_attention import attention_of_blocks
 from iared2_jax.data.pipeline import eval_batches
@@ -73,13 +73,14 @@ def map_sources(
       options: more options, by method.
 
     Raises:
-      UsageError: there is no such method.
+      UsageError: there is no such method, or it has no such option.
     """
     options = dict(options or {})
     # Memorability is somebody else's scorer: only where one is given.
     everything = [name for name in METHODS if name != "memorability" or name in options]
     made: dict[str, MapSource] = {}
     for method in everything if "all" in methods else methods:
+        check_options(method, options.get(method, {}))
         if method == "interpreter":
             for group in range(module.num_groups):
                 made[f"group_{group + 1}"] = MapSource(
@@ -92,7 +93,7 @@ def map_sources(
                 )
         else:
             compute = functools.partial(_by_method, method, module, options.get(method, {}))
-            has_target = method in METHODS and "target" in options_of(METHODS[method])
+            has_target = "target" in options_of(METHODS[method])
             made[method] = MapSource(
                 compute, explains_class=has_target, many_passes=method in ("lime", "occlusion")
             )

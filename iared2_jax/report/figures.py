@@ -18,6 +18,7 @@ from iared2_jax.attribution.maps import (
 )
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.token_reduction.model import IARed2, Thresholds
+from iared2_jax.typing import Array
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch
@@ -66,7 +67,7 @@ def draw_comparison(
 def draw_maps(
     spec: InputSpec,
     pixels: UInt8[np.ndarray, "b ..."],
-    maps: Mapping[str, Float[np.ndarray, "b ..."]],
+    maps: Mapping[str, Float[Array, "b ..."]],
     path: str | Path,
 ) -> Path:
     """Figure 3 with any maps: the input, and every map over it, one row per image.

@@ -4,7 +4,7 @@ docs/add_an_attribution_method.md shows how to add one.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,26 +75,39 @@ def attribute(
       UsageError: no such method, option or class; a target for a method that explains none; values
         that are neither one per patch nor one per pixel.
     """
-    if isinstance(method, str) and method not in METHODS:
-        raise UsageError(f"there is no attribution method {method!r}{nearest(method, METHODS)}")
-    function = METHODS[method] if isinstance(method, str) else method
-    name = method if isinstance(method, str) else getattr(method, "__name__", "the method")
-    known = options_of(function)
+    check_options(method, [*options, "target"] if target is not None else options)
     if target is not None:
-        if "target" not in known:
-            raise UsageError(f"{name} explains no class: leave target out")
         options["target"] = checked_target(target, module.backbone.num_classes, len(inputs))
-    for option in options:
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}{nearest(option, known)}")
+    function = METHODS[method] if isinstance(method, str) else method
     values = function(module, variables, inputs, **options)
     pixels, patches = tuple(inputs.shape[:-1]), (len(inputs), module.input_spec.num_patches)
-    if np.shape(values) not in (pixels, patches):
+    shape = np.shape(values)
+    if shape not in (pixels, patches):
         raise UsageError(
-            f"{name} must give a value per patch {list(patches)} or per pixel {list(pixels)}, "
-            f"got {list(np.shape(values))}"
+            f"{_name(method)} must give a value per patch {list(patches)} or per pixel "
+            f"{list(pixels)}, got {list(shape)}"
         )
     return jnp.asarray(values, jnp.float32)
+
+
+def check_options(method: str | Method, options: Iterable[str]) -> None:
+    """Refuses what is no method, and options that it does not have.
+
+    Raises:
+      UsageError: one sentence.
+    """
+    if isinstance(method, str) and method not in METHODS:
+        raise UsageError(f"there is no attribution method {method!r}{nearest(method, METHODS)}")
+    known = options_of(METHODS[method] if isinstance(method, str) else method)
+    for option in options:
+        if option == "target" and option not in known:
+            raise UsageError(f"{_name(method)} explains no class: leave target out")
+        if option not in known:
+            raise UsageError(f"{_name(method)} has no option {option!r}{nearest(option, known)}")
+
+
+def _name(method: str | Method) -> str:
+    return method if isinstance(method, str) else getattr(method, "__name__", "the method")
 
 
 def options_of(method: Method) -> list[str]:
@@ -102,4 +115,12 @@ def options_of(method: Method) -> list[str]:
     return [parameter.name for parameter in inspect.signature(method).parameters.values()][3:]
 
 
-__all__ = ["METHODS", "Method", "attribute", "interpreter", "options_of", "raw_attention"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "attribute",
+    "check_options",
+    "interpreter",
+    "options_of",
+    "raw_attention",
+]
