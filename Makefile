@@ -21,7 +21,8 @@ test: $(BIN)/.installed-test
 # What PyTorch, timm and transformers say, live; the stored answers in `make test` need none of them.
 parity: $(BIN)/.installed-parity
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/test_parity.py tests/test_weights.py tests/test_pth.py \
-	  tests/test_augment.py tests/test_images.py tests/test_peers.py tests/test_imagenet_run.py
+	  tests/test_augment.py tests/test_images.py tests/test_peers.py tests/test_imagenet_run.py \
+	  tests/test_map_methods.py
 
 # Whole ways that take minutes.
 slow: $(BIN)/.installed-test

@@ -298,13 +298,15 @@ def check_sanity(
 
     Returns:
       By map: "random_weights", with the map after all weights were drawn anew; "random_labels",
-      after the backbone has learned shuffled labels by heart (`fit_random_labels`; where labels are
-      known); "other_class", with that of the next class, where it explains one.
+      with that of a fresh backbone that has learned shuffled labels by heart (`fit_random_labels`;
+      where labels are known); "other_class", with that of the next class, where it explains one.
     """
     models = {"random_weights": init_variables(module, seed=1)}
     if labels is not None:
+        fresh = models["random_weights"]["params"]["backbone"]
+        start = {"params": {**variables["trained"]["params"], "backbone": fresh}}
         models["random_labels"], reached = fit_random_labels(
-            module, variables["original"], inputs, np.asarray(labels)
+            module, start, inputs, np.asarray(labels)
         )
         log.info("sanity check: shuffled labels learned to an accuracy of %.2f", reached)
     other = (classes + 1) % module.backbone.num_classes

@@ -34,7 +34,7 @@ def fit_random_labels(
     labels: Int[np.ndarray, " b"],
     *,
     learning_rate: float = 1e-3,
-    most_steps: int = 100,
+    most_steps: int = 200,
     enough: float = 0.95,
     seed: int = 0,
 ) -> tuple[dict[str, Any], float]:
@@ -43,6 +43,7 @@ def fit_random_labels(
     All of the batch at each step of Adam, until it knows them by heart. The interpreters stay.
 
     Args:
+      variables: what the backbone starts from; fresh ones, for Adebayo's test.
       enough: the accuracy on the shuffled labels to stop at.
 
     Returns:
