@@ -1,0 +1,74 @@
+"""Executes the notebooks, and writes what they show into their files.
+
+    python notebooks/refresh.py
+
+Training comes first: the other two show the weights that it leaves. All of it takes some ten
+minutes on 2 CPU cores, in a folder of its own that is gone in the end.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+NAMES = ("train_cluttered_mnist", "explain", "accelerate")
+
+
+def execute(
+    name: str, folder: Path, parameters: str = "", timeout: int = 1800
+) -> nbformat.NotebookNode:
+    """A notebook with its outputs, executed in `folder`.
+
+    Args:
+      parameters: code that runs after the cell tagged "parameters", and sets some of them anew.
+      timeout: seconds that a cell may take.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: a cell fails.
+    """
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    if parameters:
+        cell = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["injected-parameters"]})
+        notebook.cells.insert(1 + parameters_cell(notebook), cell)
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    # What the kernel says of itself is this machine's.
+    notebook.metadata.language_info = {"name": "python"}
+    return notebook
+
+
+def parameters_cell(notebook: nbformat.NotebookNode) -> int:
+    """The place of the one cell that is tagged "parameters", as papermill has it.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    places = [i for i, cell in enumerate(notebook.cells) if "parameters" in tags(cell)]
+    if len(places) != 1:
+        raise ValueError(f"{len(places)} cells are tagged parameters, but there must be one")
+    return places[0]
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    """The tags of a cell."""
+    return cell.metadata.get("tags", [])
+
+
+def main(names: list[str]) -> None:
+    """Executes the notebooks of these names, or all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names or NAMES:
+            print(name, flush=True)
+            nbformat.write(execute(name, Path(folder)), FOLDER / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
