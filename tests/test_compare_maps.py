@@ -33,6 +33,14 @@ from tests.test_perturbation import HERE, PATCH, planted
 N = 10
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Programs run once or twice here: what takes time is compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 # -- Rank correlation.
 
 
@@ -99,14 +107,18 @@ def compared(reader):
     compare = functools.partial(
         compare_maps, module, variables, pixels, labels=labels, masks=masks, keep=3
     )
-    return {size: compare(sources=sources_for(module), batch_size=size) for size in (4, 10)}
+    sources = sources_for(module)
+    return {
+        4: compare(sources=sources, batch_size=4, sanity=False),
+        10: compare(sources=sources, batch_size=10),
+    }
 
 
 def test_padding_changes_no_figure(compared):
-    """Ten images by fours are twelve rows; but the sanity checks are of the first batch."""
+    """Ten images by fours are twelve rows."""
     padded, whole = compared[4], compared[10]
-    assert padded.keys() == whole.keys()
-    for part in ("segmentation", "perturbation", "left_out", "values"):
+    assert padded.keys() == {"segmentation", "perturbation", "left_out", "values"}
+    for part in padded:
         jax.tree.map(
             lambda a, b: (
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -181,12 +193,12 @@ def test_figures_are_those_of_the_protocols(compared, reader):
 
 def test_only_what_is_asked_for_is_measured(reader):
     module, variables = reader
-    pixels, _, masks = scenes(2)
-    compare = functools.partial(compare_maps, module, variables, pixels)
+    pixels, _, masks = scenes(4)
+    compare = functools.partial(compare_maps, module, variables, pixels, batch_size=4)
     sources = {"marked": MapSource(marked)}
-    found = compare(sources=sources, masks=masks, perturbation=False, sanity=False, batch_size=2)
+    found = compare(sources=sources, masks=masks, perturbation=False, sanity=False)
     assert found.keys() == {"left_out", "segmentation"}
-    found = compare(sources=sources, sanity=False, batch_size=2)
+    found = compare(sources=sources, sanity=False)
     assert found.keys() == {"left_out", "perturbation"}
     assert found["perturbation"]["marked"]["read"] == "agreement"
 
@@ -285,9 +297,9 @@ def test_sanity_checks_say_what_a_map_depends_on(reader):
 
 def test_nonsense_is_refused_in_words(reader):
     module, variables = reader
-    pixels, _, masks = scenes(2)
+    pixels, _, masks = scenes(4)
     compare = functools.partial(
-        compare_maps, module, variables, pixels, batch_size=2, sanity=False, perturbation=False
+        compare_maps, module, variables, pixels, batch_size=4, sanity=False, perturbation=False
     )
     with pytest.raises(UsageError, match="none of the masks has any foreground"):
         compare(masks=np.zeros_like(masks), sources={})
@@ -295,9 +307,7 @@ def test_nonsense_is_refused_in_words(reader):
     with pytest.raises(UsageError, match="the map 'lost' is NaN everywhere on an image"):
         compare(masks=masks, sources=nowhere)
     with pytest.raises(UsageError, match=r"no replacement 'grey'; there is black, blur, mean"):
-        compare_maps(
-            module, variables, pixels, sources={"m": MapSource(marked)}, replacement="grey"
-        )
+        compare(sources={"m": MapSource(marked)}, perturbation=True, replacement="grey")
     for explained in ("label", "truth"):
         with pytest.raises(UsageError, match=f"explained='{explained}' must be predicted, or"):
             compare(masks=masks, sources={}, explained=explained)
@@ -310,18 +320,18 @@ def test_nonsense_is_refused_in_words(reader):
 def test_a_stopped_comparison_writes_nothing(reader):
     stop = Stop()
     stop.request()
-    pixels, _, _ = scenes(2)
+    pixels, _, _ = scenes(4)
     with pytest.raises(Interrupted):
         compare_maps(*reader, pixels, sources={"marked": MapSource(marked)}, stop=stop)
 
 
 def test_maps_that_a_model_cannot_have_are_left_out_with_the_reason(reader):
     module, variables = reader
-    pixels, _, masks = scenes(2)
+    pixels, _, masks = scenes(4)
     methods = ("raw_attention", "gradcam", "lrp", "random", "memorability")
     found = compare_maps(
         module, variables, pixels, masks=masks, sources=map_sources(module, methods),
-        perturbation=False, sanity=False, batch_size=2,
+        perturbation=False, sanity=False, batch_size=4,
     )  # fmt: skip
     assert found["segmentation"].keys() == {"random", "all_background"}
     assert found["left_out"].keys() == {"gradcam", "lrp", "memorability"}

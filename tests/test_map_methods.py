@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 import iared2_jax
 from iared2_jax.attribution.attention_flow import flow
+from iared2_jax.attribution.batched_forward import dense_logits
 from iared2_jax.attribution.methods import METHODS, attribute
 from iared2_jax.attribution.methods.lime import draw_rows, fit_segments
 from iared2_jax.attribution.targets import class_logit
@@ -23,8 +24,6 @@ from tests import map_oracles
 from tests.test_extension_pages import run_page
 from tests.test_perturbation import HERE, PATCH, bright, planted
 
-# Programs run once here: what takes time is compiling them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 RULES = ("conserving", "plain")
 
 # Of the largest value of a map. Ours are in float32, the oracle's in float64: relevance divides by
@@ -38,6 +37,14 @@ TOLERANCE = {
     "lrp_conserving": 2e-2,
     "lrp_plain": 4e-2,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Programs run once or twice here: what takes time is compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def assert_maps_agree(ours, theirs, names):
@@ -88,7 +95,7 @@ def case(tmp_path_factory):
 
 def compiled_maps(module):
     """`maps_by_oracles_names` of variables, inputs and classes."""
-    return jax.jit(functools.partial(maps_by_oracles_names, module), compiler_options=QUICK)
+    return jax.jit(functools.partial(maps_by_oracles_names, module))
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +196,8 @@ def test_flow_is_the_answers_row_of_the_product_of_whole_matrices(name, normalis
 # One block: how blocks follow each other, the tests above show.
 SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
 BACKBONES = {
-    "distilled": ViT(images(16, 8), **SMALL, distilled=True),
+    "distilled, of clips": ViT(clips((8, 16), frames=2, patch=8), **SMALL, distilled=True),
     "cait": CaiT(images(16, 8), **SMALL, class_depth=1),
-    "clips": ViT(clips((8, 16), frames=2, patch=8), **SMALL),
 }
 OPTIONS = {
     "interpreter": {"group": 1},
@@ -228,7 +234,7 @@ def maps_of(module, names):
             for name in names
         }
 
-    return jax.jit(maps, compiler_options=QUICK)
+    return jax.jit(maps)
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -328,7 +334,7 @@ def only(values, patch=PATCH):
 
 def probabilities(reader, inputs):
     module, variables, _ = reader
-    return np.asarray(jax.nn.softmax(module.apply(variables, inputs, execution="dense")[0]))
+    return np.asarray(jax.nn.softmax(dense_logits(module, variables, inputs)))
 
 
 def test_occlusion_is_the_probability_that_is_lost(reader):

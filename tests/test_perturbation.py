@@ -1,10 +1,12 @@
 """Perturbation: pixels are taken away in the order of a map, and the answer is read."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iared2_jax.attribution.batched_forward import dense_logits
 from iared2_jax.errors import UsageError
 from iared2_jax.evaluation.compare_maps import BOOTSTRAP
 from iared2_jax.evaluation.perturbation import (
@@ -53,6 +55,14 @@ class Planted(nn.Module):
         return logits, x[:, 0], []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Programs run once or twice here: what takes time is compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def planted(spec: InputSpec = SPEC):
     module = IARed2(Planted(spec), (1,), "learned", interpreter_heads=3)
     return module, init_variables(module)
@@ -97,31 +107,30 @@ def test_accuracy_falls_at_the_first_positive_step_and_at_the_last_negative_one(
 
 def test_the_map_upside_down_swaps_the_orders(model):
     """But for ties, which stay in the order of the pixels: here there are none."""
-    maps = np.random.default_rng(1).permuted(np.arange(2 * 1024.0).reshape(2, -1), axis=1)
-    maps = maps.reshape(2, 32, 32).astype(np.float32)
-    here, there = (perturb(*model, bright(2), sign * maps) for sign in (1, -1))
+    maps = np.random.default_rng(1).permuted(np.arange(3 * 1024.0).reshape(3, -1), axis=1)
+    maps = maps.reshape(3, 32, 32).astype(np.float32)
+    here, there = (perturb(*model, bright(3), sign * maps) for sign in (1, -1))
     for order, other in (("positive", "negative"), ("negative", "positive")):
         np.testing.assert_array_equal(here[order].probability, there[other].probability)
 
 
 def test_the_first_step_takes_nothing_and_the_last_everything_in_both_orders(model):
     module, variables = model
-    x = bright(2)
-    curves = perturb(module, variables, x, perfect(2), explained=np.array([1, 0]))
+    x = bright(3)
+    curves = perturb(module, variables, x, perfect(3), explained=np.array([1, 0, 2]))
     black = np.full_like(x, -1)
     for step, shown in ((0, x), (STEPS, black)):
-        logits, _ = module.apply(variables, shown, execution="dense")
-        probability = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        probability = np.asarray(jax.nn.softmax(dense_logits(module, variables, shown)))
         for order in curves:
             np.testing.assert_allclose(
-                curves[order].probability[:, step], probability[[0, 1], [1, 0]], rtol=1e-5
+                curves[order].probability[:, step], probability[[0, 1, 2], [1, 0, 2]], rtol=1e-5
             )
 
 
 def test_each_step_takes_a_tenth_of_the_pixels(model):
     """The class's logits are linear in the share of the patch that is left."""
-    maps = np.broadcast_to(np.arange(1024.0, dtype=np.float32).reshape(32, 32), (1, 32, 32))
-    x = np.ones((1, 32, 32, 3), np.float32)  # white: black is -1
+    maps = np.broadcast_to(np.arange(1024.0, dtype=np.float32).reshape(32, 32), (3, 32, 32))
+    x = np.ones((3, 32, 32, 3), np.float32)  # white: black is -1
     curves = perturb(*model, x, maps)
     for step in range(STEPS + 1):
         gone = maps[0][HERE] >= 1024 - round(1024 * step / STEPS)
@@ -131,7 +140,7 @@ def test_each_step_takes_a_tenth_of_the_pixels(model):
 
 
 def test_without_labels_the_agreement_is_read(model):
-    curves = perturb(*model, bright(2), perfect(2))
+    curves = perturb(*model, bright(3), perfect(3))
     assert np.isnan(curves["positive"].correct).all()
     found = summarise_curves(curves, lambda values: np.full(5, values.mean()))
     assert found["read"] == "agreement"
@@ -235,12 +244,12 @@ def test_blur_is_a_gaussian_with_a_repeated_border():
 def test_what_is_taken_away_may_be_replaced_otherwise(model):
     dark = {"black": 0.0, "mean": 0.5}  # of the class "bright", where the whole image is gone
     for kind in REPLACEMENTS:
-        curves = perturb(*model, bright(2), perfect(2), replacement=kind)
+        curves = perturb(*model, bright(3), perfect(3), replacement=kind)
         end = curves["positive"].probability[:, STEPS]
         if kind == "blur":  # the patch is still the brightest place
             assert (end > 0.5).all()
         else:
-            np.testing.assert_allclose(end, [dark[kind]] * 2, atol=1e-3)
+            np.testing.assert_allclose(end, [dark[kind]] * 3, atol=1e-3)
 
 
 # -- What is refused.
