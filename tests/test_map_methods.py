@@ -242,7 +242,6 @@ def every_map(request):
     """A module, inputs, and all their maps: of the inputs, and of them in the other order."""
     module, variables = model_of(BACKBONES[request.param])
     inputs = np.random.default_rng(0).normal(size=(2, *module.input_spec.shape)).astype(np.float32)
-
     compiled = maps_of(module, [name for name in METHODS if name != "memorability"])
     return module, inputs, compiled(variables, inputs), compiled(variables, inputs[::-1])
 
@@ -314,6 +313,23 @@ def test_attention_without_cls_has_no_answer_to_follow(toy):
 
     with pytest.raises(UsageError, match="Toy has no CLS token"):
         require_attention(toy[0], [np.zeros((2, 1, 16, 16))])
+
+
+class Sowing(ViT):
+    """A backbone that has intermediates of its own."""
+
+    def run_block(self, index, x, layout):
+        self.sow("intermediates", "norms", jnp.linalg.norm(x, axis=-1))
+        return super().run_block(index, x, layout)
+
+
+def test_taps_are_not_confused_by_what_else_is_sown_or_checkpointed():
+    module, variables = model_of(Sowing(images(16, 8), **SMALL))
+    inputs = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    for model in (module, module.clone(remat=True)):
+        for name in ("rollout", "grad_rollout"):
+            how = functools.partial(METHODS[name], model, start_block=0)
+            assert jax.eval_shape(how, variables, inputs).shape == (2, 4)
 
 
 # -- What is covered.

@@ -114,5 +114,6 @@ def _in_order(tree: Mapping[str, Any], inputs: Array) -> Taps:
     kinds: dict[str, list[Array]] = {ATTENTION: [], ATTENTION_INPUT: [], BLOCK_INPUT: []}
     for path in sorted(flat, key=natural_order):
         kind = re.sub(r"_\d+$", "", path.rpartition("/")[2])
-        kinds.setdefault(kind, []).append(flat[path])
+        if kind in kinds:  # modules may sow values of their own, too
+            kinds[kind].append(flat[path])
     return Taps(*map(tuple, kinds.values()), inputs)
