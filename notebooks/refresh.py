@@ -3,7 +3,8 @@
     python notebooks/refresh.py
 
 Training comes first: the other two show the weights that it leaves. All of it takes some ten
-minutes on 2 CPU cores, in a folder of its own that is gone in the end.
+minutes on two free CPU cores, in a folder of its own that is gone in the end. Speeds are measured,
+too: let nothing else run.
 """
 
 import base64
