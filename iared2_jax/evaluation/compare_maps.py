@@ -17,7 +17,6 @@ from iared2_jax.attribution.maps import to_heatmaps
 from iared2_jax.attribution.methods import METHODS, attribute, check_options, options_of
 from iared2_jax.attribution.methods.interpreter import masked_pass
 from iared2_jax.attribution.methods.raw_attention import attention_of_blocks
-from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.evaluation.perturbation import Curves, perturb, summarise_curves
 from iared2_jax.evaluation.sanity import fit_random_labels, rank_correlation
@@ -166,6 +165,9 @@ def compare_maps(
       Interrupted: if `stop` was requested.
       UsageError: maps that are NaN everywhere, or masks without foreground.
     """
+    # Grain sets logging up when it is imported: not before a command of ours has.
+    from iared2_jax.data.pipeline import eval_batches
+
     if explained not in EXPLAINED or (explained == "label" and labels is None):
         raise UsageError(
             f"explained={explained!r} must be predicted, or label where there are labels"
