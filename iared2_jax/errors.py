@@ -5,7 +5,9 @@ a traceback. Everything else is a defect of ours, and keeps its traceback.
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class UsageError(ValueError):
@@ -50,6 +52,22 @@ EXIT_CODES: dict[int, str] = {
     143: "ended by SIGTERM a second time, likewise",
     1: "a defect of this program, with a traceback",
 }
+
+
+def import_extra(module: str, extra: str, called: str, needed_by: object) -> ModuleType:
+    """A package that only an extra of ours installs.
+
+    Args:
+      called: what people call it. needed_by: the file or source that cannot do without.
+
+    Raises:
+      UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        command = f"pip install 'iared2_jax[{extra}]'"
+        raise UsageError(f"{needed_by} needs {called}: {command}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -85,6 +85,14 @@ def _free_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For programs that run once or twice: what takes time is compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def clip_config() -> ml_collections.ConfigDict:
     """The small TimeSformer on clips of two frames and 32 patches, D = 1, from random weights."""

@@ -55,12 +55,7 @@ class Planted(nn.Module):
         return logits, x[:, 0], []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly():
-    """Programs run once or twice here: what takes time is compiling them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def planted(spec: InputSpec = SPEC):

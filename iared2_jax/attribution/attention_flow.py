@@ -2,7 +2,8 @@
 
 Blocks of the model pass tokens on as x -> x + A x, so what the CLS token holds in the end goes back
 to the patches through the product of (I + A) over the blocks. Only its row is wanted: one vector
-times one matrix per block, from the last to the first.
+times one matrix per block, from the last to the first. A distilled model's classifier reads two
+tokens; "the CLS row" of a map made here is the mean of both rows then.
 
 CaiT has two kinds of blocks, of patches alone and of CLS reading the patches; each is a part of the
 matrix over CLS and patches, the rest of which is the identity.

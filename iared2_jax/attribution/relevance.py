@@ -31,7 +31,7 @@ from iared2_jax.typing import Array
 # "conserving": positive and negative inputs of a linear layer share one denominator, so that no
 # relevance is made or lost. "plain": each is normalised by itself, which may double what comes in
 # at every layer; it is what the published tables call LRP and partial LRP.
-VARIANTS = ("conserving", "plain")
+RULE_SETS = ("conserving", "plain")
 
 _SMALLEST = 1e-9
 
@@ -48,7 +48,7 @@ def _ratio(a: Array, b: Array) -> Array:
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
 
-# -- Rules: (variant, relevance of the output, *operands) -> the relevance of each operand.
+# -- Rules: (rule set, relevance of the output, *operands) -> the relevance of each operand.
 
 
 def _identity(_: str, relevance: Array, x: Array) -> tuple[Array, ...]:
@@ -63,9 +63,10 @@ def _linear(contract: Callable[[Array, Array], Array]):
     x+ W+ + x- W- = (x W + |x| |W|) / 2.
     """
 
-    def rule(variant: str, relevance: Array, x: Array, kernel: Array) -> tuple[Array, ...]:
+    def linear(rules: str, relevance: Array, x: Array, kernel: Array) -> tuple[Array, ...]:
+        """By what speaks for each output: of both signs together, or of each by itself."""
         nothing = jnp.zeros_like(kernel)
-        if variant == "conserving":
+        if rules == "conserving":
 
             def speaking_for(x: Array, size: Array) -> Array:
                 return (contract(x, kernel) + contract(size, jnp.abs(kernel))) / 2
@@ -78,7 +79,17 @@ def _linear(contract: Callable[[Array, Array], Array]):
         ]
         return sum(shares), nothing
 
-    return rule
+    return linear
+
+
+def _mix(rules: str, relevance: Array, maps: Array, kernel: Array) -> tuple[Array, ...]:
+    """Talking heads' mixing: in proportion, whatever its sign.
+
+    What enters are logits, which may all be negative: nothing would speak for such an output, and
+    its relevance would be lost.
+    """
+    shares = share_out(lambda x: jnp.einsum("shqk,hg->sgqk", x, kernel), relevance, maps)
+    return *shares, jnp.zeros_like(kernel)
 
 
 def _pixels(_: str, relevance: Array, x: Array, kernel: Array) -> tuple[Array, ...]:
@@ -94,14 +105,14 @@ def _pixels(_: str, relevance: Array, x: Array, kernel: Array) -> tuple[Array, .
     return sum(shares), jnp.zeros_like(kernel)
 
 
-def _sum(variant: str, relevance: Array, x: Array, y: Array) -> tuple[Array, ...]:
+def _sum(rules: str, relevance: Array, x: Array, y: Array) -> tuple[Array, ...]:
     """Two branches that meet: in proportion, entry by entry.
 
     Conserving: then rescaled, image by image, since entries that nearly cancel out get shares
     that explode: each branch has as much in all as the size of its first share says.
     """
     shares = share_out(jnp.add, relevance, x, y)
-    if variant == "plain":
+    if rules == "plain":
         return shares
     axes = tuple(range(1, x.ndim))
     sums = [share.sum(axes, keepdims=True) for share in shares]
@@ -115,10 +126,11 @@ def _sum(variant: str, relevance: Array, x: Array, y: Array) -> tuple[Array, ...
 def _product(f: Callable[[Array, Array], Array]):
     """A product of two activations: half the relevance to each operand."""
 
-    def rule(_: str, relevance: Array, x: Array, y: Array) -> tuple[Array, ...]:
+    def product(_: str, relevance: Array, x: Array, y: Array) -> tuple[Array, ...]:
+        """Each operand's share, halved."""
         return tuple(share / 2 for share in share_out(f, relevance, x, y))
 
-    return rule
+    return product
 
 
 _dense = _linear(lambda x, kernel: x @ kernel)
@@ -129,7 +141,7 @@ _weighted = _product(lambda weights, v: jnp.einsum("shqk,shke->shqe", weights, v
 RULES: dict[type[nn.Module], Callable[..., tuple[Array, ...]]] = {
     TokenDense: _dense,
     nn.Dense: _dense,
-    HeadMix: _linear(lambda maps, kernel: jnp.einsum("shqk,hg->sgqk", maps, kernel)),
+    HeadMix: _mix,
     Add: _sum,
     Similarity: _similarity,
     WeightedSum: _weighted,
@@ -153,10 +165,11 @@ def _with_rule_backward(rule, operands, relevance):
 _with_rule.defvjp(lambda rule, y, *operands: (y, operands), _with_rule_backward)
 
 
-def _interceptor(variant: str, embedding: tuple[str, ...]):
+def _interceptor(rules: str, embedding: tuple[str, ...]):
     """What linen calls in place of each module's methods: the same outputs, other derivatives."""
 
     def call(function: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+        """The method, and the rule of its module."""
         module, y = context.module, function(*args, **kwargs)
         rule = RULES.get(type(module))
         if context.method_name != "__call__" or rule is None:
@@ -172,7 +185,7 @@ def _interceptor(variant: str, embedding: tuple[str, ...]):
         else:
             operands = (args[0], module.get_variable("params", "kernel"))
         y = jax.lax.stop_gradient(y)  # the rule is the only way back
-        return _with_rule(functools.partial(rule, variant), y, *operands)
+        return _with_rule(functools.partial(rule, rules), y, *operands)
 
     return call
 
@@ -182,7 +195,7 @@ def propagate_relevance(
     variables: Mapping[str, Any],
     inputs: Float[Array, "b ..."],
     objective: Callable[[Float[Array, "b classes"]], Float[Array, " b"]],
-    variant: str = "conserving",
+    rules: str = "conserving",
 ) -> Taps:
     """The relevance of everything that taps show, pixels included, in the dense backbone.
 
@@ -190,17 +203,19 @@ def propagate_relevance(
     dtype: relevance spans many orders of magnitude.
 
     Args:
-      variant: of the rules, one of `VARIANTS`.
+      rules: one of `RULE_SETS`.
 
     Returns:
       Relevance with the shapes of `Taps`. With the conserving rules the tokens that enter each
-      block have 1 in all per image; pixels lack what positions and prefix tokens took.
+      block have 1 in all per image; where CLS comes later (CaiT), they and CLS. Pixels lack what
+      positions and prefix tokens took. What is exactly 0 takes nothing: a product of zeros loses
+      its share.
 
     Raises:
-      UsageError: no such variant, or a backbone of layers that have no rule here.
+      UsageError: no such rules, or a backbone of layers that have no rule here.
     """
-    if variant not in VARIANTS:
-        raise UsageError(f"there are no rules {variant!r}{nearest(variant, VARIANTS)}")
+    if rules not in RULE_SETS:
+        raise UsageError(f"there are no rules {rules!r}{nearest(rules, RULE_SETS)}")
     backbone = module.backbone
     if not getattr(backbone, "propagates_relevance", False):
         raise UsageError(
@@ -209,6 +224,6 @@ def propagate_relevance(
         )
     module = module.clone(backbone=backbone.clone(dtype=jnp.float32), remat=False)
     parts = {**PARTS, **getattr(backbone, "parts", {})}
-    with nn.intercept_methods(_interceptor(variant, parts["embedding"])):
+    with nn.intercept_methods(_interceptor(rules, parts["embedding"])):
         *_, relevance = tap_gradients(module, variables, inputs, objective, execution="dense")
     return relevance

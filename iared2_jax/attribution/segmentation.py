@@ -163,7 +163,7 @@ def _sweep(
 
 
 def _average_precision(ascending: np.ndarray, truth: np.ndarray) -> float:
-    """Of one normalised map."""
+    """The average precision of one normalised map, its pixels in ascending order."""
     from sklearn.metrics import average_precision_score  # two seconds to import
 
     if ascending[-1] == 0:

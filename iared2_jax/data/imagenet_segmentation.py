@@ -18,7 +18,7 @@ from PIL import Image
 
 from iared2_jax.data.image_files import EvalInputs, evenly_spread
 from iared2_jax.data.images import MAX_PIXELS, with_channels
-from iared2_jax.errors import DataError, UsageError, nearest
+from iared2_jax.errors import DataError, UsageError, import_extra, nearest
 from iared2_jax.models.input_spec import InputSpec
 
 log = logging.getLogger(__name__)
@@ -165,11 +165,7 @@ def hdf5(path: str | Path) -> Any:
     Raises:
       UsageError: it is not installed.
     """
-    try:
-        import h5py  # an extra: nothing else here is HDF5
-    except ImportError as error:
-        raise UsageError(f"{path} needs h5py: pip install 'iared2_jax[segmentation]'") from error
-    return h5py
+    return import_extra("h5py", "segmentation", "h5py", path)
 
 
 def check_split(split: str) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from iared2_jax.data.images import MAX_PIXELS, eval_transform, with_channels
-from iared2_jax.errors import DataError, UsageError
+from iared2_jax.errors import DataError, import_extra
 from iared2_jax.models.input_spec import InputSpec
 
 SHORT_SIDE = (256 / 224, 320 / 224)  # of training frames before the crop, over the crop's side
@@ -103,11 +103,7 @@ def pyav(path: str | Path) -> Any:
     Raises:
       UsageError: it is not installed.
     """
-    try:
-        import av  # an extra: models of images need none
-    except ImportError as error:
-        raise UsageError(f"{path} needs PyAV: pip install 'iared2_jax[video]'") from error
-    return av
+    return import_extra("av", "video", "PyAV", path)
 
 
 def _video_stream(container: Any, path: str | Path) -> Any:

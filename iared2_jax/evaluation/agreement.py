@@ -42,7 +42,7 @@ def answers_when_shown(
     (random,) = random_like(key, [kept.sum(axis=-1)], module.input_spec.num_patches)
 
     def shown(patches: Bool[Array, "b n"]) -> Float[Array, "b classes"]:
-        """From the first block on these patches, and the same to the end."""
+        """Logits from these patches alone, from the first block to the last."""
         return apply(keep=[patches] * module.num_groups)[0]
 
     return dict(zip(SHOWN, (logits, shown(kept), shown(~kept), shown(random)), strict=True))

@@ -1,9 +1,8 @@
 """Every map of the same images, by every protocol: segmentation, perturbation, sanity checks."""
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +11,14 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from iared2_jax.attribution import segmentation
-from iared2_jax.attribution.batched_forward import dense_logits
 from iared2_jax.attribution.maps import to_heatmaps
-from iared2_jax.attribution.methods import METHODS, attribute, check_options, options_of
-from iared2_jax.attribution.methods.interpreter import masked_pass
-from iared2_jax.attribution.methods.raw_attention import attention_of_blocks
 from iared2_jax.errors import Interrupted, UsageError
-from iared2_jax.evaluation.perturbation import Curves, perturb, summarise_curves
+from iared2_jax.evaluation.map_sources import MapSource, Variables, map_sources
+from iared2_jax.evaluation.perturbation import Curves, ends_of, perturb, summarise_curves
 from iared2_jax.evaluation.sanity import fit_random_labels, rank_correlation
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import init_variables
-from iared2_jax.token_reduction.model import IARed2, Thresholds
+from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
 
 log = logging.getLogger(__name__)
@@ -30,93 +26,6 @@ log = logging.getLogger(__name__)
 BOOTSTRAP = 1000  # resamples
 EXPLAINED = ("predicted", "label")
 _FEW = 4  # images for the sanity checks of maps that cost hundreds of passes
-
-Variables = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class MapSource:
-    """A map by its name in tables, e.g. "group_2": how it is computed, and of which model.
-
-    Attributes:
-      compute: (variables, inputs, target) -> values.
-      of: "trained" or "original": whose variables.
-      explains_class: whether a target means anything to it.
-      many_passes: whether each image costs it hundreds of forward passes.
-    """
-
-    compute: Callable[[Variables, Array, Any], Array]
-    of: str = "original"
-    explains_class: bool = False
-    many_passes: bool = False
-
-    def __call__(self, variables: Variables, inputs: Array, classes: Array) -> np.ndarray:
-        """The map's values, for these classes if it explains any."""
-        return np.asarray(self.compute(variables, inputs, classes if self.explains_class else None))
-
-
-def map_sources(
-    module: IARed2,
-    methods: Sequence[str] = ("all",),
-    *,
-    thresholds: Thresholds = 0.5,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, MapSource]:
-    """The maps that methods make, by name.
-
-    "interpreter" makes one for each group, "raw_attention" one for each block.
-
-    Args:
-      methods: names of `attribution.METHODS`; "all": all of them that need nothing more.
-      thresholds: of the interpreters, whose later groups score what earlier ones kept.
-      options: more options, by method.
-
-    Raises:
-      UsageError: there is no such method, or it has no such option.
-    """
-    options = dict(options or {})
-    # Memorability is somebody else's scorer: only where one is given.
-    everything = [name for name in METHODS if name != "memorability" or name in options]
-    made: dict[str, MapSource] = {}
-    for method in everything if "all" in methods else methods:
-        check_options(method, options.get(method, {}))
-        if method == "interpreter":
-            for group in range(module.num_groups):
-                made[f"group_{group + 1}"] = MapSource(
-                    functools.partial(_scores_of, module, group, thresholds), "trained"
-                )
-        elif method == "raw_attention":
-            for block in range(_attention_blocks(module)):
-                made[f"raw_attention_block_{block}"] = MapSource(
-                    functools.partial(_attention_of, module, block)
-                )
-        else:
-            compute = functools.partial(_by_method, method, module, options.get(method, {}))
-            has_target = "target" in options_of(METHODS[method])
-            made[method] = MapSource(
-                compute, explains_class=has_target, many_passes=method in ("lime", "occlusion")
-            )
-    return made
-
-
-def _scores_of(module: IARed2, group: int, thresholds: Thresholds, variables, inputs, _) -> Array:
-    return masked_pass(module, variables, inputs, thresholds).scores[group]
-
-
-def _attention_of(module: IARed2, block: int, variables, inputs, _) -> Array:
-    return attention_of_blocks(module, variables, inputs)[block]
-
-
-def _by_method(method: str, module: IARed2, options, variables, inputs, target) -> Array:
-    return attribute(method, module, variables, inputs, target=target, **options)
-
-
-def _attention_blocks(module: IARed2) -> int:
-    """How many blocks show a CLS query's attention; CaiT's are its class-attention blocks."""
-    shape = jax.ShapeDtypeStruct((1, *module.input_spec.shape), jnp.float32)
-    variables = jax.eval_shape(lambda: init_variables(module, 0))
-    out = jax.eval_shape(lambda v, x: module.apply(v, x, execution="dense")[1], variables, shape)
-    return len(out.attention)
 
 
 def compare_maps(
@@ -177,11 +86,8 @@ def compare_maps(
     if masks is not None and not np.asarray(masks).any():
         raise UsageError("none of the masks has any foreground: there is nothing to find")
     sources, left_out = _usable(sources, variables, module, batch_size)
-    arrays = {"pixels": pixels}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels)
-    if masks is not None:
-        arrays["masks"] = masks
+    arrays = {"pixels": pixels, "labels": labels, "masks": masks}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     records = {name: _Record() for name in sources}
     results: dict[str, Any] = {"left_out": left_out}
     seen = 0
@@ -190,26 +96,27 @@ def compare_maps(
             raise Interrupted("the evaluation was stopped by a signal: nothing was written")
         there, truth = batch["counted"], batch.get("labels")
         inputs = module.input_spec.normalize(jnp.asarray(batch["pixels"]))
+        ends = ends_of(module, variables["original"], inputs, replacement)
         # Given as a target, so that the same compiled program does for another class.
-        classes = dense_logits(module, variables["original"], inputs).argmax(axis=-1)
-        if explained == "label":
-            classes = jnp.asarray(truth, classes.dtype)
-        for name, source in sources.items():
-            values = source(variables[source.of], inputs, classes)
-            heatmaps = to_heatmaps(values, module.input_spec)
+        classes = jnp.asarray(truth if explained == "label" else ends.whole.argmax(axis=-1), int)
+        values = {name: s(variables[s.of], inputs, classes) for name, s in sources.items()}
+        for name, record in records.items():
+            heatmaps = to_heatmaps(values[name], module.input_spec)
             _refuse_nan(name, heatmaps)
-            records[name].values.append(values[there][: max(0, keep - seen)])
+            record.values.append(values[name][there][: max(0, keep - seen)])
             if masks is not None:
                 found = segmentation.measure(np.asarray(heatmaps)[there], batch["masks"][there])
-                records[name].counts.append(found)
+                record.counts.append(found)
             if perturbation:
-                how = {"replacement": replacement, "explained": np.asarray(classes)}
-                curves = perturb(module, variables["original"], inputs, heatmaps, truth, **how)
-                records[name].curves.append(_rows(curves, there))
+                curves = perturb(
+                    module, variables["original"], inputs, heatmaps, truth,
+                    explained=np.asarray(classes), replacement=replacement, ends=ends,
+                )  # fmt: skip
+                record.curves.append(_rows(curves, there))
         seen += there.sum()
         if sanity and "sanity" not in results:  # these compare whole maps: one batch tells
             results["sanity"] = check_sanity(
-                module, variables, inputs, classes, sources, there, truth
+                module, variables, inputs, classes, sources, values, there, truth
             )
     if masks is not None:
         results["segmentation"] = _segmentation_results(records, np.asarray(masks))
@@ -289,13 +196,15 @@ def check_sanity(
     inputs: Array,
     classes: Int[Array, " b"],
     sources: Mapping[str, MapSource],
+    values: Mapping[str, np.ndarray],
     counted: Bool[np.ndarray, " b"],
     labels: Int[np.ndarray, " b"] | None,
 ) -> dict[str, dict[str, float]]:
     """How much each map stays the same where it must not: mean rank correlations, 1 is "the same".
 
     Args:
-      classes: those that are explained. counted: which inputs are no padding.
+      classes: those that are explained. values: the maps themselves, by name.
+      counted: which inputs are no padding.
       labels: the true classes, or None.
 
     Returns:
@@ -316,7 +225,7 @@ def check_sanity(
     for name, source in sources.items():
         few = slice(_FEW if source.many_passes else None)
         images, shown = inputs[few], counted[few]
-        own = source(variables[source.of], images, classes[few])
+        own = values[name][few]
         rivals = {check: source(model, images, classes[few]) for check, model in models.items()}
         if source.explains_class:
             rivals["other_class"] = source(variables[source.of], images, other[few])

@@ -108,6 +108,41 @@ def perturbed_answers(
     return module.apply(variables, changed, execution="dense")[0]
 
 
+class Ends(NamedTuple):
+    """The probabilities [b, classes] of whole images, and of those without a pixel left."""
+
+    whole: Float[np.ndarray, "b classes"]
+    nothing: Float[np.ndarray, "b classes"]
+
+
+def ends_of(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    inputs: Float[Array, "b ..."],
+    replacement: str = "black",
+) -> Ends:
+    """Where every curve of these images begins and ends, whatever the map and its order."""
+    places = np.zeros(inputs.shape[:-1], np.int32)
+    first, last = (
+        _probabilities(module, variables, inputs, places, gone, replacement) for gone in (0, 1)
+    )
+    return Ends(first, last)
+
+
+def _probabilities(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    inputs: Float[Array, "b ..."],
+    places: Int[np.ndarray, "b ..."],
+    gone: int,
+    replacement: str,
+) -> Float[np.ndarray, "b classes"]:
+    logits = perturbed_answers(
+        module, variables, inputs, places, jnp.asarray(gone), replacement=replacement
+    )
+    return np.asarray(jax.nn.softmax(logits))
+
+
 def perturb(
     module: IARed2,
     variables: Mapping[str, Any],
@@ -117,16 +152,18 @@ def perturb(
     *,
     explained: Int[np.ndarray, " b"] | None = None,
     replacement: str = "black",
+    ends: Ends | None = None,
 ) -> dict[str, Curves]:
     """Both orders' curves over the shares 0, 0.1 .. 1 of the pixels that are gone.
 
-    19 forward passes of the dense backbone per image, beside the unperturbed one.
+    18 forward passes of the dense backbone per image, and the two ends.
 
     Args:
       heatmaps: [B, H, W], of clips [B, T, H, W].
       labels: the true classes; None: unknown, then "correct" is NaN.
       explained: the class whose probability is read; None: the one that each image is taken for.
       replacement: see `replacement_for`.
+      ends: what `ends_of` gives: the same for every map.
 
     Raises:
       UsageError: no such replacement, or heatmaps that are not as large as the inputs.
@@ -139,16 +176,13 @@ def perturb(
 
     values, pixels = np.asarray(heatmaps), heatmaps[0].size
     orders = {"positive": ranks(values), "negative": ranks(-values)}
+    whole, nothing = ends or ends_of(module, variables, inputs, replacement)
 
     def answer(order: str, step: int) -> np.ndarray:
         """Probabilities where so many tenths of the pixels are gone."""
-        gone = jnp.asarray(round(step * pixels / STEPS))
-        how = {"replacement": replacement}
-        logits = perturbed_answers(module, variables, inputs, orders[order], gone, **how)
-        return np.asarray(jax.nn.softmax(logits))
+        gone = round(step * pixels / STEPS)
+        return _probabilities(module, variables, inputs, orders[order], gone, replacement)
 
-    whole = answer("positive", 0)
-    nothing = answer("positive", STEPS)  # the same, whatever the order
     taken_for = whole.argmax(axis=-1)
     explained = taken_for if explained is None else np.asarray(explained)
     curves = {}

@@ -19,9 +19,11 @@ def rank_correlation(
 ) -> Float[np.ndarray, " b"]:
     """Spearman's, of each image's two maps: 1 where they order the places alike, 0 by chance.
 
-    A constant map orders nothing: its correlation with any other is 0.
+    A map that is constant, or not finite, orders nothing: its correlation with any other is 0.
     """
-    ranks = [scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (one, other)]
+    flat = (np.asarray(maps).reshape(len(maps), -1) for maps in (one, other))
+    told = (np.where(np.isfinite(maps).all(axis=1, keepdims=True), maps, 0) for maps in flat)
+    ranks = [scipy.stats.rankdata(maps, axis=1) for maps in told]
     first, second = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     norms = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
     return (first * second).sum(axis=1) / np.where(norms > 0, norms, 1)
@@ -47,13 +49,15 @@ def fit_random_labels(
       enough: the accuracy on the shuffled labels to stop at.
 
     Returns:
-      The variables, and the accuracy that was reached.
+      The variables, and the accuracy that was reached (if not enough, before the last step).
     """
     shuffled = jnp.asarray(np.random.default_rng(seed).permutation(labels))
     optimizer = optax.adam(learning_rate)
 
     @jax.jit
     def step(params, state):
+        """The parameters after a step of Adam, and the accuracy before it."""
+
         def loss(backbone):
             everything = {"params": {**variables["params"], "backbone": backbone}}
             logits = module.apply(everything, inputs, execution="dense")[0]
@@ -67,8 +71,9 @@ def fit_random_labels(
     params, accuracy = variables["params"]["backbone"], 0.0
     state = optimizer.init(params)
     for _ in range(most_steps):
-        params, state, reached = step(params, state)
+        moved, state, reached = step(params, state)
         accuracy = float(reached)
         if accuracy >= enough:
             break
+        params = moved
     return {"params": {**variables["params"], "backbone": params}}, accuracy

@@ -30,6 +30,8 @@ BLOCK_INPUT = "block_input"
 class Taps(NamedTuple):
     """Values of a forward pass, or their gradients, block by block; dense or masked execution.
 
+    Blocks come in the order of their names, numbers as numbers: block_2 before block_10.
+
     attention: weights [B, heads, queries, keys] of every attention layer, prefix tokens first; of
       CaiT's class-attention blocks, which come last, the CLS query's alone.
     attention_inputs: the normalised tokens that enter every attention layer; of class-attention

@@ -14,7 +14,8 @@ from iared2_jax.data.folder import EXTENSIONS
 from iared2_jax.data.images import BadImage, eval_transform, open_image, with_channels
 from iared2_jax.data.videos import BadVideo
 from iared2_jax.errors import DataError, UsageError
-from iared2_jax.evaluation.compare_maps import compare_maps, map_sources
+from iared2_jax.evaluation.compare_maps import compare_maps
+from iared2_jax.evaluation.map_sources import map_sources
 from iared2_jax.files import writing
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.report.explorer import collect_images

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from iared2_jax.attribution.maps import to_heatmaps
-from iared2_jax.attribution.methods import METHODS
-from iared2_jax.evaluation.compare_maps import MapSource, compare_maps, map_sources
+from iared2_jax.evaluation.compare_maps import compare_maps
+from iared2_jax.evaluation.map_sources import MapSource, map_sources
 from iared2_jax.report import figures
 from iared2_jax.report.comparison import Comparison
 from iared2_jax.report.explorer import ExplorerData, collect_images
@@ -54,25 +53,18 @@ def measure_maps(comparison: Comparison) -> tuple[dict[str, Any], dict[str, np.n
 
 def sources_of(comparison: Comparison) -> dict[str, MapSource]:
     """The maps to measure: the scores of the run's selector, other methods, the floor."""
-    options, module = comparison.config.eval, comparison.module
-    asked = list(METHODS) if "all" in options.maps else list(options.maps)
-    methods = [*asked, *(name for name in ("random", "center") if name not in asked)]
-    scores: dict[str, MapSource] = {}
-    if "interpreter" in methods and comparison.reduces and comparison.scored:
-        own = comparison.selector == "interpreter"
-        name = "group" if own else f"{comparison.selector}_group"
-
-        @jax.jit
-        def all_scores(variables, inputs):
-            return module.apply(variables, inputs, **comparison.applied)[1].scores
-
-        for group in range(module.num_groups):
-            scores[f"{name}_{group + 1}"] = MapSource(
-                lambda variables, inputs, _, g=group: all_scores(variables, inputs)[g], "trained"
-            )
-    others = [name for name in methods if name not in ("interpreter", "memorability")]
-    lime = {"lime": {"samples": options.lime_samples}}
-    return {**scores, **map_sources(module, others, options=lime)}
+    options = comparison.config.eval
+    methods = [*options.maps, "random", "center"]
+    own = comparison.selector == "interpreter"
+    sources = map_sources(
+        comparison.module,
+        methods,
+        applied=comparison.applied,
+        scores="group" if own else f"{comparison.selector}_group",
+        options={"lime": {"samples": options.lime_samples}},
+    )
+    meaningful = comparison.reduces and comparison.scored
+    return {name: s for name, s in sources.items() if s.of == "original" or meaningful}
 
 
 def explored(comparison: Comparison, values: dict[str, np.ndarray]) -> ExplorerData | None:

@@ -138,7 +138,7 @@ _SEGMENTATION = {
 
 
 def _segmentation(results: dict[str, Any]) -> Table:
-    """At the paper's threshold: three figures, what chance gives, the share of pixels marked."""
+    """The figures of every map: at the paper's threshold, at the best one, and without any."""
     rows = [["map", *_SEGMENTATION.values()]]
     for name, scores in results["segmentation"].items():
         cells = [_with_spread(scores, key) for key in _SEGMENTATION if key in scores]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iared2_jax.errors import UsageError, nearest
+from iared2_jax.errors import UsageError, import_extra, nearest
 from iared2_jax.weights.formats.npz import read_npz
 from iared2_jax.weights.formats.pth import find_state_dict, read_pth
 from iared2_jax.weights.formats.safetensors import read_safetensors
@@ -127,12 +127,9 @@ def _only_file(folder: Path) -> Path:
 
 
 def _download(source: str) -> Path:
+    hub = import_extra("huggingface_hub", "hub", "the hub", source)
     try:
-        from huggingface_hub import snapshot_download  # only for hf://
-    except ImportError as error:
-        raise UsageError(f"{source} needs the hub: pip install 'iared2_jax[hub]'") from error
-    try:
-        folder = snapshot_download(
+        folder = hub.snapshot_download(
             source.removeprefix(_HUB), allow_patterns=["*.safetensors", "*.npz", "*.bin"]
         )
     except Exception as error:  # the hub's own, its client's, and the network's

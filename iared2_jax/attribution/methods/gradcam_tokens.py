@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from iared2_jax.attribution.targets import Target, class_logit
@@ -43,4 +44,5 @@ def gradcam_tokens(
     tokens, slopes = (
         x.attention_inputs[-1][:, -module.input_spec.num_patches :] for x in (taps, gradients)
     )
-    return jax.nn.relu((tokens * slopes.mean(axis=1, keepdims=True)).sum(axis=-1))
+    products = (tokens * slopes.mean(axis=1, keepdims=True)).astype(jnp.float32)
+    return jax.nn.relu(products.sum(axis=-1))

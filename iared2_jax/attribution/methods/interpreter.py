@@ -19,18 +19,20 @@ def interpreter(
     variables: Mapping[str, Any],
     inputs: Float[Array, "b ..."],
     *,
-    group: int = 2,
+    group: int | None = None,
     thresholds: Thresholds = 0.5,
 ) -> Float[Array, "b n"]:
     """Informative scores of one group, in [0, 1]; 0 where an earlier group dropped the patch.
 
     Args:
-      group: from 1 to D; the paper shows the second.
+      group: from 1 to D; None: the second, as the paper shows, or the only one.
       thresholds: keep iff score > threshold.
 
     Raises:
       UsageError: there is no such group.
     """
+    if group is None:
+        group = min(2, module.num_groups)
     if not 1 <= group <= module.num_groups:
         raise UsageError(f"group must be in 1..{module.num_groups}, got {group}")
     return masked_pass(module, variables, inputs, thresholds).scores[group - 1]

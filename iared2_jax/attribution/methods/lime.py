@@ -46,7 +46,7 @@ def lime(
     Args:
       target: the class that is explained; None: the predicted one.
       segments: "patches"; integers as large as the images; or a function from an image
-        [H, W, C] in [0, 1] to such, e.g. `skimage.segmentation.slic`.
+        [H, W, C] (a clip [T, H, W, C]) in [0, 1] to such, e.g. `skimage.segmentation.slic`.
       samples: forward passes per image, the whole image included.
       fill: the normalised value of what is left out; None: each segment's own mean colour.
       batch_size: samples that run at a time.

@@ -19,7 +19,7 @@ def raw_attention(
     *,
     block: int = 1,
 ) -> Float[Array, "b n"]:
-    """CLS-to-patch attention, mean over heads.
+    """CLS-to-patch attention, mean over heads; of a distilled model's two tokens, CLS alone.
 
     Args:
       block: from 0, or from the end if negative; the paper takes Block_1. Where the groups' blocks
