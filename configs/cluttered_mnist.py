@@ -51,10 +51,10 @@ def get_config(arg=None):
     config.checkpoint_every = 200
 
     config.eval.maps = ("all",)
-    config.eval.maps_size = 100
-    config.eval.lime_samples = 300
+    config.eval.maps_size = 64
+    config.eval.lime_samples = 200
     config.eval.perturbation = True
-    config.eval.page_images = 100
+    config.eval.page_images = 64
 
     if arg.runlocal:
         for phase in (config.interpreter, config.backbone):

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 BOOTSTRAP = 1000  # resamples
 EXPLAINED = ("predicted", "label")
 _FEW = 4  # images for the sanity checks of maps that cost hundreds of passes
+_LEARNED = 32  # images whose shuffled labels are learned
 
 
 def compare_maps(
@@ -85,13 +86,13 @@ def compare_maps(
     variables = {"trained": trained, "original": trained if original is None else original}
     if masks is not None and not np.asarray(masks).any():
         raise UsageError("none of the masks has any foreground: there is nothing to find")
-    sources, left_out = _usable(sources, variables, module, batch_size)
     arrays = {"pixels": pixels, "labels": labels, "masks": masks}
     arrays = {name: array for name, array in arrays.items() if array is not None}
     records = {name: _Record() for name in sources}
+    left_out: dict[str, str] = {}
     results: dict[str, Any] = {"left_out": left_out}
     seen = 0
-    for batch in eval_batches(arrays, batch_size):
+    for batch in eval_batches(arrays, min(batch_size, len(pixels))):
         if stop is not None and stop.requested:
             raise Interrupted("the evaluation was stopped by a signal: nothing was written")
         there, truth = batch["counted"], batch.get("labels")
@@ -99,7 +100,18 @@ def compare_maps(
         ends = ends_of(module, variables["original"], inputs, replacement)
         # Given as a target, so that the same compiled program does for another class.
         classes = jnp.asarray(truth if explained == "label" else ends.whole.argmax(axis=-1), int)
-        values = {name: s(variables[s.of], inputs, classes) for name, s in sources.items()}
+        values: dict[str, np.ndarray] = {}
+        for name, source in sources.items():
+            try:
+                values[name] = source(variables[source.of], inputs, classes)
+            except UsageError as error:
+                if seen:
+                    raise  # had it no meaning for the model, the first batch would have shown it
+                left_out[name] = str(error)
+                log.warning("no map %s: %s", name, error)
+        if left_out and not seen:
+            sources = {name: sources[name] for name in values}
+            records = {name: records[name] for name in values}
         for name, record in records.items():
             heatmaps = to_heatmaps(values[name], module.input_spec)
             _refuse_nan(name, heatmaps)
@@ -144,29 +156,6 @@ def _rows(curves: Mapping[str, Curves], there: np.ndarray) -> dict[str, Curves]:
     return {order: Curves(*(x[there] for x in part)) for order, part in curves.items()}
 
 
-def _usable(
-    sources: dict[str, MapSource],
-    variables: Mapping[str, Variables],
-    module: IARed2,
-    batch_size: int,
-) -> tuple[dict[str, MapSource], dict[str, str]]:
-    """The maps that the model can have, and why it cannot have the others; nothing is computed."""
-    left_out = {}
-    for name, source in sources.items():
-        # As many images as later, so that what is traced here is not traced again.
-        count = 1 if source.many_passes else batch_size
-        inputs = jax.ShapeDtypeStruct((count, *module.input_spec.shape), jnp.float32)
-        classes = jax.ShapeDtypeStruct((count,), jnp.int32) if source.explains_class else None
-        try:
-            jax.eval_shape(source.compute, variables[source.of], inputs, classes)
-        except UsageError as error:
-            left_out[name] = str(error)
-            log.warning("no map %s: %s", name, error)
-        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-            pass  # it is not computed by jax alone, and will say itself what is wrong
-    return {name: s for name, s in sources.items() if name not in left_out}, left_out
-
-
 def _refuse_nan(name: str, heatmaps: Array) -> None:
     pixels = tuple(range(1, heatmaps.ndim))
     if bool(jnp.isnan(heatmaps).all(axis=pixels).any()):
@@ -209,15 +198,16 @@ def check_sanity(
 
     Returns:
       By map: "random_weights", with the map after all weights were drawn anew; "random_labels",
-      with that of a fresh backbone that has learned shuffled labels by heart (`fit_random_labels`;
-      where labels are known); "other_class", with that of the next class, where it explains one.
+      with that of a fresh backbone that has learned the shuffled labels of the first 32 by heart
+      (`fit_random_labels`; where labels are known; the mean is over these); "other_class", with that
+      of the next class, where it explains one.
     """
     models = {"random_weights": init_variables(module, seed=1)}
     if labels is not None:
         fresh = models["random_weights"]["params"]["backbone"]
         start = {"params": {**variables["trained"]["params"], "backbone": fresh}}
         models["random_labels"], reached = fit_random_labels(
-            module, start, inputs, np.asarray(labels)
+            module, start, inputs[:_LEARNED], np.asarray(labels)[:_LEARNED]
         )
         log.info("sanity check: shuffled labels learned to an accuracy of %.2f", reached)
     other = (classes + 1) % module.backbone.num_classes
@@ -229,8 +219,8 @@ def check_sanity(
         rivals = {check: source(model, images, classes[few]) for check, model in models.items()}
         if source.explains_class:
             rivals["other_class"] = source(variables[source.of], images, other[few])
-        found[name] = {
-            check: float(rank_correlation(own, rival)[shown].mean())
-            for check, rival in rivals.items()
-        }
+        same = {check: rank_correlation(own, rival)[shown] for check, rival in rivals.items()}
+        if "random_labels" in same:  # of all images, as no map is compiled for fewer
+            same["random_labels"] = same["random_labels"][:_LEARNED]
+        found[name] = {check: float(values.mean()) for check, values in same.items()}
     return found

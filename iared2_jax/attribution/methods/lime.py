@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 
 from iared2_jax.attribution.batched_forward import (
     dense_logits,
-    logits_of_copies,
     pixels_of_patches,
+    probability_of_copies,
 )
-from iared2_jax.attribution.targets import Target, class_probability
+from iared2_jax.attribution.targets import Target
 from iared2_jax.errors import UsageError
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
@@ -71,13 +71,10 @@ def lime(
     logits = dense_logits(module, variables, inputs)
     classes = logits.argmax(axis=-1) if target is None else target
     rows = draw_rows(jax.random.key(seed), samples, n)
-    weights = []
-    for image, place, label in zip(inputs, places, classes, strict=True):
-        blank = _mean_colours(image, place, n) if fill is None else jnp.full_like(image, fill)
-        show = functools.partial(_left_out, image, blank, place, rows)
-        answers = logits_of_copies(module, variables, show, samples, batch_size)
-        weights.append(_fit(rows, place, answers, label))
-    weights = jnp.stack(weights)
+    blanks = _mean_colours(inputs, places, n) if fill is None else jnp.full_like(inputs, fill)
+    show = functools.partial(_left_out, inputs, blanks, places, rows)
+    answers = probability_of_copies(module, variables, show, classes, samples, batch_size)
+    weights = _fit(rows, places, answers)
     if of_patches:
         return weights
     return jnp.take_along_axis(weights, places.reshape(len(places), -1), axis=1).reshape(
@@ -102,17 +99,23 @@ def _segmented(module: IARed2, inputs: Array, segments: Any) -> tuple[Array, int
 
 
 @jax.jit
-def _left_out(image: Array, blank: Array, place: Array, rows: Array, numbers: Array) -> Array:
-    """Copies of an image: in number k, segments that row k does not show are blank."""
-    shown = rows[numbers][:, place]
-    return jnp.where(shown[..., None], image, blank)
+def _left_out(inputs: Array, blanks: Array, places: Array, rows: Array, numbers: Array) -> Array:
+    """Copies of images: number k is image k // S; segments that row k % S does not show are blank.
+
+    S is the number of rows.
+    """
+    image, row = numbers // len(rows), numbers % len(rows)
+    place = places[image]
+    shown = jnp.take_along_axis(rows[row], place.reshape(len(numbers), -1), axis=1)
+    return jnp.where(shown.reshape(place.shape)[..., None], inputs[image], blanks[image])
 
 
 @jax.jit
-def _fit(rows: Array, place: Array, answers: Array, label: Array) -> Array:
+@functools.partial(jax.vmap, in_axes=(None, 0, 0))
+def _fit(rows: Array, place: Array, answers: Array) -> Array:
     """`fit_segments`; an image may have fewer segments than there are columns."""
     there = jnp.zeros(rows.shape[1], bool).at[place].set(True)
-    return fit_segments(rows & there, class_probability(answers, jnp.full(len(rows), label)))
+    return fit_segments(rows & there, answers)
 
 
 def draw_rows(key: Array, samples: int, segments: int) -> Bool[Array, "samples segments"]:
@@ -135,6 +138,7 @@ def fit_segments(
 
 
 @functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.vmap, in_axes=(0, 0, None))
 def _mean_colours(image: Array, place: Array, segments: int) -> Array:
     """The image, every segment in its mean colour."""
     flat, colours = place.reshape(-1), image.reshape(-1, image.shape[-1])

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 
 from iared2_jax.attribution.batched_forward import (
     dense_logits,
-    logits_of_copies,
     pixels_of_patches,
+    probability_of_copies,
 )
 from iared2_jax.attribution.targets import Target, class_probability
 from iared2_jax.errors import UsageError
@@ -52,8 +52,7 @@ def occlusion(
     def covered(numbers: Array) -> Array:
         return _covered(inputs, covers, fill, numbers)
 
-    answers = logits_of_copies(module, variables, covered, len(inputs) * n, batch_size)
-    left = class_probability(answers, jnp.repeat(classes, n)).reshape(-1, n)
+    left = probability_of_copies(module, variables, covered, classes, n, batch_size)
     return class_probability(logits, classes)[:, None] - left
 
 
