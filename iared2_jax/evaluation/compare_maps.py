@@ -199,8 +199,8 @@ def check_sanity(
     Returns:
       By map: "random_weights", with the map after all weights were drawn anew; "random_labels",
       with that of a fresh backbone that has learned the shuffled labels of the first 32 by heart
-      (`fit_random_labels`; where labels are known; the mean is over these); "other_class", with that
-      of the next class, where it explains one.
+      (`fit_random_labels`; where labels are known; the mean is over these); "other_class", with
+      that of the next class, where it explains one.
     """
     models = {"random_weights": init_variables(module, seed=1)}
     if labels is not None:
