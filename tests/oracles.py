@@ -9,6 +9,7 @@ for machines without PyTorch:
 
 import dataclasses
 import json
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,22 +29,60 @@ class Family:
     """A published kind of file: our variant, their naming, the class that runs it."""
 
     variant: str
-    kind: str  # timm | pth | vit | deit | timesformer | vision_transformer | big_vision
+    kind: str  # one of KINDS
     stored_depth: int = 2  # blocks of the stored answers; 0: all
+    size: int | None = None  # px of the inputs; None: as published
 
     @property
     def name(self) -> str:
         return f"{self.variant}, {self.kind}"
 
+    @property
+    def by_transformers(self) -> bool:
+        return self.kind in ("vit", "deit", "timesformer", "dinov2", "dinov2_with_registers")
+
+    @property
+    def by_its_authors(self) -> bool:
+        """Whether it is a file that timm reads in other names than its own."""
+        return self.kind == "facebook" or (self.kind == "pth" and "deit3" in self.variant)
+
+    @property
+    def headless(self) -> bool:
+        """Whether the file has no classifier: then the answer is the final norm's CLS token."""
+        return self.variant.startswith("dinov2") and not self.by_transformers
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """Two normalised inputs."""
+        spec = VARIANTS[self.variant].backbone.input_spec
+        return images_for(self.size or spec.height, spec.frames)
+
+
+# timm, and what has its names: the authors' .pth of DeiT, CaiT, DeiT-III, and DINOv2's; npz files;
+# transformers' model types.
+KINDS = (
+    "timm", "pth", "facebook", "vision_transformer", "big_vision",
+    "vit", "deit", "timesformer", "dinov2", "dinov2_with_registers",
+)  # fmt: skip
 
 FAMILIES = (
     *(
-        Family(name, "timm", 0 if name in ("deit_ti", "cait_xxs24") else 2)
+        Family(
+            name,
+            "timm",
+            0 if name in ("deit_ti", "cait_xxs24") else 2,
+            112 if name in ("dinov2_b14", "dinov2_s14_reg", "dinov2_b14_reg") else None,
+        )
         for name, variant in VARIANTS.items()
         if variant.timm
     ),
     Family("deit_ti_distilled", "pth"),
     Family("cait_xxs24", "pth"),
+    Family("deit3_s16", "pth"),
+    Family("dinov2_s14", "facebook"),
+    Family("dinov2_s14_reg", "facebook", size=112),
+    Family("dinov2_s14", "dinov2", size=224),
+    Family("dinov2_s14_reg", "dinov2_with_registers", size=112),
     Family("vit_s16", "vit"),
     Family("deit_ti_distilled", "deit"),
     Family("timesformer_jointst_s", "timesformer"),
@@ -59,7 +98,7 @@ def weights_for(shapes: Shapes) -> dict[str, np.ndarray]:
         rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
         values = rng.standard_normal(shape, np.float32)
         leaf = name.replace("/", ".").rpartition(".")[2]
-        if "gamma" in leaf:
+        if "gamma" in leaf or leaf == "lambda1":
             values = 0.5 + 0.1 * values
         elif leaf == "scale" or (leaf == "weight" and len(shape) == 1):
             values = 1 + 0.2 * values
@@ -76,12 +115,6 @@ def images_for(size: int, frames: int | None = None) -> np.ndarray:
     """Two normalised images [2, size, size, 3], or clips of so many frames."""
     rng = np.random.Generator(np.random.PCG64(size))
     return rng.standard_normal((2, *([frames] if frames else []), size, size, 3), np.float32)
-
-
-def inputs_for(variant: str) -> np.ndarray:
-    """Two normalised inputs of a variant's size."""
-    spec = VARIANTS[variant].backbone.input_spec
-    return images_for(spec.height, spec.frames)
 
 
 def probe(x: np.ndarray) -> np.ndarray:
@@ -105,7 +138,7 @@ class Oracle:
 
 def build(family: Family, depth: int) -> Oracle:
     """The family's model, with `depth` blocks."""
-    if family.kind in ("vit", "deit", "timesformer"):
+    if family.by_transformers:
         return _transformers(family, depth)
     return _timm(family, depth)
 
@@ -135,13 +168,24 @@ def _timm(family: Family, depth: int) -> Oracle:
 
     variant = VARIANTS[family.variant]
     options = {"no_embed_class": True} if family.kind == "big_vision" else {}
-    model = peers.timm().create_model(variant.timm, pretrained=False, depth=depth, **options)
+    if family.size:
+        options["img_size"] = family.size
+    timm = peers.timm()
+    model = timm.create_model(variant.timm, pretrained=False, depth=depth, **options)
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if family.kind in ("vision_transformer", "big_vision"):
         shapes = npz_shapes(shapes, family.kind, variant.backbone.num_heads)
         with tempfile.TemporaryDirectory() as folder:
             path = save_npz(weights_for(shapes), Path(folder) / "weights.npz")
             model.load_pretrained(str(path))
+    elif family.by_its_authors:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        shapes = authors_shapes(shapes)
+        state = {name: torch.tensor(x) for name, x in weights_for(shapes).items()}
+        deit3 = family.variant.startswith("deit3")
+        state = checkpoint_filter_fn(state, model, adapt_layer_scale=deit3)
+        model.load_state_dict(state, strict=True)
     else:
         state = {name: torch.tensor(x) for name, x in weights_for(shapes).items()}
         model.load_state_dict(state, strict=True)
@@ -167,12 +211,20 @@ def _transformers(family: Family, depth: int) -> Oracle:
         patch_size=backbone.input_spec.patch[0],
         num_labels=backbone.num_classes,
     )
+    if family.kind.startswith("dinov2"):
+        sizes["mlp_ratio"] = backbone.mlp_ratio
+        del sizes["intermediate_size"]
     if family.kind == "vit":
         model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
     elif family.kind == "timesformer":
         joint = dict(num_frames=backbone.input_spec.frames, attention_type="joint_space_time")
         config = transformers.TimesformerConfig(**sizes, **joint)
         model = transformers.TimesformerForVideoClassification(config)
+    elif family.kind == "dinov2":
+        model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**sizes))
+    elif family.kind == "dinov2_with_registers":
+        config = transformers.Dinov2WithRegistersConfig(**sizes)
+        model = transformers.Dinov2WithRegistersForImageClassification(config)
     else:
         config = transformers.DeiTConfig(**sizes)
         model = transformers.DeiTForImageClassificationWithTeacher(config)
@@ -205,7 +257,7 @@ def save_as(family: Family, tensors: dict[str, np.ndarray], folder: Path) -> Pat
 
     if family.kind in ("vision_transformer", "big_vision"):
         return save_npz(tensors, folder / "weights.npz")
-    if family.kind == "pth":
+    if family.kind in ("pth", "facebook"):
         prefix = "module." if family.variant.startswith("cait") else ""
         state = {prefix + name: value for name, value in tensors.items()}
         return save_pth(state, folder / "weights.pth")
@@ -278,6 +330,18 @@ def npz_shapes(timm_shapes: Shapes, kind: str, heads: int) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+def authors_shapes(timm_shapes: Shapes) -> Shapes:
+    """The same model in the .pth of its authors, DeiT-III's or DINOv2's (of 37 x 37 patches)."""
+    shapes = dict(timm_shapes)
+    if "head.weight" in shapes:
+        return {re.sub(r"ls([12])\.gamma", r"gamma_\1", name): x for name, x in shapes.items()}
+    shapes["mask_token"] = (1, shapes["cls_token"][-1])
+    if "reg_token" in shapes:
+        shapes["pos_embed"] = (1, 1 + 37**2, shapes["cls_token"][-1])
+        shapes["register_tokens"] = shapes.pop("reg_token")
+    return shapes
+
+
 # -- Stored answers.
 
 
@@ -299,12 +363,58 @@ def _answered() -> Iterator[tuple[str, Shapes, np.ndarray, np.ndarray]]:
     for family in FAMILIES:
         backbone = VARIANTS[family.variant].backbone
         oracle = build(family, family.stored_depth or backbone.depth)
-        logits, blocks = oracle.run(inputs_for(family.variant))
+        logits, blocks = oracle.run(family.inputs)
         yield family.name, oracle.shapes, logits, np.stack([probe(block) for block in blocks])
+
+
+# -- A published, trained model (not part of the repository; see its README for where it is from).
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "weights" / "dinov2_vits14_hf.safetensors"
+PUBLISHED_FIXTURES = FIXTURES.with_name("dinov2.npz")
+PUBLISHED_SIZES = (518, 224, 112)  # px; the first is its own
+
+
+def published_model(folder: Path) -> Any:
+    """transformers' Dinov2Model with the published weights."""
+    import shutil
+
+    import transformers
+
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
+    )
+    config.save_pretrained(folder)
+    shutil.copy(PUBLISHED, folder / "model.safetensors")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.Dinov2Model.from_pretrained(folder).eval()
+
+
+def published_answers(model: Any, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Its normalised tokens, and what leaves every block."""
+    import torch
+
+    with torch.inference_mode():
+        out = model(torch.tensor(np.moveaxis(images, -1, -3)), output_hidden_states=True)
+    return out.last_hidden_state.numpy(), [x.numpy() for x in out.hidden_states[1:]]
+
+
+def _store_published() -> None:
+    arrays = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = published_model(Path(folder))
+    for size in PUBLISHED_SIZES:
+        tokens, blocks = published_answers(model, images_for(size)[:1])
+        arrays[f"{size}: cls"] = tokens[:, 0]
+        arrays[f"{size}: mean"] = tokens[:, 1:].mean(axis=1)
+        arrays[f"{size}: blocks"] = np.stack([probe(block) for block in blocks])
+    np.savez_compressed(PUBLISHED_FIXTURES, **arrays)
 
 
 def main() -> None:
     """Asks all the oracles, and stores what they say."""
+    if PUBLISHED.is_file():
+        _store_published()
+        print("published DINOv2", flush=True)
     shapes, arrays = {}, {}
     for name, of_family, logits, blocks in _answered():
         shapes[name] = of_family

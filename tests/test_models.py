@@ -24,9 +24,12 @@ from iared2_jax.token_reduction.policy import informative_scores
 
 
 @functools.cache
-def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False, cait=False):
+def tiny_module(groups=(1, 1, 2), policy_token="cls", distilled=False, cait=False, dino=False):
     sizes = dict(input_spec=images(16, 4), embed_dim=24, depth=4, num_heads=3, num_classes=5)
     backbone = CaiT(**sizes) if cait else ViT(**sizes, distilled=distilled)
+    if dino:
+        options = dict(registers=2, prefix_positions=False, layer_scale=1e-5, pool="cls_mean")
+        backbone = ViT(**sizes, **options)
     return IARed2(backbone, groups, policy_token, interpreter_heads=3)
 
 
@@ -93,6 +96,7 @@ def test_parameter_counts_are_exact(name):
             ((1, 1, 2), "learned", True),
             ((2, 1, 1), "cls", True),
             ((1, 1, 2), "learned", False, True),  # CaiT
+            ((1, 1, 2), "cls", False, False, True),  # DINOv2 with registers
         ]
     ),
 )

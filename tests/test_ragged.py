@@ -38,10 +38,15 @@ def full(rows: int) -> tuple[int, int]:
 
 
 @functools.cache
-def model(groups: int = 2, distilled: bool = False, policy_token: str = "cls", cait: bool = False):
+def model(groups: int = 2, kind: str = "vit", policy_token: str = "cls"):
     sizes = dict(input_spec=input_spec.images(32, 8), embed_dim=24, depth=2 * groups, num_heads=3)
     sizes |= dict(mlp_ratio=2, num_classes=5)
-    backbone = CaiT(**sizes) if cait else ViT(**sizes, distilled=distilled)
+    backbone = {
+        "vit": ViT(**sizes),
+        "distilled": ViT(**sizes, distilled=True),
+        "cait": CaiT(**sizes),
+        "dinov2": ViT(**sizes, registers=2, layer_scale=1e-5, pool="cls_mean"),
+    }[kind]
     module = IARed2(backbone, (2,) * groups, policy_token, interpreter_heads=3)
     images = jnp.zeros([1, 32, 32, 3])
     variables = module.init(jax.random.key(3), images)
@@ -114,9 +119,9 @@ def group_plans(draw, batch: int, num_tokens: int):
 @st.composite
 def scenarios(draw):
     groups = draw(st.integers(1, 3))
-    kind = draw(st.sampled_from(["vit", "distilled", "cait"]))
+    kind = draw(st.sampled_from(["vit", "distilled", "cait", "dinov2"]))
     batch = draw(st.integers(1, 6))
-    num_tokens = N + {"vit": 1, "distilled": 2, "cait": 0}[kind]
+    num_tokens = N + {"vit": 1, "distilled": 2, "cait": 0, "dinov2": 3}[kind]
     plans = [draw(group_plans(batch, num_tokens)) for _ in range(groups)]
     # From "keep all" to "keep none"; a score that equals its threshold is dropped in both.
     thresholds = draw(
@@ -124,7 +129,7 @@ def scenarios(draw):
                  max_size=groups)
     )  # fmt: skip
     policy_token = "learned" if kind == "cait" else draw(st.sampled_from(["cls", "learned"]))
-    which = groups, kind == "distilled", policy_token, kind == "cait"
+    which = groups, kind, policy_token
     return which, batch, plans, draw(st.booleans()), thresholds, draw(st.integers(0, 99))
 
 
@@ -479,7 +484,7 @@ def test_cuts_waste_least(values, limit):
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 @pytest.mark.parametrize("cait", [False, True])
 def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
-    module, variables = model(1, policy_token="learned" if cait else "cls", cait=cait)
+    module, variables = model(1, "cait", "learned") if cait else model(1)
     backbone = dict(variables["params"]["backbone"])
     backbone["block_1"] = backbone["block_0"]
     variables = {"params": {**variables["params"], "backbone": backbone}}
@@ -552,7 +557,7 @@ def test_packed_spreads_and_collects(lengths, spare):
 
 
 def test_cait_is_accelerated_with_its_class_attention():
-    module, variables = model(2, policy_token="learned", cait=True)
+    module, variables = model(2, "cait", "learned")
     images = some_images(6)
     thresholds = float(np.median(module.apply(variables, images)[1].scores[0]))
     plans = (

@@ -23,7 +23,7 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.attention import Similarity, Softmax, WeightedSum
 from iared2_jax.models.backbones.cait import HeadMix
 from iared2_jax.models.backbones.protocol import PARTS
-from iared2_jax.models.layers import Add, Gelu, Scale, TokenDense
+from iared2_jax.models.layers import Add, Gelu, Mean, Scale, TokenDense
 from iared2_jax.models.taps import Taps, tap_gradients
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
@@ -123,6 +123,11 @@ def _sum(rules: str, relevance: Array, x: Array, y: Array) -> tuple[Array, ...]:
     )
 
 
+def _mean(_: str, relevance: Array, x: Array) -> tuple[Array, ...]:
+    """A mean over tokens: to each as its size says, since shares of either sign would explode."""
+    return share_out(lambda size: size.sum(axis=1), relevance, jnp.abs(x))
+
+
 def _product(f: Callable[[Array, Array], Array]):
     """A product of two activations: half the relevance to each operand."""
 
@@ -148,6 +153,7 @@ RULES: dict[type[nn.Module], Callable[..., tuple[Array, ...]]] = {
     Softmax: _identity,
     Gelu: _identity,
     Scale: _identity,
+    Mean: _mean,
     nn.LayerNorm: _identity,
 }
 
@@ -180,7 +186,7 @@ def _interceptor(rules: str, embedding: tuple[str, ...]):
             operands = args
         elif rule is _sum:
             operands = jnp.broadcast_arrays(*args)
-        elif rule is _identity:
+        elif rule in (_identity, _mean):
             operands = args[:1]
         else:
             operands = (args[0], module.get_variable("params", "kernel"))

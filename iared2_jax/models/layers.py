@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.models import input_spec
-from iared2_jax.models.parameters import ONES, WEIGHT, ZEROS
+from iared2_jax.models.parameters import ONES, WEIGHT, ZEROS, constant
 from iared2_jax.typing import Array
 
 
@@ -85,6 +85,30 @@ class Scale(nn.Module):
 
     def __call__(self, x: Array, factor: ArrayLike) -> Array:
         return x * factor
+
+
+class LayerScale(nn.Module):
+    """x times a parameter per channel, `gamma`, which starts small (Touvron et al. 2021, CaiT)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        gamma = self.param("gamma", constant(self.initial), (x.shape[-1],))
+        return Scale()(x, gamma.astype(x.dtype))
+
+
+class Mean(nn.Module):
+    """The mean of the tokens that are alive; 0 where none is."""
+
+    def __call__(
+        self, x: Float[Array, "b n d"], alive: Bool[Array, "b n"] | None = None
+    ) -> Float[Array, "b d"]:
+        if alive is None:
+            return x.mean(axis=1)
+        # What lies in dead places may be anything, NaN included.
+        there = jnp.where(alive[..., None], x, 0)
+        return there.sum(axis=1) / jnp.maximum(alive.sum(axis=1), 1)[:, None]
 
 
 class Mlp(nn.Module):

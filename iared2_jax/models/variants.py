@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.backbones.cait import CaiT
@@ -37,7 +38,23 @@ _IMAGENET_384 = images(384)
 _HALF_224 = images(224, norm=HALF_NORM, crop_pct=0.9)
 _HALF_384 = images(384, norm=HALF_NORM)
 _CAIT_224 = images(224)
+_DINO_518 = images(518, 14)
 _CLIP_224 = clips(224, frames=8, crop_pct=0.875)  # of 256 px
+
+
+def _deit3(make: Callable[..., ViT]) -> ViT:
+    """DeiT-III: layer scale, and a CLS token without a position."""
+    return make(_IMAGENET_224, layer_scale=1e-4, prefix_positions=False)
+
+
+def _dinov2(make: Callable[..., ViT]) -> ViT:
+    return make(_DINO_518, layer_scale=1e-5, pool="cls_mean")
+
+
+def _dinov2_reg(make: Callable[..., ViT]) -> ViT:
+    """DINOv2 with registers, CLS's position added to CLS, as timm has it."""
+    return make(_DINO_518, layer_scale=1e-5, pool="cls_mean", registers=4, prefix_positions=False)
+
 
 VARIANTS: dict[str, Variant] = {
     # DeiT (Touvron et al. 2021), ImageNet-1k.
@@ -78,6 +95,18 @@ VARIANTS: dict[str, Variant] = {
     "vit_b16": Variant(_base(_HALF_224), parameters=86_567_656, timm="vit_base_patch16_224"),
     "vit_s16_384": Variant(_small(_HALF_384), parameters=22_196_584, timm="vit_small_patch16_384"),
     "vit_b16_384": Variant(_base(_HALF_384), parameters=86_859_496, timm="vit_base_patch16_384"),
+    # DeiT-III (Touvron et al. 2022), ImageNet-1k.
+    "deit3_s16": Variant(_deit3(_small), parameters=22_059_496, timm="deit3_small_patch16_224"),
+    "deit3_b16": Variant(_deit3(_base), parameters=86_585_320, timm="deit3_base_patch16_224"),
+    # DINOv2 (Oquab et al. 2024), no classes of its own: a head over CLS and the mean of patches.
+    "dinov2_s14": Variant(_dinov2(_small), parameters=22_825_192, timm="vit_small_patch14_dinov2"),
+    "dinov2_b14": Variant(_dinov2(_base), parameters=88_116_712, timm="vit_base_patch14_dinov2"),
+    "dinov2_s14_reg": Variant(
+        _dinov2_reg(_small), parameters=22_826_344, timm="vit_small_patch14_reg4_dinov2"
+    ),
+    "dinov2_b14_reg": Variant(
+        _dinov2_reg(_base), parameters=88_119_016, timm="vit_base_patch14_reg4_dinov2"
+    ),
     # CaiT (Touvron et al. 2021), distilled on ImageNet-1k.
     "cait_xxs24": Variant(
         CaiT(_CAIT_224, embed_dim=192, num_heads=4),

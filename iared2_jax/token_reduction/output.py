@@ -24,7 +24,7 @@ class Output:
       overflow: per group [B], kept tokens that found no slot; 0 unless execution is "gathered".
       attention: per block that has a CLS query [B, heads, N], its weights (of CaiT, the
         class-attention blocks); () where nobody asked a compiled run for them.
-      features: [B, d], what the classifier reads.
+      features: [B, f], what the classifier reads: CLS first, with some heads more.
     """
 
     scores: Any = ()

@@ -47,12 +47,13 @@ def load_weights(
 ) -> dict[str, Any]:
     """Variables for `module` with the weights of a file, whoever wrote it.
 
-    Read are timm's ViT, DeiT and CaiT; DeiT's, CaiT's and TimeSformer's own .pth; transformers'
-    ViT, DeiT and TimeSformer; mmaction2's TimeSformer; vision_transformer's and big_vision's .npz;
-    and this project's own; which of them it is, its names tell. An image model's weights make one
-    of clips, whose time embeddings start at zero. Position embeddings are resized where the image
-    size differs, time embeddings where the number of frames does; a head for another number of
-    classes is left fresh. Interpreters are left fresh unless the file has them.
+    Read are timm's ViT, DeiT (I to III), CaiT and DINOv2, and their authors' .pth; TimeSformer's
+    .pth; transformers' ViT, DeiT, TimeSformer and DINOv2; mmaction2's TimeSformer;
+    vision_transformer's and big_vision's .npz; and this project's own; which of them it is, its
+    names tell. An image model's weights make one of clips, whose time embeddings start at zero.
+    Position embeddings are resized where the image size differs, as the file's own project does
+    it, time embeddings where the number of frames does; a head for another number of classes is
+    left fresh. Interpreters are left fresh unless the file has them.
 
     Args:
       module: e.g. from `create_module` or `create_model`.
@@ -81,9 +82,9 @@ def load_weights(
     layout = _layout_of(source, tensors)
     if layout is None:
         raise UsageError(
-            f"{source} is of no kind known here: it has {_some(tensors)}. Known are timm, DeiT and "
-            "CaiT, TimeSformer, transformers (ViT, DeiT, TimeSformer), mmaction2's TimeSformer, "
-            "vision_transformer and big_vision, iared2_jax"
+            f"{source} is of no kind known here: it has {_some(tensors)}. Known are timm, DeiT, "
+            "CaiT, TimeSformer and DINOv2 by their authors, transformers (ViT, DeiT, TimeSformer, "
+            "DINOv2), mmaction2's TimeSformer, vision_transformer and big_vision, iared2_jax"
         )
     fresh = traverse_util.flatten_dict(init_variables(module, seed)["params"], sep="/")
     recipes = {path: layout.recipe(path) for path in fresh}
@@ -91,6 +92,7 @@ def load_weights(
         _check_metadata(source, module, metadata.get("create_model"))
     else:
         recipes = {p: recipe for p, recipe in recipes.items() if not p.startswith("interpreter_")}
+    _check_registers(source, module, layout, tensors)
     headless = _without_head(recipes, tensors)
     for path in headless + _without_time(source, module, recipes, tensors):
         del recipes[path]
@@ -105,6 +107,19 @@ def load_weights(
     if anew:
         _head_starts_anew(source, module, tensors, anew, fresh_head)
     return {"params": traverse_util.unflatten_dict({**fresh, **loaded}, sep="/")}
+
+
+def _check_registers(source, module: IARed2, layout: NamingScheme, tensors) -> None:
+    """Refuses another number of register tokens, and says which model has as many."""
+    name = layout.recipe("backbone/reg_token").names[0]
+    theirs = tensors[name].shape[-2] if name in tensors and tensors[name].ndim > 1 else 0
+    mine = getattr(module.backbone, "registers", 0)
+    if theirs != mine:
+        raise UsageError(
+            f"{source} has {theirs or 'no'} register tokens, this model {mine or 'none'}: "
+            f"use a variant {'with' if theirs else 'without'} registers (dinov2_s14_reg has 4, "
+            "dinov2_s14 none)"
+        )
 
 
 def _without_head(recipes: Mapping[str, Recipe], tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -172,7 +187,12 @@ def _fitted(
         value = resize_times(value, fresh.shape[1])
     if path == "backbone/pos_embed" and value.ndim == 3 and value.shape != fresh.shape:
         value = resize_positions(
-            value, module.input_spec, module.num_prefix, layout.joined_positions, source
+            value,
+            module.input_spec,
+            getattr(module.backbone, "num_prefix_positions", module.num_prefix),
+            layout.joined_positions,
+            source,
+            layout.interpolation,
         )
     if value.shape == fresh.shape:
         return jnp.asarray(value, fresh.dtype)
@@ -361,8 +381,12 @@ def _has_shapes_of(
         backbone.embed_dim,
         f"block_{backbone.depth - 1}/mlp/fc1/kernel",
     )
+    prefix = getattr(backbone, "num_prefix_positions", backbone.num_prefix)
+    registers = getattr(backbone, "registers", 0)
     expected = {
-        "pos_embed": (1, backbone.num_prefix + math.prod(spec.frame_grid), d),
+        "pos_embed": (1, prefix + math.prod(spec.frame_grid), d),
+        "reg_token": (1, registers, d) if registers else None,
+        "block_0/ls1/gamma": (d,) if getattr(backbone, "layer_scale", None) else None,
         "time_embed": (1, spec.frames, d) if spec.is_clip else None,
         "patch_embed/kernel": (spec.patch_values, d),
         last: (d, backbone.mlp_ratio * d),

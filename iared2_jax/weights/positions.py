@@ -9,6 +9,12 @@ from jaxtyping import Float
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
+# How positions are resized, as each project's own code does it. "antialiased": bicubic with an
+# antialiasing filter (timm; DINOv2 with registers). "plain": without one (transformers' DINOv2).
+# "offset": plain, and sampled as if the new grid were 0.1 larger (DINOv2's authors).
+INTERPOLATIONS = ("antialiased", "plain", "offset")
+_OFFSET = 0.1
+
 
 def resize_positions(
     positions: Float[np.ndarray, "1 t d"],
@@ -16,8 +22,9 @@ def resize_positions(
     num_prefix: int = 0,
     joined: bool = True,
     source: object = "the file",
+    interpolation: str = "antialiased",
 ) -> Float[np.ndarray, "1 u d"]:
-    """Position embeddings for a model's grid: bicubic with antialiasing, prefix tokens kept.
+    """Position embeddings for a model's grid: bicubic, prefix tokens kept.
 
     The frames of a clip share them.
 
@@ -28,8 +35,9 @@ def resize_positions(
       positions: of `num_prefix` tokens and a grid; or of the grid alone, where the prefix then
         gets zeros (joined=False, as big_vision has it).
       spec: the model's inputs.
-      num_prefix: the model's.
+      num_prefix: the model's tokens before the grid that have positions.
       source: what errors name.
+      interpolation: one of `INTERPOLATIONS`.
 
     Returns:
       [1, num_prefix + h w, d].
@@ -51,10 +59,41 @@ def resize_positions(
                 "(image_size=(height, width))"
             )
         square = grid.reshape(1, side, side, width)
-        with jax.ensure_compile_time_eval():  # the caller may be tracing
-            resized = jax.image.resize(square, (1, *spec.frame_grid, width), "cubic")
-        grid = np.asarray(resized).reshape(1, -1, width)
+        grid = _resized(square, spec.frame_grid, interpolation).reshape(1, -1, width)
     return np.concatenate([prefix, grid], axis=1)
+
+
+def _resized(
+    square: Float[np.ndarray, "1 s s d"], grid: tuple[int, int], interpolation: str
+) -> Float[np.ndarray, "1 h w d"]:
+    if interpolation == "antialiased":
+        with jax.ensure_compile_time_eval():  # the caller may be tracing
+            resized = jax.image.resize(square, (1, *grid, square.shape[-1]), "cubic")
+        return np.asarray(resized)
+    offset = _OFFSET if interpolation == "offset" else 0
+    down, across = (_cubic_weights(square.shape[1], size, offset) for size in grid)
+    return np.einsum("is,jt,bstd->bijd", down, across, square).astype(np.float32)
+
+
+def _cubic_weights(have: int, want: int, offset: float) -> Float[np.ndarray, "want have"]:
+    """PyTorch's bicubic interpolation along one axis, as a matrix: a = -0.75, edges repeated.
+
+    offset: how much larger than `want` the new grid is taken to be, where its points are placed.
+    """
+    centers = (np.arange(want) + 0.5) * have / (want + offset) - 0.5
+    weights = np.zeros((want, have))
+    for step in (-1, 0, 1, 2):
+        places = np.floor(centers).astype(int) + step
+        near = np.clip(places, 0, have - 1)
+        np.add.at(weights, (np.arange(want), near), _cubic(np.abs(centers - places)))
+    return weights
+
+
+def _cubic(distance: Float[np.ndarray, " n"], a: float = -0.75) -> Float[np.ndarray, " n"]:
+    """Keys' kernel, which is 0 from a distance of 2 on."""
+    inner = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    outer = a * (((distance - 5) * distance + 8) * distance - 4)
+    return np.where(distance <= 1, inner, np.where(distance < 2, outer, 0))
 
 
 def resize_times(times: Float[np.ndarray, "1 t d"], frames: int) -> Float[np.ndarray, "1 u d"]:

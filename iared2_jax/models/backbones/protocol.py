@@ -47,6 +47,7 @@ class Backbone(Protocol):
         are made of.
       num_prefix: tokens before the patches, never dropped, the first of them CLS; 0 if the blocks
         see patches alone.
+      num_prefix_positions: optional; how many of these have a place in `pos_embed`, if not all.
       dtype: of the computation. attention_kernel: one of `attention_kernels`.
       parts: optional; which of its submodules belong to "embedding" and to "classifier", if they
         are not called as in `PARTS`.
@@ -79,7 +80,7 @@ class Backbone(Protocol):
 
     def classify(
         self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
-    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"], list[Float[Array, "b h n"]]]:
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b f"], list[Float[Array, "b h n"]]]:
         """Logits (float32), what the head reads, and the CLS attention of what runs in here.
 
         alive: which patch tokens of `x` survive, None: all; what lies in the others is not read.
@@ -95,6 +96,6 @@ class Backbone(Protocol):
 # The parts of a model that train together, by the names of their submodules and parameters; what is
 # called block_<i> is block i. A backbone with other names says so in an attribute `parts`.
 PARTS: dict[str, tuple[str, ...]] = {
-    "embedding": ("patch_embed", "pos_embed", "time_embed", "cls_token", "dist_token"),
+    "embedding": ("patch_embed", "pos_embed", "time_embed", "cls_token", "dist_token", "reg_token"),
     "classifier": ("norm", "head", "head_dist"),
 }

@@ -1,4 +1,4 @@
-"""The plain vision transformer (ViT, DeiT, distilled DeiT, joint TimeSformer) in Flax linen."""
+"""The plain vision transformer in Flax linen: ViT, DeiT to DeiT-III, DINOv2, joint TimeSformer."""
 
 import functools
 import math
@@ -13,7 +13,16 @@ from iared2_jax.models import taps
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
-from iared2_jax.models.layers import Add, Mlp, Scale, TokenDense, classifier, layer_norm
+from iared2_jax.models.layers import (
+    Add,
+    LayerScale,
+    Mean,
+    Mlp,
+    Scale,
+    TokenDense,
+    classifier,
+    layer_norm,
+)
 from iared2_jax.models.parameters import TOKEN, ZEROS
 from iared2_jax.models.token_layouts import EVERY_TOKEN, TokenLayout
 from iared2_jax.typing import Array
@@ -54,12 +63,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One MSA-FFN block, pre-norm, both halves residual."""
+    """One MSA-FFN block, pre-norm, both halves residual.
+
+    layer_scale: what each half is multiplied by at first, channel by channel; None: by nothing.
+    """
 
     num_heads: int
     mlp_ratio: int = 4
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "einsum"
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(
@@ -68,13 +81,26 @@ class Block(nn.Module):
         y, attention = Attention(self.num_heads, self.dtype, self.attention_kernel, name="attn")(
             layer_norm(self.dtype, "norm1")(x), layout
         )
-        x = Add()(x, y)
+        x = Add()(x, self._scaled(y, "ls1"))
         y = Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
-        return Add()(x, y), attention
+        return Add()(x, self._scaled(y, "ls2")), attention
+
+    def _scaled(self, y: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
+        return y if self.layer_scale is None else LayerScale(self.layer_scale, name=name)(y)
+
+
+POOLS = ("cls", "cls_mean")
+
+
+def _joined(tokens: list[Float[Array, "..."]]) -> Float[Array, "b t d"]:
+    """Tokens one after another, those that all inputs share repeated for each."""
+    batch = max(part.shape[0] for part in tokens)
+    parts = [jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in tokens]
+    return jnp.concatenate(parts, axis=1)
 
 
 class ViT(nn.Module):
-    """ViT / DeiT with `num_prefix` tokens before the patches: CLS, and DeiT's distillation token.
+    """A ViT with `num_prefix` tokens before the patches: CLS, DeiT's distillation token, registers.
 
     For clips it is TimeSformer with joint space-time attention (Bertasius et al. 2021): every frame
     is embedded as a picture is, and every token attends to those of all frames. A patch token gets
@@ -85,6 +111,13 @@ class ViT(nn.Module):
       embed_dim, depth, num_heads, mlp_ratio: the usual.
       num_classes: of the head; a distilled model has two heads, averaged (DeiT, at test time).
       distilled: add the distillation token and its head.
+      registers: tokens without a position that follow CLS and that no head reads (Darcet et al.
+        2024, "Vision Transformers Need Registers").
+      prefix_positions: whether CLS (and the distillation token) have position embeddings.
+      layer_scale: see `Block`.
+      pool: what the head reads, normalised: "cls"; or "cls_mean", CLS beside the mean of the
+        patches, as DINOv2's classifiers do. Of patches that are still there: what was dropped
+        is no part of the mean.
       dtype: of the computation; parameters, softmax and logits stay float32.
       attention_kernel: "einsum", or "cudnn" (NVIDIA GPU, half precision).
     """
@@ -96,6 +129,10 @@ class ViT(nn.Module):
     mlp_ratio: int = 4
     num_classes: int = 1000
     distilled: bool = False
+    registers: int = 0
+    prefix_positions: bool = True
+    layer_scale: float | None = None
+    pool: str = "cls"
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "einsum"
 
@@ -104,15 +141,29 @@ class ViT(nn.Module):
 
     @property
     def num_prefix(self) -> int:
+        return self._num_read + self.registers
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """How many of the prefix tokens have position embeddings, which come first."""
+        return self._num_read if self.prefix_positions else 0
+
+    @property
+    def _num_read(self) -> int:
+        """The prefix tokens that a head reads."""
         return 2 if self.distilled else 1
 
     def setup(self):
         """Blocks are called block_<i>: what trains, and what files hold, goes by these names."""
+        if self.pool not in POOLS or (self.distilled and self.pool != "cls"):
+            raise ValueError(f"pool={self.pool!r} must be one of {POOLS}; if distilled, cls")
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
         self.cls_token = self.param("cls_token", TOKEN, (1, 1, self.embed_dim))
         if self.distilled:
             self.dist_token = self.param("dist_token", TOKEN, (1, 1, self.embed_dim))
-        tokens = self.num_prefix + math.prod(self.input_spec.frame_grid)
+        if self.registers:
+            self.reg_token = self.param("reg_token", TOKEN, (1, self.registers, self.embed_dim))
+        tokens = self.num_prefix_positions + math.prod(self.input_spec.frame_grid)
         self.pos_embed = self.param("pos_embed", TOKEN, (1, tokens, self.embed_dim))
         if self.input_spec.is_clip:
             # Zeros: at first a clip is embedded as its frames are by an image model.
@@ -124,6 +175,7 @@ class ViT(nn.Module):
                 self.mlp_ratio,
                 self.dtype,
                 self.attention_kernel,
+                self.layer_scale,
                 name=f"block_{index}",
             )
             for index in range(self.depth)
@@ -132,22 +184,30 @@ class ViT(nn.Module):
         self.head = classifier(self.num_classes)
         if self.distilled:
             self.head_dist = classifier(self.num_classes)
-        self.add, self.scale = Add(), Scale()
+        self.add, self.scale, self.mean = Add(), Scale(), Mean()
 
     def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
-        """Images or clips to tokens, prefix first, positions added."""
-        x = self.patch_embed(self.input_spec.to_patches(inputs))
-        prefix = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
-        prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
-        tokens = jnp.concatenate([prefix, x], axis=1)
-        return self.add(tokens, self._positions().astype(self.dtype))
+        """Images or clips to tokens, prefix first, positions added where there are any."""
+        patches = self.patch_embed(self.input_spec.to_patches(inputs))
+        read = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
+        prefix = [token.astype(self.dtype) for token in read]
+        positions = self._positions().astype(self.dtype)
+        if self.prefix_positions:
+            tokens = self.add(_joined([*prefix, patches]), positions)
+            if not self.registers:
+                return tokens
+            prefix, patches = jnp.split(tokens, [self._num_read], axis=1)
+            prefix = [prefix]
+        else:
+            patches = self.add(patches, positions)
+        registers = [self.reg_token.astype(self.dtype)] if self.registers else []
+        return _joined([*prefix, *registers, patches])
 
     def _positions(self) -> Float[Array, "1 t d"]:
         """What is added to the tokens for where, and when, they are."""
         if not self.input_spec.is_clip:
             return self.pos_embed
-        prefix, places = jnp.split(self.pos_embed, [self.num_prefix], axis=1)
+        prefix, places = jnp.split(self.pos_embed, [self.num_prefix_positions], axis=1)
         in_clip = places[:, :, None] + self.time_embed[:, None]
         return jnp.concatenate([prefix, rearrange(in_clip, "1 n t d -> 1 (n t) d")], axis=1)
 
@@ -159,10 +219,15 @@ class ViT(nn.Module):
 
     def classify(
         self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None = None
-    ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"], list]:
-        """Final norm and head(s): logits (float32) and the CLS feature; patches are not read."""
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b f"], list]:
+        """Final norm and head(s): logits (float32), and what is read of tokens: CLS first."""
+        if self.pool == "cls_mean":
+            x = self.norm(x).astype(jnp.float32)
+            mean = self.mean(x[:, self.num_prefix :], alive)
+            features = jnp.concatenate([x[:, 0], mean], axis=-1)
+            return self.head(features), features, []
         # Only the prefix tokens are read, so only they are normalised.
-        x = self.norm(x[:, : self.num_prefix]).astype(jnp.float32)
+        x = self.norm(x[:, : self._num_read]).astype(jnp.float32)
         logits = self.head(x[:, 0])
         if self.distilled:
             logits = self.scale(self.add(logits, self.head_dist(x[:, 1])), 0.5)
@@ -175,10 +240,10 @@ class ViT(nn.Module):
 
     def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
         """Patch embedding and head(s)."""
-        heads = 2 if self.distilled else 1
+        read = 2 if self.distilled or self.pool == "cls_mean" else 1  # vectors of width embed_dim
         spec = self.input_spec
         cost = spec.num_patches * spec.patch_values * self.embed_dim
-        cost += heads * self.embed_dim * self.num_classes
+        cost += read * self.embed_dim * self.num_classes
         return cost, cost
 
     def __call__(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b classes"]:

@@ -11,20 +11,22 @@ from iared2_jax.weights.layouts.timm import timm_name, to_timm
 
 # What marks a layout, with the prefix of its names as a group; and the layout.
 _MARKS: tuple[tuple[str, Callable[[str, Collection[str]], NamingScheme]], ...] = (
-    (r"()patch_embed\.proj\.weight", lambda prefix, names: timm.scheme()),
+    (r"()patch_embed\.proj\.weight", lambda prefix, names: timm.scheme(names)),
     (
-        r"(|vit\.|deit\.|timesformer\.)embeddings\.patch_embeddings\.projection\.weight",
+        r"(|vit\.|deit\.|timesformer\.|dinov2\.|dinov2_with_registers\.)"
+        r"embeddings\.patch_embeddings\.projection\.weight",
         huggingface.scheme,
     ),
     (r"(|backbone\.)patch_embed\.projection\.weight", mmaction.scheme),
     (r"(|.*/)embedding/kernel", jax_npz.scheme),
 )
 
-# Models that would pass for another's, by a name that only they have.
+# What no backbone here has, by a name that only models with it have.
 _NOT_YET = (
-    (r"(.*\.)?encoder\.layer\.\d+\.layer_scale1\.lambda1", "transformers' DINOv2"),
-    (r"(.*\.)?blocks\.\d+\.ls1\.gamma", "a DINOv2 or DeiT-III by timm or its authors"),
-)
+    (r"(.*\.)?mlp\.(w12|weights_in)\.weight", "SwiGLU in place of an MLP (DINOv2's giant)"),
+    (r"(.*[./])?(attn_pool|MAPHead_0|head\.probe)\b.*",
+     "a head that pools by attention (SigLIP, whose answers are sigmoids)"),
+)  # fmt: skip
 
 
 def recognise(names: Collection[str]) -> NamingScheme | None:
@@ -33,9 +35,9 @@ def recognise(names: Collection[str]) -> NamingScheme | None:
     Raises:
       UsageError: it is known, and not supported.
     """
-    for mark, model in _NOT_YET:
+    for mark, part in _NOT_YET:
         if any(re.fullmatch(mark, name) for name in names):
-            raise UsageError(f"these weights are {model}: layer scale is in no backbone here yet")
+            raise UsageError(f"these weights have {part}, which no backbone here has")
     for mark, make in _MARKS:
         found = next((match for name in names if (match := re.fullmatch(mark, name))), None)
         if found:

@@ -29,6 +29,7 @@ class NamingScheme:
       torch: whether its kernels lie as PyTorch's, [out, in, ..], or as Flax', [.., in, out].
       divided: names of TimeSformer's temporal attention, which joint attention has no place for.
       joined_positions: whether the position embedding has the prefix tokens, too, before the grid.
+      interpolation: how its own code resizes positions, one of `weights.positions.INTERPOLATIONS`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class NamingScheme:
     divided: str = r"(?!)"
     joined_positions: bool = True
     torch: bool = True
+    interpolation: str = "antialiased"
 
 
 # -- From their arrays to ours. A linear layer's kernel is [in, out] here, as in Flax.
@@ -55,6 +57,16 @@ def transposed(x: np.ndarray) -> np.ndarray:
 def from_conv(x: np.ndarray) -> np.ndarray:
     """PyTorch's [d, c, p, q] to [(p q c), d]; a matrix [d, (p q c)], as of ours, is transposed."""
     return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def first_position_added(cls_token: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """A CLS token and its position in one."""
+    return cls_token + positions[:, :1]
+
+
+def without_first_position(positions: np.ndarray) -> np.ndarray:
+    """The positions of the grid."""
+    return positions[:, 1:]
 
 
 def rows(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The layout of transformers' ViT, DeiT and TimeSformer."""
+"""The layout of transformers' ViT, DeiT, TimeSformer and DINOv2."""
 
 import re
 from collections.abc import Collection
@@ -6,11 +6,13 @@ from collections.abc import Collection
 from iared2_jax.weights.layouts.base import (
     NamingScheme,
     Recipe,
+    first_position_added,
     from_conv,
     joined,
     joined_transposed,
     same,
     transposed,
+    without_first_position,
 )
 
 _HF_MODULES = (
@@ -23,9 +25,14 @@ _HF_MODULES = (
     (r"patch_embed", "embeddings.patch_embeddings.projection"),
     (r"norm", "layernorm"),
 )
+_DINOV2_MODULES = (
+    (r"block_(\d+)/(norm[12]|mlp/fc[12])", r"encoder.layer.\1.\2"),
+    (r"block_(\d+)/ls([12])", r"encoder.layer.\1.layer_scale\2"),
+)
 _HF_TOKENS = {
     "cls_token": "embeddings.cls_token",
     "dist_token": "embeddings.distillation_token",
+    "reg_token": "embeddings.register_tokens",
     "pos_embed": "embeddings.position_embeddings",
     "time_embed": "embeddings.time_embeddings",
 }
@@ -36,19 +43,27 @@ def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
     heads = {"head": "classifier", "head_dist": "distillation_classifier"}
     if "cls_classifier.weight" in names:
         heads["head"] = "cls_classifier"
+    is_dinov2 = f"{prefix}encoder.layer.0.layer_scale1.lambda1" in names
+    modules = (*_DINOV2_MODULES, *_HF_MODULES) if is_dinov2 else _HF_MODULES
+    has_registers = prefix + _HF_TOKENS["reg_token"] in names
     joint_qkv = f"{prefix}encoder.layer.0.attention.attention.qkv.weight" in names  # TimeSformer's
 
     def recipe(path: str) -> Recipe:
         """The recipe by module and leaf: "block_0/norm1", "scale"."""
         path = path.removeprefix("backbone/")
+        positions = prefix + _HF_TOKENS["pos_embed"]
+        if has_registers and path == "cls_token":
+            return Recipe((prefix + _HF_TOKENS[path], positions), first_position_added)
+        if has_registers and path == "pos_embed":
+            return Recipe((positions,), without_first_position)
         if path in _HF_TOKENS:
             return Recipe((prefix + _HF_TOKENS[path],), same)
         module, _, leaf = path.rpartition("/")
-        kind = "bias" if leaf == "bias" else "weight"
+        kind = {"bias": "bias", "gamma": "lambda1"}.get(leaf, "weight")
         if module in heads:
             return Recipe((f"{heads[module]}.{kind}",), same if kind == "bias" else transposed)
         theirs = next(
-            (re.sub(ours, theirs, module) for ours, theirs in _HF_MODULES
+            (re.sub(ours, theirs, module).replace("/", ".") for ours, theirs in modules
              if re.fullmatch(ours, module)), module,
         )  # fmt: skip
         if module.endswith("/qkv") and joint_qkv:
@@ -64,4 +79,11 @@ def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
         return Recipe((f"{prefix}{theirs}.{kind}",), make)
 
     divided = r".*encoder\.layer\.\d+\.temporal_(layernorm|attention|dense)\..*"
-    return NamingScheme("Hugging Face", recipe, r".*pooler\..*|.*mask_token", divided)
+    return NamingScheme(
+        "Hugging Face",
+        recipe,
+        r".*pooler\..*|.*mask_token",
+        divided,
+        joined_positions=not has_registers,
+        interpolation="plain" if is_dinov2 and not has_registers else "antialiased",
+    )

@@ -1,12 +1,24 @@
-"""The layout of PyTorch Image Models, of DeiT's, CaiT's and TimeSformer's .pth, and of ours."""
+"""The layout of PyTorch Image Models, of the authors' .pth that it grew from, and of ours.
+
+The authors are DeiT's (I to III), CaiT's, TimeSformer's and DINOv2's.
+"""
 
 import math
 import re
+from collections.abc import Collection
 
 import numpy as np
 
 from iared2_jax.models.input_spec import InputSpec
-from iared2_jax.weights.layouts.base import NamingScheme, Recipe, from_conv, same, transposed
+from iared2_jax.weights.layouts.base import (
+    NamingScheme,
+    Recipe,
+    first_position_added,
+    from_conv,
+    same,
+    transposed,
+    without_first_position,
+)
 
 
 def timm_name(path: str) -> str:
@@ -53,7 +65,40 @@ def to_timm(path: str, value: np.ndarray, spec: InputSpec | None = None) -> np.n
     return np.ascontiguousarray(value)
 
 
-def scheme() -> NamingScheme:
-    """timm's layout, and TimeSformer's; what in21k files have before the head is not used."""
+def scheme(names: Collection[str]) -> NamingScheme:
+    """timm's layout, or what in it the authors' files have otherwise; their names tell.
+
+    What in21k files have before the head, and DINOv2's mask token, take no part in an answer.
+    """
     divided = r"blocks\.\d+\.temporal_(norm1|attn|fc)\..*"
-    return NamingScheme("timm", _timm_recipe, r"pre_logits\..*", divided)
+    unused = r"pre_logits\..*|mask_token"
+    if "mask_token" in names:
+        with_registers = "register_tokens" in names
+        return NamingScheme(
+            "DINOv2's authors",
+            _registers_recipe if with_registers else _timm_recipe,
+            unused,
+            joined_positions=not with_registers,
+            interpolation="antialiased" if with_registers else "offset",
+        )
+    if "blocks.0.gamma_1" in names and "blocks_token_only.0.gamma_1" not in names:
+        return NamingScheme("DeiT-III's authors", _deit3_recipe, unused)
+    return NamingScheme("timm", _timm_recipe, unused, divided)
+
+
+def _registers_recipe(path: str) -> Recipe:
+    """DINOv2 with registers, whose CLS has a position of its own."""
+    if path == "backbone/cls_token":
+        return Recipe(("cls_token", "pos_embed"), first_position_added)
+    if path == "backbone/pos_embed":
+        return Recipe(("pos_embed",), without_first_position)
+    if path == "backbone/reg_token":
+        return Recipe(("register_tokens",), same)
+    return _timm_recipe(path)
+
+
+def _deit3_recipe(path: str) -> Recipe:
+    """The layer scales lie in the blocks themselves, as CaiT's do."""
+    if match := re.fullmatch(r"backbone/block_(\d+)/ls([12])/gamma", path):
+        return Recipe((f"blocks.{match[1]}.gamma_{match[2]}",), same)
+    return _timm_recipe(path)
