@@ -135,12 +135,13 @@ def _check_keys(config: ml_collections.ConfigDict) -> None:
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
     flat = flatten(config)
-    pairs = ("data.augment.scale", "data.augment.ratio")
+    pairs = ("data.augment.scale", "data.augment.ratio", "data.cutouts.object_scale")
     for key, kinds in (
         ("interpreter.tau", (int, float)),
         ("reduction.keep_ratios", (int, float)),
         *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
         *((pair, (int, float)) for pair in pairs),
+        ("data.cutouts.clutter", (int,)),
     ):
         if any(type(item) not in kinds for item in flat[key]):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -166,6 +167,10 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     for key in pairs:
         if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1]:
             raise UsageError(f"config.{key}={flat[key]} must be (least, greatest), above 0")
+    if len(flat["data.cutouts.clutter"]) != 2:
+        raise UsageError(
+            f"config.data.cutouts.clutter={flat['data.cutouts.clutter']} must be (least, greatest)"
+        )
     for key in ("seed", "data.seed"):
         if flat[key] >= 2**32:
             raise UsageError(f"config.{key}={flat[key]} must be below 2**32")

@@ -8,6 +8,7 @@ import dataclasses
 import ml_collections
 
 from iared2_jax.data.augment import CROP_FLIP
+from iared2_jax.data.cutouts import CutoutOptions
 from iared2_jax.training.phases import PHASES
 
 MODES = ("train", "eval", "explain")
@@ -48,15 +49,18 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = (
-        # "cluttered_mnist" | "moving_mnist" | "imagenet" | "imagenet_segmentation" | "folder" |
-        # "videos"
+        # "cluttered_mnist" | "moving_mnist" | "cutouts" | "imagenet" | "imagenet_segmentation" |
+        # "folder" | "videos"
         "cluttered_mnist"
     )
     # imagenet: TFDS' data_dir; folder: what has train/ and val/; videos: what has train.csv and
-    # val.csv; imagenet_segmentation: gtsegs_ijcv.mat; "small": a few embedded images or clips as
-    # any of these; mode "explain": a folder of pictures or videos.
+    # val.csv; cutouts: what has <class>/*.png; imagenet_segmentation: gtsegs_ijcv.mat; "small": a
+    # few embedded images or clips as any of these; mode "explain": a folder of pictures or videos.
     config.data.path = ""
     config.data.seed = 0  # of the scenes, for data that is made
+    # How cut-outs are composed, see data.cutouts.CutoutOptions: the folder of `backgrounds`; `task`
+    # "object" or "kind"; sizes as shares of the image; how many fragments as `clutter`.
+    config.data.cutouts = ml_collections.ConfigDict(dataclasses.asdict(CutoutOptions()))
     config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"; segmentation: "all"
     config.data.eval_size = 2000  # images, evenly spread; 0: all
     config.data.threads = 2  # that prepare batches ahead
@@ -163,6 +167,7 @@ RESUMABLE = (
     "model.remat",
     "data.threads",
     "data.path",
+    "data.cutouts.backgrounds",
     "data.bad_share",
     "max_bad_steps",
     "log_every",

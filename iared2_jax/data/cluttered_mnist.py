@@ -12,12 +12,13 @@ machine's matrix product may round a pixel to the next grey level.)
 import functools
 import gzip
 import importlib.resources
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from scipy import ndimage
+
+from iared2_jax.data.scenes import Scene, corners, others, stacked
 
 CANVAS = 64
 DIGIT_SIZE = (32, 44)  # side of the scaled 28x28 digit, px, both ends included
@@ -31,14 +32,6 @@ CLASS_NAMES = tuple(str(digit) for digit in range(NUM_CLASSES))
 # How many of each class's 500 digits belong to a split. The splits share no digit.
 DIGITS_PER_CLASS = {"train": 400, "validation": 50, "test": 50}
 SPLITS = tuple(DIGITS_PER_CLASS)
-
-
-class Scene(NamedTuple):
-    """One image: pixels in [0, 255], its class, and where the digit's ink is."""
-
-    image: UInt8[np.ndarray, "h w 3"]
-    label: int
-    mask: Bool[np.ndarray, "h w"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,13 +96,13 @@ def clutter(
     """
     count = int(rng.integers(FRAGMENTS[0], FRAGMENTS[1] + 1))
     fragment_side = round(FRAGMENT_SIZE * side / 28)
-    others = (chosen + rng.integers(1, len(pixels), size=count)) % len(pixels)
+    sources = others(rng, chosen, len(pixels), count)
     cuts = rng.integers(4, 24 - FRAGMENT_SIZE + 1, size=(count, 2))
     fragments = [
         pixels[other, top : top + FRAGMENT_SIZE, left : left + FRAGMENT_SIZE]
-        for other, (top, left) in zip(others, cuts, strict=True)
+        for other, (top, left) in zip(sources, cuts, strict=True)
     ]
-    places = rng.integers(0, np.array(size) - fragment_side + 1, size=(count, 2)).tolist()
+    places = corners(rng, size, (fragment_side, fragment_side), count).tolist()
     canvas = np.zeros(size, np.uint8)
     for fragment, place in zip(scaled(np.stack(fragments), fragment_side), places, strict=True):
         paste(canvas, fragment, *place)
@@ -163,11 +156,4 @@ def load(
       >>> images.shape, labels.shape, masks.shape
       ((2, 64, 64, 3), (2,), (2, 64, 64))
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    scenes = [scene(split, seed, index) for index in range(size)]
-    return (
-        np.stack([s.image for s in scenes]),
-        np.array([s.label for s in scenes], np.int32),
-        np.stack([s.mask for s in scenes]),
-    )
+    return stacked(lambda index: scene(split, seed, index), size)

@@ -11,13 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from iared2_jax.data import cluttered_mnist, imagenet_segmentation, moving_mnist, video_files
+from iared2_jax.data import (
+    cluttered_mnist,
+    cutouts,
+    imagenet_segmentation,
+    moving_mnist,
+    video_files,
+)
 from iared2_jax.data.folder import open_folder
 from iared2_jax.data.image_files import EXAMPLE, ImageFiles, resized, resized_masks
 from iared2_jax.data.imagenet_segmentation import SegmentationFile, check_split
 from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.small import (
+    small_cutouts,
     small_folder,
     small_imagenet,
     small_segmentation,
@@ -28,6 +35,7 @@ from iared2_jax.data.videos import crop_boxes, cropped
 from iared2_jax.errors import UsageError
 from iared2_jax.models.input_spec import InputSpec
 
+EPOCH = 50_000  # examples, where there is no end of them: only a unit
 SMALL = "small"  # as a path: a few embedded images or videos in the true format
 
 
@@ -177,9 +185,39 @@ def _made(source: ModuleType, train_example: Callable, load: Callable) -> Datase
     return Dataset(
         class_names=source.CLASS_NAMES,
         splits=source.SPLITS,
-        epoch_size=50_000,  # only a unit: there is no end of them
+        epoch_size=EPOCH,
         train_example=train_example,
         load=load,
+    )
+
+
+def _cutouts(request: DataRequest) -> Dataset:
+    """Scenes of cut-outs at the model's size; every index is a scene of its own."""
+    size, options = pictures_of(request.spec, "cutouts"), request.cutouts
+    if request.path == SMALL:
+        objects, backgrounds = small_cutouts(size)
+        request = dataclasses.replace(request, path=str(objects))
+        options = dataclasses.replace(options, backgrounds=str(backgrounds))
+    made, channels = cutouts.open_cutouts(request.path, size, options), request.spec.channels
+
+    def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
+        """Scene `index`."""
+        scene = made.scene("train", seed, index)
+        return {"input": with_channels(scene.image, channels), "label": np.int32(scene.label)}
+
+    def load(split: str, count: int, seed: int) -> tuple:
+        """The first `count` scenes with their masks."""
+        _refuse_all("cutouts", count)
+        images, labels, masks = made.load(split, count, seed)
+        return with_channels(images, channels), labels, masks
+
+    return Dataset(
+        class_names=made.class_names,
+        splits=cutouts.SPLITS,
+        epoch_size=EPOCH,
+        train_example=train_example,
+        load=load,
+        content=made.digest(),
     )
 
 
@@ -273,6 +311,7 @@ OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
     "moving_mnist": _moving_mnist,
     "imagenet": _imagenet,
     "folder": _folder,
+    "cutouts": _cutouts,
     "videos": _videos,
     "imagenet_segmentation": _imagenet_segmentation,
 }

@@ -57,6 +57,30 @@ def open_image(
         pixels, or is truncated or damaged.
       UsageError: if `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` is on.
     """
+    return _rgb(_opened(source, name, exif_rotation))
+
+
+def open_cutout(path: str | Path) -> UInt8[np.ndarray, "h w 4"]:
+    """A PNG's colours and alpha, cropped to what is not wholly transparent.
+
+    Raises:
+      BadImage: as `open_image`; or the file has no alpha, or one that shows nothing or hides
+        nothing, so that it does not say where the object is.
+    """
+    image = _opened(path)
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        raise BadImage(f"{path} has no alpha channel: a cut-out is a PNG whose alpha is the object")
+    pixels = np.asarray(image.convert("RGBA"))
+    rows, columns = (np.flatnonzero(pixels[..., 3].any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        raise BadImage(f"{path} is transparent everywhere: there is no object in it")
+    if pixels[..., 3].min() == 255:
+        raise BadImage(f"{path} is opaque everywhere: its alpha does not say where the object is")
+    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _opened(source: str | Path | bytes, name: str = "", exif_rotation: bool = False) -> Image.Image:
+    """The decoded picture, in the mode of its file; see `open_image`."""
     name = name or ("the image" if isinstance(source, bytes) else str(source))
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # Pillow has no such switch for one image alone
         raise UsageError(
@@ -77,7 +101,7 @@ def open_image(
                     f" {MAX_PIXELS / 1e6:g} million allowed"
                 )
             image.load()
-            return _rgb(ImageOps.exif_transpose(image) if exif_rotation else image)
+            return ImageOps.exif_transpose(image) if exif_rotation else image
     except BadImage:
         raise
     except _DAMAGE as error:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from iared2_jax.data.augment import CROP_FLIP, AugmentOptions
+from iared2_jax.data.cutouts import DEFAULT, CutoutOptions
 from iared2_jax.models.input_spec import InputSpec
 
 CLIP_VIEWS = ("centre", "random")
@@ -18,6 +19,7 @@ class DataRequest:
       augment: of the training images; data that is made is not augmented.
       bad_share: of the training images or videos that may be unreadable.
       sampling_rate: of clips, how far apart their frames are, counted at 30 a second.
+      cutouts: how scenes of cut-outs are composed.
       clip_view: of the evaluation clips, one of `CLIP_VIEWS`: the centre of each from its video's
         start, or a random crop at a random time.
     """
@@ -27,4 +29,5 @@ class DataRequest:
     augment: AugmentOptions = CROP_FLIP
     bad_share: float = 0.001
     sampling_rate: int = 32
+    cutouts: CutoutOptions = DEFAULT
     clip_view: str = "centre"

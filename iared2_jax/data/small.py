@@ -1,8 +1,8 @@
 """Small data in the true formats, made from the embedded digits: for trying the machinery.
 
 Scenes of Cluttered MNIST as JPEG files, in which the digits take the names of ImageNet's first ten
-classes, and with their masks as ImageNet-Segmentation's file; clips of Moving MNIST as MP4 files,
-in which the motions are Kinetics-400's first eight.
+classes, and with their masks as ImageNet-Segmentation's file; digits as cut-outs; clips of Moving
+MNIST as MP4 files, in which the motions are Kinetics-400's first eight.
 """
 
 import contextlib
@@ -118,6 +118,30 @@ def small_folder() -> Path:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(image)
     return folder
+
+
+def small_cutouts(size: tuple[int, int]) -> tuple[Path, Path]:
+    """Folders of cut-outs (digits of three classes) and of backgrounds of a size, in the cache."""
+    height, width = size
+    folder = _cache() / "small" / f"cutouts_{height}x{width}"
+    if not folder.is_dir():
+        log.info("making a few small cut-outs in %s", folder)
+        with _made_whole(folder) as draft:
+            pixels, labels = cluttered_mnist.digits("test")
+            for digit in range(3):
+                path = draft / "objects" / str(digit)
+                path.mkdir(parents=True)
+                for number, ink in enumerate(pixels[labels == digit][:3]):
+                    colours = np.full((*ink.shape, 3), 80 * digit + 40, np.uint8)
+                    cutout = np.concatenate([colours, ink[..., None]], axis=-1)
+                    Image.fromarray(cutout).save(path / f"{number}.png")
+            (draft / "backgrounds").mkdir()
+            rng = np.random.default_rng(0)
+            for number in range(3):
+                blurred = Image.fromarray(rng.integers(256, size=(4, 4, 3), dtype=np.uint8))
+                blurred = blurred.resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
+                blurred.save(draft / "backgrounds" / f"{number}.png")
+    return folder / "objects", folder / "backgrounds"
 
 
 def write_video(path: Path, frames: np.ndarray, fps: Fraction = Fraction(30)) -> None:
