@@ -87,6 +87,16 @@ def test_supervised_training_moves_the_whole_backbone(tiny_config, batch):
         assert np.array_equal(before[path], after[path]) == path.startswith("interpreter"), path
 
 
+def test_a_head_on_a_frozen_trunk_moves_alone(tiny_config, batch):
+    tiny_config.supervised.learning_rate = 1e-2
+    tiny_config.supervised.train_trunk = False
+    (phase,) = plan_of(tiny_config, "supervised")
+    before, state, _ = run_step(tiny_config, phase, batch)
+    before, after = flat(before), flat(state.params)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {path for path in before if path.startswith(("backbone/head", "backbone/norm"))}
+
+
 def test_train_head_adds_norm_and_head(tiny_config):
     tiny_config.backbone.train_head = True
     plan = plan_of(tiny_config, "iared2")

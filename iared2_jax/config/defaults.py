@@ -75,7 +75,8 @@ def default_config() -> ml_collections.ConfigDict:
     #   iared2        for each group: its interpreter, then the blocks from there on (the paper)
     #   interpreters  only the interpreters; the backbone's weights are untouched (Table 4)
     #   selector      all blocks, under the tokens that reduction.selector keeps: a baseline
-    #   supervised    the backbone alone, all of it, dense: how a backbone is trained at first
+    #   supervised    the backbone alone, dense: how a backbone is trained at first; or only its
+    #                 head, on a published trunk (config.supervised.train_trunk=False)
     config.curriculum = "iared2"
     # config.interpreter, config.backbone, config.supervised: each kind of phase declares its own
     # options, with their defaults, in training/phases/<kind>.py.

@@ -20,7 +20,7 @@ from iared2_jax.typing import Array
 
 
 class SupervisedPhase(PhaseKind):
-    """Cross-entropy of the plain backbone, all of which moves."""
+    """Cross-entropy of the plain backbone: all of it moves, or the head on a frozen trunk."""
 
     section = "supervised"
     reduces = False
@@ -32,11 +32,14 @@ class SupervisedPhase(PhaseKind):
             learning_rate=5e-4,
             weight_decay=0.05,
             label_smoothing=0.0,
+            train_trunk=True,  # False: only the final norm and the head, for a published trunk
         )
 
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
     ) -> frozenset[Part]:
+        if not options.train_trunk:
+            return frozenset({("classifier", 0)})
         blocks = {("blocks", number) for number in range(1, num_groups + 1)}
         return frozenset({*blocks, ("embedding", 0), ("classifier", 0)})
 
