@@ -1,12 +1,21 @@
 """What every test shares: 8 simulated devices, shape checks, a config that takes seconds."""
 
+import atexit
 import os
+import tempfile
 
 # Before jax is imported anywhere.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+    # What several tests, workers or commands compile alike, one of them compiles.
+    _COMPILED = tempfile.TemporaryDirectory(prefix="iared2-jax-compiled-")
+    atexit.register(_COMPILED.cleanup)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from jaxtyping import install_import_hook
 

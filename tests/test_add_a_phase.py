@@ -48,6 +48,7 @@ def test_a_phases_options_are_the_configs():
     assert "distilled" not in default_config()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_page")
 def test_a_phase_with_a_teacher_of_its_own(tiny_config, tmp_path):
     tiny_config.curriculum, tiny_config.checkpoint_every = "distilled", 1

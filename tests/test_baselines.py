@@ -190,6 +190,7 @@ def test_a_baseline_has_the_runs_own_recipe(config):
     assert compare.kept_shares({"iared2": {"kept": [0.3501, 0.2]}}) == (0.351, 0.2)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_baseline_beside_it(tmp_path, monkeypatch):
     """The whole way; given once more, the command finds what is there and trains nothing."""
     arguments = [

@@ -125,6 +125,7 @@ def weights_run(tmp_path):
     return config, source
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tmp_path):
     config, source = weights_run
     train(config, tmp_path / "run", StopAfter(2))

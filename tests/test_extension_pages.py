@@ -35,7 +35,9 @@ RATIOS = (0.7, 0.5, 0.3)
 COUNTS = (45, 32, 20)
 
 
-@pytest.mark.parametrize("name", ["Distance", "Norm", "random"])
+@pytest.mark.parametrize(
+    "name", ["Distance", "random", pytest.param("Norm", marks=pytest.mark.slow)]
+)
 def test_a_selector_keeps_the_same_tokens_in_every_execution(micro, name):
     module, variables, images = micro
     page = run_page("add_a_selector.md", slice(0, 2))
@@ -75,6 +77,7 @@ def test_selectors_are_refused_in_words(micro):
     assert set(SELECTORS) >= {"interpreter", "attention", "random"}
 
 
+@pytest.mark.slow
 def test_the_page_on_methods_runs(micro):
     known = dict(METHODS)
     try:

@@ -134,8 +134,19 @@ def scenarios(draw):
 
 
 @hypothesis.given(scenarios())
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=3)
 def test_ragged_equals_masked(scenario):
+    check_scenario(scenario)
+
+
+@pytest.mark.slow
+@hypothesis.given(scenarios())
+@hypothesis.settings(max_examples=20)
+def test_ragged_equals_masked_in_many_scenarios(scenario):
+    check_scenario(scenario)
+
+
+def check_scenario(scenario):
     which, batch, plans, switch, thresholds, seed = scenario
     plan = Plan(batch, tuple(GroupPlan(*fields) for fields in plans), switch=switch)
     module, variables = model(*which)
@@ -317,6 +328,7 @@ def test_budgets_that_make_no_sense(ratios, score, words):
 
 
 def test_accelerate_plans_compiles_once_and_keeps_the_plan(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
     module, variables = model(2)
     images = some_images(12)
     run = iared2_jax.accelerate(
@@ -352,7 +364,7 @@ def test_accelerate_plans_compiles_once_and_keeps_the_plan(tmp_path):
         jax.monitoring.clear_event_listeners()
     assert again.plan == run.plan
     assert "/jax/compilation_cache/cache_hits" in hits
-    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_compilation_cache_dir == before
     assert "ragged" in str(run.plan)
 
 

@@ -138,6 +138,7 @@ def test_a_run_stopped_after_every_step_ends_bitwise_the_same(finished, tmp_path
     assert_same(train(nano_config(), tmp_path), finished[1])  # there is nothing left to do
 
 
+@pytest.mark.slow
 def test_a_gathered_run_goes_on_with_the_same_shapes(tmp_path):
     config = nano_config(**{"reduction.train_execution": "gathered"}, **{"model.init_bias": 0.05})
     whole = train(config, tmp_path / "whole")

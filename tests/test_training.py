@@ -121,7 +121,10 @@ def test_partition_and_merge_are_inverse(tiny_config):
     assert jax.tree.structure(merged) == jax.tree.structure(dict(variables["params"]))
 
 
-@pytest.mark.parametrize("kind", ["interpreter", "backbone", "supervised"])
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(k, marks=pytest.mark.slow) for k in ("interpreter", "supervised")), "backbone"],
+)
 def test_8_devices_give_the_update_of_1(tiny_config, batch, kind):
     # Plain SGD: Adam's first step would make a rounding error of a zero gradient a whole step.
     for options in (tiny_config.interpreter, tiny_config.backbone, tiny_config.supervised):
@@ -155,8 +158,12 @@ def assert_same_update(one, other):
 
 @pytest.mark.parametrize(
     ("index", "enough"),
-    [(1, True), (2, True), (3, True), (4, True), (5, True), (3, False), (4, False)],
-)
+    [
+        (1, True), (4, False),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in ((2, True), (3, True), (4, True), (5, True), (3, False))),
+    ],
+)  # fmt: skip
 def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index, enough):
     """Where the capacities suffice; and where they do not, and the step is computed again."""
     plain_sgd(tiny_config)
@@ -175,6 +182,7 @@ def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index,
     assert_same_update(masked, gathered)
 
 
+@pytest.mark.slow
 def test_gathered_training_over_8_devices(tiny_config, batch):
     plain_sgd(tiny_config)
     phase = plan_of(tiny_config, "iared2")[3]

@@ -200,6 +200,7 @@ def test_examples_are_pure_functions_of_their_place(kaleidoscope):
     assert sorted(epoch) == sorted(i % 3 for i in range(14))  # each video once
 
 
+@pytest.mark.slow
 def test_from_the_list_to_the_explanation(kaleidoscope, tmp_path, caplog):
     """A truncated video and one of sound alone are in the training list, too, and are named."""
     lists = tmp_path / "lists"
