@@ -140,8 +140,9 @@ def test_ragged_equals_masked(scenario):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @hypothesis.given(scenarios())
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=12)
 def test_ragged_equals_masked_in_many_scenarios(scenario):
     check_scenario(scenario)
 
