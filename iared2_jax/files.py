@@ -1,10 +1,13 @@
-"""Files that are either as they were or as they shall be, whenever a process ends; the cache."""
+"""Files that are either as they were or as they shall be, whenever a process ends; the cache.
+
+And tuples, which JSON does not keep.
+"""
 
 import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +65,13 @@ def cache_folder() -> Path | None:
     except RuntimeError:
         log.warning("there is no home directory, so nothing is cached: set XDG_CACHE_HOME")
         return None
+
+
+def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options whose lists are tuples: JSON, and a config from a command line, have none.
+
+    Example:
+      >>> with_tuples({"size": [2, 3], "name": "x"})
+      {'size': (2, 3), 'name': 'x'}
+    """
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

@@ -25,7 +25,7 @@ from iared2_jax.token_reduction.model import IARed2
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
-def close(actual, expected, atol=1e-5):
+def assert_close(actual, expected, atol=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=atol)
 
 
@@ -43,16 +43,16 @@ def test_relevance_is_shared_by_what_each_input_contributed():
     """y = (1 * 1 + 2 * 3, 1 * -1 + 2 * 1) = (7, 1): of 14 and 2, each contribution is worth 2."""
     x, kernel = jnp.array([1.0, 2.0]), jnp.array([[1.0, -1.0], [3.0, 1.0]])
     (shares,) = share_out(lambda x: x @ kernel, jnp.array([14.0, 2.0]), x)
-    close(shares, [2 * 1 + 2 * -1, 2 * 6 + 2 * 2])
+    assert_close(shares, [2 * 1 + 2 * -1, 2 * 6 + 2 * 2])
     of_x, of_kernel = share_out(jnp.matmul, jnp.array([14.0, 2.0]), x, kernel)
-    close(of_x, shares)
-    close(of_kernel, 2 * x[:, None] * kernel)
+    assert_close(of_x, shares)
+    assert_close(of_kernel, 2 * x[:, None] * kernel)
 
 
 def test_what_is_zero_gets_none_and_gives_none():
     (shares,) = share_out(lambda x: x, jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, -1e-12, 4.0]))
-    close(shares[0], 0)
-    close(shares[2], 3)
+    assert_close(shares[0], 0)
+    assert_close(shares[2], 3)
     assert np.isfinite(shares).all()
     assert 0 <= shares[1] < 0.01 * 2  # moved away from 0, on its own side
 
@@ -63,10 +63,10 @@ def test_a_linear_layer_gives_to_what_speaks_for_its_output():
     relevance = jnp.array([[[6.0]]])
     for layer in (TokenDense, nn.Dense):
         shares, of_kernel = by_rule(layer, "conserving", relevance, x, kernel)
-        close(shares, [[[2, 4, 0]]])  # a third, two thirds
+        assert_close(shares, [[[2, 4, 0]]])  # a third, two thirds
         shares, _ = by_rule(layer, "plain", relevance, x, kernel)
-        close(shares, [[[6, 6, 0]]])  # each sign by itself: what came in, twice
-        close(of_kernel, jnp.zeros_like(kernel))
+        assert_close(shares, [[[6, 6, 0]]])  # each sign by itself: what came in, twice
+        assert_close(of_kernel, jnp.zeros_like(kernel))
 
 
 def test_mixing_heads_shares_in_proportion_whatever_the_sign():
@@ -79,9 +79,9 @@ def test_mixing_heads_shares_in_proportion_whatever_the_sign():
         expected = (parts / parts.sum(axis=1, keepdims=True) * relevance[:, None]).sum(axis=2)
         for rule_set in RULE_SETS:
             found, of_kernel = by_rule(HeadMix, rule_set, relevance, sign * maps, kernel)
-            close(found, expected, atol=1e-4)
-            close(found.sum(axis=1), relevance.sum(axis=1), atol=1e-4)
-            close(of_kernel, jnp.zeros_like(kernel))
+            assert_close(found, expected, atol=1e-4)
+            assert_close(found.sum(axis=1), relevance.sum(axis=1), atol=1e-4)
+            assert_close(of_kernel, jnp.zeros_like(kernel))
 
 
 def test_where_branches_meet_their_sums_are_kept():
@@ -89,14 +89,14 @@ def test_where_branches_meet_their_sums_are_kept():
     x, y = jnp.array([[3.0, 1.0]]), jnp.array([[-1.0, 1.0]])
     relevance = jnp.array([[2.0, 1.0]])
     one, other = by_rule(Add, "plain", relevance, x, y)
-    close(one, [[3, 0.5]])
-    close(other, [[-1, 0.5]])
+    assert_close(one, [[3, 0.5]])
+    assert_close(other, [[-1, 0.5]])
     # Each branch has as much of the 3 in all as its size says: 3.5 and .5 of 4.
     one, other = by_rule(Add, "conserving", relevance, x, y)
-    close(one, one / one.sum() * 3 * 3.5 / 4)
-    close(one[0, 0] / one[0, 1], 6)
-    close([one.sum(), other.sum()], [3 * 3.5 / 4, 3 * 0.5 / 4])
-    close(other[0, 0] / other[0, 1], -2)
+    assert_close(one, one / one.sum() * 3 * 3.5 / 4)
+    assert_close(one[0, 0] / one[0, 1], 6)
+    assert_close([one.sum(), other.sum()], [3 * 3.5 / 4, 3 * 0.5 / 4])
+    assert_close(other[0, 0] / other[0, 1], -2)
 
 
 def test_where_branches_meet_every_image_is_rescaled_by_itself():
@@ -106,8 +106,8 @@ def test_where_branches_meet_every_image_is_rescaled_by_itself():
     for i in range(2):
         alone = by_rule(Add, "conserving", *(array[i : i + 1] for array in (relevance, x, y)))
         for part, of_all in zip(alone, together, strict=True):
-            close(part[0], of_all[i], atol=1e-4)
-    close(sum(together).sum(axis=(1, 2)), relevance.sum(axis=(1, 2)), atol=1e-3)
+            assert_close(part[0], of_all[i], atol=1e-4)
+    assert_close(sum(together).sum(axis=(1, 2)), relevance.sum(axis=(1, 2)), atol=1e-3)
 
 
 def test_products_give_half_to_each_operand():
@@ -120,10 +120,10 @@ def test_products_give_half_to_each_operand():
         relevance = z * rng.random(z.shape).astype(np.float32)
         of_x, of_y = by_rule(layer, "conserving", relevance, x, y)
         assert (of_x.shape, of_y.shape) == (x.shape, y.shape)
-        close([of_x.sum(), of_y.sum()], [relevance.sum() / 2] * 2, atol=1e-4)
+        assert_close([of_x.sum(), of_y.sum()], [relevance.sum() / 2] * 2, atol=1e-4)
     # Of weights: a_ij * sum over e of v_je R_ie / z_ie, and half of it.
     ratio = relevance / z
-    close(of_x, weights * np.einsum("shje,shie->shij", v, ratio) / 2, atol=1e-4)
+    assert_close(of_x, weights * np.einsum("shje,shie->shij", v, ratio) / 2, atol=1e-4)
 
 
 def test_elementwise_layers_pass_everything_on():
@@ -216,11 +216,11 @@ def test_every_block_hands_on_all_relevance(model, inputs):
     first, second = map(total, found.blocks)
     if name != "cait":
         assert not found.cls
-        close([first, second], np.ones((2, 3)), atol=1e-5)
+        assert_close([first, second], np.ones((2, 3)), atol=1e-5)
         return
     cls, later = map(total, found.cls)
-    close(cls + second, np.ones(3), atol=1e-5)
-    close(first, second, atol=1e-5)
+    assert_close(cls + second, np.ones(3), atol=1e-5)
+    assert_close(first, second, atol=1e-5)
     for share in (cls, second):
         assert ((share > 0.05) & (share < 0.95)).all()  # by this layer scale both have a part
     assert (later > cls).all()  # not yet handed to the patches
@@ -230,7 +230,7 @@ def test_pixels_have_what_positions_and_prefix_tokens_left(model, inputs):
     module, relevance, name = model
     found = relevance(random_variables(module), *inputs)
     positioned = getattr(module.backbone, "num_prefix_positions", module.num_prefix)
-    close(total(found.pixels), total(found.tokens[:, positioned:]), atol=1e-4)
+    assert_close(total(found.pixels), total(found.tokens[:, positioned:]), atol=1e-4)
     registers = found.blocks[0][:, positioned : module.num_prefix]  # these come later
     entered, tokens = total(found.blocks[0]) - total(registers), total(found.tokens)
     if name != "registers, mean of patches":  # there shares have either sign
@@ -241,9 +241,9 @@ def test_pixels_have_what_positions_and_prefix_tokens_left(model, inputs):
 
     found = relevance(tree_map_with_path(without_positions, random_variables(module)), *inputs)
     registers = found.blocks[0][:, positioned : module.num_prefix]
-    close(total(found.tokens), total(found.blocks[0]) - total(registers))
+    assert_close(total(found.tokens), total(found.blocks[0]) - total(registers))
     if name == "cait":
-        close(total(found.pixels), total(found.blocks[0]))  # there is no prefix
+        assert_close(total(found.pixels), total(found.blocks[0]))  # there is no prefix
 
 
 def test_an_images_relevance_is_its_own_in_any_batch(model, inputs):
@@ -255,7 +255,7 @@ def test_an_images_relevance_is_its_own_in_any_batch(model, inputs):
         alone = relevance(variables, x[[image] * 3], target[[image] * 3])
         for of_all, of_one in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             largest = np.abs(of_all[image]).max()
-            close(of_one[0] / largest, of_all[image] / largest, atol=1e-4)
+            assert_close(of_one[0] / largest, of_all[image] / largest, atol=1e-4)
     other = relevance(variables, x, (target + 1) % 5)
     largest = np.abs(together.pixels).max()
     assert np.abs(other.pixels - together.pixels).max() > 0.01 * largest
@@ -270,7 +270,7 @@ def test_by_caits_own_layer_scale_nearly_all_relevance_stays_with_cls(model, inp
 
     variables = tree_map_with_path(as_published, random_variables(module))
     found = relevance(variables, *inputs)
-    close(total(found.cls[0]), np.ones(3), atol=1e-3)
+    assert_close(total(found.cls[0]), np.ones(3), atol=1e-3)
     assert (np.abs(total(found.blocks[0])) < 1e-3).all()
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Num, UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from iared2_jax.files import with_tuples
 from iared2_jax.typing import Norm
 
 Color = tuple[int, int, int]
@@ -57,7 +58,7 @@ class AugmentOptions:
 
 def augment_options(section: ml_collections.ConfigDict) -> AugmentOptions:
     """The options that a section of a config gives; lists are tuples here."""
-    return AugmentOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+    return AugmentOptions(**with_tuples(section))
 
 
 DEIT = AugmentOptions()

@@ -100,18 +100,13 @@ def compare_maps(
         ends = ends_of(module, variables["original"], inputs, replacement)
         # Given as a target, so that the same compiled program does for another class.
         classes = jnp.asarray(truth if explained == "label" else ends.whole.argmax(axis=-1), int)
-        values: dict[str, np.ndarray] = {}
-        for name, source in sources.items():
-            try:
-                values[name] = source(variables[source.of], inputs, classes)
-            except UsageError as error:
-                if seen:
-                    raise  # had it no meaning for the model, the first batch would have shown it
-                left_out[name] = str(error)
-                log.warning("no map %s: %s", name, error)
-        if left_out and not seen:
-            sources = {name: sources[name] for name in values}
-            records = {name: records[name] for name in values}
+        values, refused = _computed(sources, variables, inputs, classes)
+        for name, reason in refused.items():
+            if seen:  # had the model not this map, the first batch would have shown it
+                raise UsageError(f"the map {name!r} of a later batch: {reason}")
+            log.warning("no map %s: %s", name, reason)
+            left_out[name] = reason
+            del sources[name], records[name]
         for name, record in records.items():
             heatmaps = to_heatmaps(values[name], module.input_spec)
             _refuse_nan(name, heatmaps)
@@ -150,6 +145,22 @@ class _Record:
     values: list[np.ndarray] = dataclasses.field(default_factory=list)
     counts: list[segmentation.MapCounts] = dataclasses.field(default_factory=list)
     curves: list[dict[str, Curves]] = dataclasses.field(default_factory=list)
+
+
+def _computed(
+    sources: Mapping[str, MapSource],
+    variables: Mapping[str, Variables],
+    inputs: Array,
+    classes: Int[Array, " b"],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The maps of a batch by name, and why the model has not the others."""
+    values, refused = {}, {}
+    for name, source in sources.items():
+        try:
+            values[name] = source(variables[source.of], inputs, classes)
+        except UsageError as error:
+            refused[name] = str(error)
+    return values, refused
 
 
 def _rows(curves: Mapping[str, Curves], there: np.ndarray) -> dict[str, Curves]:

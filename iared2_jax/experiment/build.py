@@ -17,6 +17,7 @@ from iared2_jax.data.cutouts import CutoutOptions
 from iared2_jax.data.datasets import Dataset, open_dataset
 from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.files import with_tuples
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import get_selector
@@ -27,11 +28,6 @@ from iared2_jax.weights.load import load_weights
 Model = tuple[IARed2, dict[str, Any]]  # module and variables
 
 
-def _tuples(section: ml_collections.ConfigDict) -> dict[str, Any]:
-    """A section's values; lists, which JSON and the command line make of them, are tuples here."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-
-
 def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
     """The config's dataset, opened once per process, as its model takes it."""
     request = DataRequest(
@@ -40,7 +36,7 @@ def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
         augment=augment_options(config.data.augment),
         bad_share=config.data.bad_share,
         sampling_rate=config.data.sampling_rate,
-        cutouts=CutoutOptions(**_tuples(config.data.cutouts)),
+        cutouts=CutoutOptions(**with_tuples(config.data.cutouts)),
         clip_view=config.eval.clip_view,
     )
     return open_dataset(config.data.name, request)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from iared2_jax.errors import UsageError
+from iared2_jax.files import with_tuples
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.models.backbones.vit import ViT
@@ -189,7 +190,7 @@ def _fitted(
         value = resize_positions(
             value,
             module.input_spec,
-            getattr(module.backbone, "num_prefix_positions", module.num_prefix),
+            _prefix_positions(module.backbone),
             layout.joined_positions,
             source,
             layout.interpolation,
@@ -202,6 +203,11 @@ def _fitted(
         f"{source} is for another model: {recipe.names[0]} makes {list(value.shape)} of "
         f"{path}, but this model's is {list(fresh.shape)}"
     )
+
+
+def _prefix_positions(backbone: Backbone) -> int:
+    """How many prefix tokens the position embedding has a place for."""
+    return getattr(backbone, "num_prefix_positions", backbone.num_prefix)
 
 
 def _check_patches(
@@ -237,7 +243,7 @@ def _check_metadata(source, module: IARed2, known: Mapping[str, Any] | None) -> 
     if known is None:
         return
     known = {key: value for key, value in known.items() if key not in ("seed", "dtype")}
-    theirs = create_module(**_as_options(known))
+    theirs = create_module(**with_tuples(known))
     for field in _NOT_IN_SHAPES:
         mine, other = getattr(module, field), getattr(theirs, field)
         if mine != other and None not in (mine, other):
@@ -329,7 +335,7 @@ def load_model(
     if "num_classes" not in options:
         options["num_classes"] = num_classes_of(tensors)
     try:
-        module = create_module(name, **_as_options(options))
+        module = create_module(name, **with_tuples(options))
     except (TypeError, ValueError) as error:
         if not known:
             raise
@@ -340,11 +346,6 @@ def load_model(
     variables = load_weights(module, source, seed=seed, ema=ema)
     warn_if_untrained(source, tensors)
     return module, variables
-
-
-def _as_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `create_model` that went through JSON, which has no tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def warn_if_untrained(source: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -381,7 +382,7 @@ def _has_shapes_of(
         backbone.embed_dim,
         f"block_{backbone.depth - 1}/mlp/fc1/kernel",
     )
-    prefix = getattr(backbone, "num_prefix_positions", backbone.num_prefix)
+    prefix = _prefix_positions(backbone)
     registers = getattr(backbone, "registers", 0)
     expected = {
         "pos_embed": (1, prefix + math.prod(spec.frame_grid), d),

@@ -59,16 +59,6 @@ def from_conv(x: np.ndarray) -> np.ndarray:
     return x.T if x.ndim == 2 else x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
 
 
-def first_position_added(cls_token: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """A CLS token and its position in one."""
-    return cls_token + positions[:, :1]
-
-
-def without_first_position(positions: np.ndarray) -> np.ndarray:
-    """The positions of the grid."""
-    return positions[:, 1:]
-
-
 def rows(x: np.ndarray) -> np.ndarray:
     """The array with all axes but the last in one."""
     return x.reshape(-1, x.shape[-1])
@@ -87,3 +77,15 @@ def joined(*parts: np.ndarray) -> np.ndarray:
 def joined_transposed(*parts: np.ndarray) -> np.ndarray:
     """Query, key and value, each transposed, next to each other."""
     return joined(*(x.T for x in parts))
+
+
+def cls_with_its_position(path: str, cls_token: str, positions: str) -> Recipe | None:
+    """Of a file where CLS has a position, for a model where it has none: CLS is the sum of both.
+
+    None for all parameters but CLS and the positions.
+    """
+    if path == "cls_token":
+        return Recipe((cls_token, positions), lambda cls, places: cls + places[:, :1])
+    if path == "pos_embed":
+        return Recipe((positions,), lambda places: places[:, 1:])
+    return None

@@ -6,13 +6,12 @@ from collections.abc import Collection
 from iared2_jax.weights.layouts.base import (
     NamingScheme,
     Recipe,
-    first_position_added,
+    cls_with_its_position,
     from_conv,
     joined,
     joined_transposed,
     same,
     transposed,
-    without_first_position,
 )
 
 _HF_MODULES = (
@@ -51,11 +50,9 @@ def scheme(prefix: str, names: Collection[str]) -> NamingScheme:
     def recipe(path: str) -> Recipe:
         """The recipe by module and leaf: "block_0/norm1", "scale"."""
         path = path.removeprefix("backbone/")
-        positions = prefix + _HF_TOKENS["pos_embed"]
-        if has_registers and path == "cls_token":
-            return Recipe((prefix + _HF_TOKENS[path], positions), first_position_added)
-        if has_registers and path == "pos_embed":
-            return Recipe((positions,), without_first_position)
+        tokens = (prefix + _HF_TOKENS[name] for name in ("cls_token", "pos_embed"))
+        if has_registers and (joint := cls_with_its_position(path, *tokens)):
+            return joint
         if path in _HF_TOKENS:
             return Recipe((prefix + _HF_TOKENS[path],), same)
         module, _, leaf = path.rpartition("/")

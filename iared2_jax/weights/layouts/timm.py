@@ -13,11 +13,10 @@ from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.weights.layouts.base import (
     NamingScheme,
     Recipe,
-    first_position_added,
+    cls_with_its_position,
     from_conv,
     same,
     transposed,
-    without_first_position,
 )
 
 
@@ -88,13 +87,10 @@ def scheme(names: Collection[str]) -> NamingScheme:
 
 def _registers_recipe(path: str) -> Recipe:
     """DINOv2 with registers, whose CLS has a position of its own."""
-    if path == "backbone/cls_token":
-        return Recipe(("cls_token", "pos_embed"), first_position_added)
-    if path == "backbone/pos_embed":
-        return Recipe(("pos_embed",), without_first_position)
     if path == "backbone/reg_token":
         return Recipe(("register_tokens",), same)
-    return _timm_recipe(path)
+    joint = cls_with_its_position(path.removeprefix("backbone/"), "cls_token", "pos_embed")
+    return joint or _timm_recipe(path)
 
 
 def _deit3_recipe(path: str) -> Recipe:
