@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from safetensors import SafetensorError
 
 from iared2_jax.errors import CheckpointError
@@ -67,7 +68,7 @@ def cache_folder() -> Path | None:
         return None
 
 
-def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+def with_tuples(options: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
     """Options whose lists are tuples: JSON, and a config from a command line, have none.
 
     Example:
