@@ -197,7 +197,7 @@ def test_every_parameter_has_a_phase(model):
     paths = traverse_util.flatten_dict(variables["params"], sep="/")
     parts = {optimizers.part_of(path, module) for path in paths}
     groups = {(kind, group) for kind in ("interpreter", "blocks") for group in (1, 2)}
-    assert parts == groups | {("embedding", 0), ("classifier", 0)}
+    assert parts == groups | {("embedding", 0), ("classifier", 0), ("head", 0)}
 
 
 def test_half_precision_ends_in_float32(page, images):

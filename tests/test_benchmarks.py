@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import budget, common, gpu_suite, speed
+from benchmarks import budget, common, gpu_suite, policy_gradient, speed
 from benchmarks.workload import KEPT, drawn_counts, synthetic
 from iared2_jax import create_model, save_weights
 from iared2_jax.fast_inference import BudgetPoint
+from iared2_jax.token_reduction.estimators import ESTIMATORS
 
 
 @pytest.mark.parametrize("spread", [0.08, 0.15])
@@ -97,3 +98,37 @@ def test_the_environment_names_device_and_versions():
     found = common.environment()
     assert found["device"]
     assert found["versions"]["jax"]
+
+
+def test_no_estimator_is_biased_on_the_toy():
+    rows = policy_gradient.toy(20_000)
+    assert len(rows) == 2 * len(ESTIMATORS)
+    for name, row in rows.items():
+        assert row["bias"] < 5, name  # its squared error, over what chance alone gives
+        assert 1 < row["noise"] < 1000, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it compiles some twenty programs
+def test_the_noise_of_every_estimator_is_written_down(tmp_path):
+    out = tmp_path / "noise.json"
+    policy_gradient.main(
+        ["--batch", "2", "--draws", "4", "--toy_draws", "100", "--out", str(out)]
+    )  # fmt: skip
+    places = json.loads(out.read_text())["places"]
+    assert {"right: rloo", "probability: antithetic, exact saving"} <= set(
+        places["demo, as the first interpreter starts"]
+    )
+
+
+@pytest.mark.slow
+def test_what_comes_of_a_recipe_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setitem(policy_gradient.RECIPES, "the demo's", {"steps": 1, "batch_size": 8})
+    out = tmp_path / "outcome.json"
+    policy_gradient.main(
+        ["--outcome", "--recipes", "the demo's", "--seeds", "0", "--images", "100",
+         "--out", str(out)]
+    )  # fmt: skip
+    (row,) = json.loads(out.read_text())["outcome"].values()
+    assert row["kept"] == [1.0]  # how it starts
+    assert abs(row["lost"][0]) < 1e-6

@@ -12,16 +12,38 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, StopAfter, load_config
+from flax import traverse_util
 
 from iared2_jax import config as config_lib
 from iared2_jax import create_model, files, main, save_weights
 from iared2_jax.config.migration import adopt_old_names
 from iared2_jax.data import small
 from iared2_jax.errors import CheckpointError, UsageError
-from iared2_jax.experiment.build import build_module, dataset_of
+from iared2_jax.experiment.build import build_module, build_phases, dataset_of
 from iared2_jax.experiment.run import train, train_and_evaluate
-from iared2_jax.experiment.run_directory import adopt_config, locked, starting_point
+from iared2_jax.experiment.run_directory import (
+    adopt_config,
+    dense_backbone,
+    locked,
+    starting_point,
+)
+from iared2_jax.weights.load import load_model, load_weights
 from iared2_jax.weights.save import timm_tensors
+
+# What the demo's config said then.
+OLD_RECIPE = {
+    "interpreter.estimator": "self_critical",
+    "interpreter.answer": "right",
+    "interpreter.exact_saving": "false",
+    "interpreter.rollouts": "2",
+    "interpreter.tau": "(40.0, 3.0, 100.0)",
+    "interpreter.learning_rate": "1.5e-3",
+}
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep="/")
+
 
 DEMO = "configs/cluttered_mnist.py:runlocal"
 
@@ -42,7 +64,7 @@ def old_workdir(tmp_path):
 
 
 def test_a_run_of_version_0_1_goes_on_to_the_same_parameters(old_workdir, caplog):
-    config = config_lib.load(DEMO, {"weights": "", "data.eval_size": "16"})
+    config = config_lib.load(DEMO, {"weights": "", "data.eval_size": "16", **OLD_RECIPE})
     caplog.set_level("INFO", "iared2_jax")
     state = train(config, old_workdir)
     assert "resuming at step 5 of 12" in caplog.text
@@ -61,7 +83,9 @@ def test_a_run_of_version_0_1_goes_on_to_the_same_parameters(old_workdir, caplog
 
 
 def test_a_real_difference_to_an_old_run_is_refused(old_workdir):
-    config = config_lib.load(DEMO, {"weights": "", "data.eval_size": "16", "tau": "1.0,"})
+    given = {key: value for key, value in OLD_RECIPE.items() if key != "interpreter.tau"}
+    given |= {"weights": "", "data.eval_size": "16", "tau": "1.0,"}
+    config = config_lib.load(DEMO, given)
     with pytest.raises(UsageError, match=r"interpreter\.tau \(\[40\.0, 3\.0, 100\.0\] there"):
         train(config, old_workdir)
 
@@ -140,6 +164,27 @@ def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tm
     original = starting_point(config, build_module(config), tmp_path / "run")
     expected = create_model("vit_micro", seed=3)[1]["params"]["backbone"]
     jax.tree.map(np.testing.assert_array_equal, original["params"]["backbone"], expected)
+
+
+def test_a_head_and_then_interpreters_in_one_run(weights_run, tmp_path):
+    """The dense row is the backbone with its trained head; a run that was stopped knows it, too."""
+    config, source = weights_run
+    config.curriculum = "supervised+interpreters"
+    config.supervised.train_trunk, config.supervised.cached_examples = False, 16
+    config.supervised.batch_size, config.supervised.learning_rate = 8, 0.1
+    config.supervised.epochs, config.supervised.steps = 0.0, 4
+    train(config, tmp_path / "run", StopAfter(5))
+    train_and_evaluate(config, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "group_1" in results["segmentation"]
+    module = build_module(config)
+    plan = build_phases(config, module)
+    dense = flat(dense_backbone(config, module, plan, tmp_path / "run")["params"]["backbone"])
+    start = flat(load_weights(module, source)["params"]["backbone"])
+    trained = flat(load_model(tmp_path / "run" / "weights.safetensors")[1]["params"]["backbone"])
+    for path, values in dense.items():
+        np.testing.assert_array_equal(values, trained[path])
+        assert np.array_equal(values, start[path]) != path.startswith("head"), path
 
 
 def test_weights_that_changed_meanwhile_are_not_taken(weights_run, tmp_path):

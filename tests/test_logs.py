@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from iared2_jax.training.curriculum import phases
-from iared2_jax.training.monitoring import HealthAlarms
+from iared2_jax.training.monitoring import HealthAlarms, MetricWriter
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def plan(tiny_config):
     return phases(tiny_config, (2, 2, 2), 50_000)
 
 
-def raised(caplog, phase, windows):
-    alarms = HealthAlarms(phase)
+def raised(caplog, phase, windows, history=()):
+    alarms = HealthAlarms(phase, history)
     with caplog.at_level(logging.WARNING, logger="iared2_jax"):
         for step, figures in windows:
             alarms.check(step, {"bad_steps_max": 0.0, **figures})
@@ -48,3 +48,35 @@ def test_non_finite_steps_are_reported_in_every_kind_of_phase(caplog, plan):
     (message,) = raised(caplog, plan[1], [(5, {"bad_steps_max": 2.0})])
     assert "not finite" in message
     assert "config.backbone.learning_rate" in message
+
+
+def kept(*shares):
+    """Windows of the first phase of a hundred steps, by step and kept share."""
+    return [(step, {"keep_rate": share, "handed_rate": 1.0}) for step, share in shares]
+
+
+def test_a_share_that_still_moves_at_the_end_has_not_settled(caplog, plan):
+    (message,) = raised(caplog, plan[0], kept((20, 0.9), (70, 0.72), (80, 0.65), (100, 0.60)))
+    assert "interpreter 1 has not settled" in message
+    assert "from 0.72 to 0.60" in message
+    assert "config.interpreter.steps" in message
+
+
+def test_what_moved_before_the_last_third_does_not_matter(caplog, plan):
+    windows = kept((20, 1.0), (60, 0.4), (70, 0.55), (80, 0.58), (100, 0.56))
+    assert raised(caplog, plan[0], windows) == []
+
+
+def test_a_run_that_goes_on_knows_where_its_shares_were(caplog, plan):
+    before = [*kept((70, 0.72)), (75, {"bad_steps_max": 3.0})]
+    (message,) = raised(caplog, plan[0], kept((100, 0.60)), before)
+    assert "from 0.72 to 0.60" in message
+
+
+def test_windows_of_a_phase_are_read_back(tmp_path):
+    with MetricWriter(tmp_path, 0) as writer:
+        for step, phase, share in ((20, "interpreter 1", 0.9), (40, "backbone 1", 0.8)):
+            writer.write(step, phase, {"keep_rate": share})
+        assert writer.windows("interpreter 1") == [(20, {"keep_rate": 0.9})]
+    with MetricWriter(tmp_path, 30) as writer:  # begins again at step 30
+        assert writer.windows("backbone 1") == []

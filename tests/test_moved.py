@@ -24,7 +24,7 @@ NAMES = {
     "ragged.question": ["Question"],
     "reduction.gather": ["take_tokens", "partition"],
     "reduction.layout": ["Layout", "Padded", "Packed"],
-    "reduction.policy": ["self_critical_loss", "reward"],
+    "reduction.policy": ["log_prob", "reward"],
     "reduction.selectors": ["top_k", "random_like"],
     "train": ["train", "train_and_evaluate", "evaluate", "run", "build_model"],
     "steps": ["TrainState", "make_train_step"],

@@ -15,10 +15,12 @@ from iared2_jax.errors import UsageError
 from iared2_jax.experiment.build import build_model
 from iared2_jax.models.parameters import declared
 from iared2_jax.token_reduction.create import create_module, init_variables
+from iared2_jax.token_reduction.estimators import ESTIMATORS
 from iared2_jax.token_reduction.model import KEEP_ALL
 from iared2_jax.training import optimizers
 from iared2_jax.training.capacities import measure_capacities, recalled
-from iared2_jax.training.curriculum import phase_at, phases
+from iared2_jax.training.curriculum import dense_phase, phase_at, phases
+from iared2_jax.training.phases import PHASES, PhaseContext
 from iared2_jax.training.step import data_mesh, enter_phase, initial_state, make_train_step
 
 SIZES = (2, 2, 2)
@@ -94,7 +96,81 @@ def test_a_head_on_a_frozen_trunk_moves_alone(tiny_config, batch):
     before, state, _ = run_step(tiny_config, phase, batch)
     before, after = flat(before), flat(state.params)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert moved == {path for path in before if path.startswith(("backbone/head", "backbone/norm"))}
+    assert moved == {path for path in before if path.startswith("backbone/head")}
+
+
+def endless_batches(first):
+    """Training batches of eight, from an example of the run on."""
+    for index in itertools.count(first, 8):
+        rng = np.random.default_rng(index)
+        inputs = rng.integers(0, 256, (8, 64, 64, 3), np.uint8)
+        yield {"input": inputs, "label": np.arange(index, index + 8) % 10}
+
+
+def cached_head(config):
+    """A phase that trains a head on the features of 24 examples, and its module and parameters."""
+    config.supervised.train_trunk, config.supervised.cached_examples = False, 24
+    config.supervised.batch_size = 8
+    (phase,) = plan_of(config, "supervised")
+    module, variables = build_model(config)
+    return phase, PhaseContext(module, phase), variables["params"]
+
+
+def test_a_head_learns_from_cached_features_what_it_learns_from_images(tiny_config):
+    phase, context, params = cached_head(tiny_config)
+    batch = next(endless_batches(phase.first_example))
+    inputs = context.module.input_spec.normalize(batch["input"])
+    features = context.module.apply({"params": params}, inputs, execution="dense")[1].features
+    seen = {"label": batch["label"], "features": features}
+    trainable, frozen = optimizers.split_trainable(params, phase.trains, context.module)
+
+    def loss(trainable, batch):
+        merged = optimizers.merge(trainable, frozen)
+        return phase.kind.loss(context, merged, batch, jax.random.key(0))[0]
+
+    whole = jax.grad(loss)(trainable, {**batch, "input": inputs})
+    cached = jax.grad(loss)(trainable, seen)
+    assert set(whole) == {"backbone/head/kernel", "backbone/head/bias"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cached)
+
+
+def test_every_epoch_shows_every_cached_example_once_in_another_order(tiny_config):
+    phase, context, params = cached_head(tiny_config)
+
+    def some(step, count):
+        stream = phase.kind.stream(context, params, endless_batches, step)
+        return [next(stream) for _ in range(count)]
+
+    seen = some(0, 6)  # two epochs of three batches
+    rows = [np.concatenate([b["features"] for b in seen[e : e + 3]]) for e in (0, 3)]
+    assert not np.array_equal(*rows)
+    np.testing.assert_array_equal(*(np.sort(part, axis=0) for part in rows))
+    assert len(np.unique(rows[0][:, 0])) == 24
+    # What a run that goes on at its fifth step sees is what it would have seen.
+    jax.tree.map(np.testing.assert_array_equal, some(4, 2), seen[4:])
+
+
+def test_features_are_cached_of_a_frozen_trunk_with_one_head(tiny_config):
+    options = tiny_config.supervised
+    options.cached_examples = 24
+    with pytest.raises(UsageError, match=r"set --config\.supervised\.train_trunk=False"):
+        PHASES["supervised"].check_options(options)
+    options.train_trunk, options.batch_size = False, 32
+    with pytest.raises(UsageError, match=r"at least one batch \(.*batch_size=32\)"):
+        PHASES["supervised"].check_options(options)
+    phase, context, params = cached_head(tiny_config)
+    distilled = context.module.clone(backbone=context.module.backbone.clone(distilled=True))
+    with pytest.raises(UsageError, match="ViT with a distillation head has no single head"):
+        next(phase.kind.stream(PhaseContext(distilled, phase), params, endless_batches, 0))
+
+
+def test_a_curriculum_of_two_names_does_one_after_the_other(tiny_config):
+    plan = plan_of(tiny_config, "supervised+interpreters")
+    names = ["supervised", *(f"interpreter {j}" for j in (1, 2, 3))]
+    assert [phase.name for phase in plan] == names
+    assert dense_phase(plan) is plan[0]
+    assert dense_phase(plan_of(tiny_config, "interpreters")) is None
+    assert dense_phase(plan_of(tiny_config, "supervised")) is None
 
 
 def test_train_head_adds_norm_and_head(tiny_config):
@@ -108,7 +184,7 @@ def test_every_parameter_belongs_to_a_part(tiny_config):
     _, variables = build_model(tiny_config)
     parts = {optimizers.part_of(path, MODULE) for path in flat(variables["params"])}
     groups = {(kind, group) for kind in ("interpreter", "blocks") for group in (1, 2, 3)}
-    assert parts == groups | {("embedding", 0), ("classifier", 0)}
+    assert parts == groups | {("embedding", 0), ("classifier", 0), ("head", 0)}
     with pytest.raises(ValueError, match="backbone/adapter"):
         optimizers.part_of("backbone/adapter/kernel", MODULE)
 
@@ -180,6 +256,36 @@ def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index,
     assert (gathered[2]["overflow"] == 0) == enough
     assert masked[2]["overflow"] == 0
     assert_same_update(masked, gathered)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_has_the_same_gradient_gathered_as_masked(tiny_config, batch, name):
+    options = tiny_config.interpreter
+    options.estimator, options.rollouts, options.answer = name, 2, "log_probability"
+    options.log_prob_reduction, options.reward_denominator = "mean", "initial"
+    tiny_config.model.init_bias = 0.05
+    phase = plan_of(tiny_config, "interpreters")[1]
+    module, variables = build_model(tiny_config)
+    batch = {key: values[:2] for key, values in batch.items()}
+    batch["input"] = MODULE.input_spec.normalize(batch["input"])
+    trainable, frozen = optimizers.split_trainable(variables["params"], phase.trains, module)
+
+    def gradient(capacities):
+        def loss(trainable):
+            context = PhaseContext(module, phase, capacities)
+            params = optimizers.merge(trainable, frozen)
+            return phase.kind.loss(context, params, batch, jax.random.key(0))
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+
+    (value, metrics), masked = gradient(None)
+    (same, others), gathered = gradient((64,))
+    assert 0.1 < metrics["handed_rate"] < 0.95  # there is something to gather away
+    np.testing.assert_allclose(same, value, rtol=1e-4)
+    assert metrics.keys() == others.keys()
+    assert ("accuracy" in metrics) == ESTIMATORS[name].greedy
+    assert max(float(jnp.abs(g).max()) for g in masked.values()) > 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), masked, gathered)
 
 
 @pytest.mark.slow

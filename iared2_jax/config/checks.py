@@ -22,7 +22,7 @@ from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
 from iared2_jax.token_reduction.selectors import SELECTORS
 from iared2_jax.training.optimizers import OPTIMIZERS
-from iared2_jax.training.phases import CURRICULA, PHASES
+from iared2_jax.training.phases import CURRICULA, PHASES, stages
 
 
 def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
@@ -39,7 +39,9 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         if flat[key] not in choices:
             raise UsageError(f"config.{key}={flat[key]!r} is unknown{nearest(flat[key], choices)}")
 
-    one_of("curriculum", CURRICULA)
+    for name in config.curriculum.split("+"):
+        if name not in CURRICULA:
+            raise UsageError(f"config.curriculum={name!r} is unknown{nearest(name, CURRICULA)}")
     one_of("mode", MODES)
     one_of("data.name", OPENERS)
     if not is_variant(config.model.name):  # timm's names are names, too
@@ -59,7 +61,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
                 f"config.compare.selectors has {selector!r}, which is unknown"
                 f"{nearest(str(selector), SELECTORS)}"
             )
-    if config.compare.selectors and config.curriculum != "iared2":
+    if config.compare.selectors and config.curriculum.split("+")[-1] != "iared2":
         raise UsageError(
             "config.compare.selectors fine-tunes baselines as long as our own blocks: it goes with "
             f"config.curriculum=iared2, not {config.curriculum!r}"
@@ -91,7 +93,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         )
     if config.mode != "train" and not weights_of(config):
         raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
-    drops = any(PHASES[name].reduces for name, _ in CURRICULA[config.curriculum](len(sizes)))
+    drops = any(PHASES[name].reduces for name, _ in stages(config.curriculum, len(sizes)))
     if drops and not config.weights and config.data.name not in MADE:
         raise UsageError(
             "config.weights is empty, but interpreters need a trained backbone: name its file "
@@ -104,7 +106,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             f"config.curriculum={config.curriculum!r} does not train under one: set "
             "--config.curriculum=selector"
         )
-    for kind in {PHASES[name] for name, _ in CURRICULA[config.curriculum](len(sizes))}:
+    for kind in {PHASES[name] for name, _ in stages(config.curriculum, len(sizes))}:
         _check_phase(kind.section, config[kind.section], device_count)
         kind.check(config[kind.section], len(sizes))
 

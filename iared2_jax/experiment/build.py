@@ -22,7 +22,7 @@ from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import get_selector
 from iared2_jax.training.curriculum import phases
-from iared2_jax.training.phases import CURRICULA, PHASES, Phase
+from iared2_jax.training.phases import PHASES, Phase, stages
 from iared2_jax.weights.load import load_weights
 
 Model = tuple[IARed2, dict[str, Any]]  # module and variables
@@ -125,8 +125,8 @@ def build_model(config: ml_collections.ConfigDict) -> Model:
 def load_initial(config: ml_collections.ConfigDict, module: IARed2, source: str) -> dict[str, Any]:
     """Variables from a weights file; the head may be fresh only where it will be trained."""
     # An interpreter's reward, and an evaluation, need answers that mean something.
-    kinds = [PHASES[name] for name, _ in CURRICULA[config.curriculum](1)]
-    fresh_head = config.mode == "train" and not any(kind.reduces for kind in kinds)
+    first, _ = stages(config.curriculum, 1)[0]
+    fresh_head = config.mode == "train" and not PHASES[first].reduces
     return load_weights(module, source, seed=config.seed, fresh_head=fresh_head)
 
 

@@ -26,16 +26,23 @@ ATTENTION = "attention_block_1"  # what the paper's tables call "attention"
 
 
 def baseline_config(
-    config: ml_collections.ConfigDict, selector: str, keep_ratios: tuple[float, ...]
+    config: ml_collections.ConfigDict,
+    selector: str,
+    keep_ratios: tuple[float, ...],
+    weights: str | None = None,
 ) -> ml_collections.ConfigDict:
     """The run that fine-tunes the start of `config`'s run under another selector.
 
     It takes as many steps as all fine-tuning of `config`'s own run together, and keeps at least as
     many tokens in each group.
+
+    Args:
+      weights: of the dense backbone, if it is not the one that `config` names.
     """
     baseline = config.copy_and_resolve_references().unlock()
     baseline.name = f"{config.name}, {selector}"
     baseline.curriculum = "selector"
+    baseline.weights = config.weights if weights is None else weights
     baseline.reduction.selector = selector
     baseline.reduction.keep_ratios = keep_ratios
     baseline.compare.selectors = ()

@@ -22,7 +22,10 @@ from iared2_jax.experiment.build import (
     model_options,
 )
 from iared2_jax.experiment.run_directory import (
+    DENSE,
     adopt_config,
+    dense_backbone,
+    keep_dense,
     keep_start,
     locked,
     starting_point,
@@ -30,6 +33,7 @@ from iared2_jax.experiment.run_directory import (
 )
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training.curriculum import dense_phase
 from iared2_jax.training.loop import train_phases
 from iared2_jax.training.step import TrainState
 from iared2_jax.weights.files import read_tensors
@@ -100,7 +104,16 @@ def _train(
     adopt_config(config, dataset, workdir)
     keep_start(config, module, variables, workdir)
     plan = build_phases(config, module)
-    return train_phases(config, workdir, module, variables, plan, dataset, stop)
+    return train_phases(
+        config,
+        workdir,
+        module,
+        variables,
+        plan,
+        dataset,
+        stop,
+        keep_dense=lambda params: keep_dense(module, params, workdir),
+    )
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
@@ -135,8 +148,8 @@ def _train_and_evaluate(
             workdir,
             module,
             state.eval_params,
-            # Once more: the first step took its buffers over.
-            starting_point(config, module, workdir),
+            # From the disk: the first step took the buffers over.
+            dense_backbone(config, module, build_phases(config, module), workdir),
             dataset_of(config),
             stop,
             model_options(config),
@@ -156,8 +169,10 @@ def _compare(
     from iared2_jax.report.page import write_again
 
     found, folders, kept = {}, {}, compare.kept_shares(results)
+    plan = build_phases(config, module)
+    weights = str(workdir / DENSE) if dense_phase(plan) else None
     for selector in config.compare.selectors:
-        baseline = compare.baseline_config(config, selector, kept)
+        baseline = compare.baseline_config(config, selector, kept, weights)
         folder = folders[selector] = workdir / compare.FOLDER / selector
         found[selector] = compare.finished(baseline, folder)
         if found[selector] is None:
@@ -168,7 +183,7 @@ def _compare(
     clips = module.input_spec.is_clip
     results["methods"] = compare.methods(results, found, clips)
     if config.eval.speed_batch:
-        original = starting_point(config, module, workdir)
+        original = dense_backbone(config, module, plan, workdir)
         trained = {"params": state.eval_params}
         dataset = dataset_of(config)
         rates = compare.rates(config, dataset, module, original, trained, folders)

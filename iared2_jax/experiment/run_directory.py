@@ -20,12 +20,14 @@ from iared2_jax.experiment.build import load_initial
 from iared2_jax.files import write_json
 from iared2_jax.token_reduction.create import init_variables
 from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.training.phases import CURRICULA, PHASES
+from iared2_jax.training.curriculum import dense_phase
+from iared2_jax.training.phases import PHASES, Phase, stages
 from iared2_jax.weights.files import locate
 from iared2_jax.weights.load import load_weights
 from iared2_jax.weights.save import save_weights
 
 _CONFIG, _INITIAL = "config.json", "initial.safetensors"
+DENSE = "dense.safetensors"  # the backbone when the phases that drop tokens began
 _VERSION, _DATA, _WEIGHTS = "config version", "data found", "weights found"
 
 
@@ -75,7 +77,7 @@ def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Pa
         theirs, found = _read_config(path)
     fingerprint = dataset.fingerprint if _VERSION in found else dataset.summary
     mine_found = {_DATA: fingerprint}
-    read = {PHASES[name].section for name, _ in CURRICULA[config.curriculum](1)}
+    read = {PHASES[name].section for name, _ in stages(config.curriculum, 1)}
     unused = {kind.section for kind in PHASES.values()} - read
     differ = [
         f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
@@ -158,6 +160,23 @@ def keep_start(
     save_weights(variables, copy, spec=module.input_spec)
     stored = json.loads((folder / _CONFIG).read_text())
     write_json(folder / _CONFIG, {**stored, _WEIGHTS: _digest(source)})
+
+
+def keep_dense(module: IARed2, params: dict[str, Any], folder: Path) -> None:
+    """Copies the backbone that a curriculum has trained, before tokens are dropped from it."""
+    save_weights({"params": params}, folder / DENSE, interpreters=False, spec=module.input_spec)
+
+
+def dense_backbone(
+    config: ml_collections.ConfigDict, module: IARed2, plan: list[Phase], folder: Path
+) -> dict[str, Any]:
+    """The variables of the dense model that a finished run is compared with.
+
+    Those that it started from; or, if its curriculum trained the backbone first, what came of that.
+    """
+    if dense_phase(plan) is None:
+        return starting_point(config, module, folder)
+    return load_weights(module, folder / DENSE, seed=config.seed)
 
 
 def _digest(source: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Which tokens live, as a Bernoulli policy trained by self-critical REINFORCE (paper, Eq. 2 and 3).
+"""Which tokens live, as a Bernoulli policy, and its reward (paper, Eq. 2 and 3).
 
 Everything is per image and per group. `alive` says which tokens the group was handed: a dropped
 token, like the prefix tokens, is in neither the log-probability nor the counts.
@@ -12,6 +12,7 @@ from iared2_jax.typing import Array
 
 LOG_PROB_REDUCTIONS = ("sum", "mean")
 REWARD_DENOMINATORS = ("initial", "entering")
+ANSWERS = ("right", "probability", "log_probability")
 
 
 def informative_scores(head_logits: Float[Array, "b n h"]) -> Float[Array, "b n"]:
@@ -79,10 +80,19 @@ def sample(
       slots, num_patches: which of how many patches each token is, where they have been gathered:
         each patch's draw is then the same as if they had not.
     """
-    draws = jax.random.uniform(key, (alive.shape[0], num_patches or alive.shape[1]))
-    if slots is not None:
-        draws = jnp.take_along_axis(draws, slots, axis=1)
-    return (draws < informative_scores(head_logits)) & alive
+    uniform = draws(key, alive.shape, slots, num_patches)
+    return (uniform < informative_scores(head_logits)) & alive
+
+
+def draws(
+    key: PRNGKeyArray,
+    shape: tuple[int, ...],
+    slots: Int[Array, "b n"] | None = None,
+    num_patches: int | None = None,
+) -> Float[Array, "b n"]:
+    """Uniform numbers in [0, 1), one per token; for the arguments see `sample`."""
+    uniform = jax.random.uniform(key, (shape[0], num_patches or shape[1]))
+    return uniform if slots is None else jnp.take_along_axis(uniform, slots, axis=1)
 
 
 def greedy(
@@ -94,39 +104,63 @@ def greedy(
     return (informative_scores(head_logits) > threshold) & alive
 
 
+def answer_value(
+    logits: Float[Array, "b *k classes"], labels: Int[Array, " b"], answer: str = "right"
+) -> Float[Array, "b *k"]:
+    """How right an answer is, at most 1: the c of `reward`.
+
+    Args:
+      logits: of the masked model; between batch and classes there may be an axis of rollouts.
+      labels: the right classes.
+      answer: "right": 1 or 0 (Eq. 2); "probability": p of the right class, which is what "right"
+        would be worth on average if the answer were drawn from the model's own distribution;
+        "log_probability": 1 + log p, which has the same slope at p = 1 and no floor.
+
+    Raises:
+      ValueError: on an unknown `answer`.
+    """
+    if answer not in ANSWERS:
+        raise ValueError(f"answer must be one of {ANSWERS}, got {answer!r}")
+    labels = labels.reshape(labels.shape + (1,) * (logits.ndim - 2))
+    if answer == "right":
+        return (logits.argmax(-1) == labels).astype(jnp.float32)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    own = jnp.take_along_axis(
+        log_probs, jnp.broadcast_to(labels, logits.shape[:-1])[..., None], axis=-1
+    )[..., 0]
+    return jnp.exp(own) if answer == "probability" else 1 + own
+
+
 def reward(
     keep: Bool[Array, "b n"],
-    correct: Bool[Array, " b"],
+    correct: Bool[Array, " b"] | Float[Array, " b"],
     tau: float,
     alive: Bool[Array, "b n"] | None = None,
     num_patches: int | None = None,
 ) -> Float[Array, " b"]:
     """R = 1 - (|u| / N)^2 where the answer is right, else -tau (Eq. 2).
 
+    Between right (c = 1) and wrong (c = 0): c (1 - (|u| / N)^2) - (1 - c) tau.
+
     Args:
       keep: which tokens the group's blocks saw.
-      correct: whether the image was classified correctly.
+      correct: whether the image was classified correctly, or c; see `answer_value`.
       tau: the price of an error.
       alive: None divides by N, the patches the image started with (the default). The tokens the
         group was handed divide by their number instead ("entering").
       num_patches: N, where dead tokens have been gathered away.
     """
+    c = jnp.asarray(correct, jnp.float32)
+    return c * saving(keep, alive, num_patches) - (1 - c) * jnp.float32(tau)
+
+
+def saving(
+    keep: Bool[Array, "b n"],
+    alive: Bool[Array, "b n"] | None = None,
+    num_patches: int | None = None,
+) -> Float[Array, " b"]:
+    """1 - (|u| / N)^2, the reward of a right answer; for the arguments see `reward`."""
     count = keep.sum(axis=-1).astype(jnp.float32)
     n = num_patches or keep.shape[-1]
     denominator = n if alive is None else jnp.maximum(alive.sum(axis=-1), 1)
-    return jnp.where(correct, 1 - (count / denominator) ** 2, -jnp.float32(tau))
-
-
-def self_critical_loss(
-    head_logits: Float[Array, "b n h"],
-    sampled: Bool[Array, "b n"],
-    alive: Bool[Array, "b n"],
-    advantage: Float[Array, " b"],
-    reduction: str = "sum",
-) -> Float[Array, ""]:
-    """-mean over images of A log pi(u), A = R(sampled) - R(greedy); the gradient is -Eq. 3's.
-
-    No gradient goes through the advantage, or through the actions.
-    """
-    log_pi = log_prob(head_logits, sampled, alive, reduction)
-    return -(jax.lax.stop_gradient(advantage) * log_pi).mean()
+    return 1 - (count / denominator) ** 2

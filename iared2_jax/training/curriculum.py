@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from iared2_jax.training.phases import CURRICULA, PHASES, Phase
+from iared2_jax.training.phases import PHASES, Phase, stages
 
 
 def phases(
@@ -17,7 +17,7 @@ def phases(
     num_groups = len(group_sizes)
     result: list[Phase] = []
     step = example = 0
-    for name, group in CURRICULA[config.curriculum](num_groups):
+    for name, group in stages(config.curriculum, num_groups):
         kind = PHASES[name]
         options = config[kind.section]
         steps = options.steps or max(1, round(options.epochs * epoch_size / options.batch_size))
@@ -42,7 +42,16 @@ def phases(
 
 def reduces(config: ml_collections.ConfigDict) -> bool:
     """Whether a config's curriculum trains anything that drops tokens."""
-    return any(PHASES[name].reduces for name, _ in CURRICULA[config.curriculum](1))
+    return any(PHASES[name].reduces for name, _ in stages(config.curriculum, 1))
+
+
+def dense_phase(plan: list[Phase]) -> Phase | None:
+    """The phase at whose end a plan's backbone is what its reduced model is compared with.
+
+    None where that is the start of the run, or where nothing is reduced.
+    """
+    dense = [phase for phase in plan if not phase.kind.reduces]
+    return dense[-1] if dense and plan[-1].kind.reduces else None
 
 
 def phase_at(plan: list[Phase], step: int) -> Phase | None:

@@ -1,7 +1,7 @@
 """Training: one loop for every curriculum. The phases say what trains, and how."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training.capacities import measure_capacities, recalled
 from iared2_jax.training.checkpoints import RunCheckpoints
-from iared2_jax.training.curriculum import phase_at
+from iared2_jax.training.curriculum import dense_phase, phase_at
 from iared2_jax.training.monitoring import HealthAlarms, MetricWriter, Profile, Progress, Window
-from iared2_jax.training.phases import Batch, Params, Phase
+from iared2_jax.training.phases import Batch, Params, Phase, PhaseContext
 from iared2_jax.training.phases.base import Capacities
 from iared2_jax.training.step import (
     TrainState,
@@ -41,12 +41,14 @@ def train_phases(
     plan: list[Phase],
     dataset: Dataset,
     stop: Stop,
+    keep_dense: Callable[[Params], None] = lambda params: None,
 ) -> TrainState:
     """Trains a plan's phases, from the workdir's newest checkpoint on, and returns the state.
 
     Args:
       variables: what a run without checkpoints starts from; the first step takes its buffers over.
       stop: once it is requested, the state is saved at the current step, and returned.
+      keep_dense: called with the parameters after the last phase before tokens are dropped.
 
     Raises:
       NonFiniteError: too many non-finite steps in a row. The last good checkpoint is kept.
@@ -90,13 +92,13 @@ def train_phases(
 
             capacities = _capacities(config, workdir, module, state.params, phase, batches)
             train_step = make_train_step(module, phase, config, mesh, capacities)
-            done = (step - phase.first_step) * phase.options.batch_size
-            stream = batches(phase.first_example + done)
-            window, alarms = Window(), HealthAlarms(phase)
+            context = PhaseContext(module, phase)
+            stream = phase.kind.stream(context, state.params, batches, step - phase.first_step)
+            window, alarms = Window(), HealthAlarms(phase, writer.windows(phase.name))
             with Progress(phase, plan[-1].end) as progress:
                 while step < phase.end and not stop.requested:
                     profile.before(step)
-                    state, metrics = train_step(state, next(stream))
+                    state, metrics = train_step(state, shard_batch(next(stream), rows))
                     step += 1
                     window.add(metrics)
                     if step % config.log_every == 0 or step == phase.end:
@@ -108,6 +110,8 @@ def train_phases(
                     if step % config.checkpoint_every == 0 and step < phase.end:
                         save(state, step)
             if step == phase.end:
+                if phase is dense_phase(plan):
+                    keep_dense(state.eval_params)
                 state = enter_phase(state, phase_at(plan, step), module)
                 state = jax.device_put(state, sharding)
             save(state, step)

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _SHOWN = {
     "loss": "loss",
     "accuracy": "acc",
+    "accuracy_sampled": "acc~",
     "keep_rate": "keep",
     "score_mean": "score",
     "score_spread": "±",
@@ -80,6 +82,11 @@ class MetricWriter:
             lines = self._path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
             write_text(self._path, "".join(x for x in whole if json.loads(x)["step"] <= step))
+
+    def windows(self, phase: str) -> list[tuple[int, dict[str, float]]]:
+        """What has been written of a phase so far: each window's last step and figures."""
+        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+        return [(line.pop("step"), line) for line in lines if line.pop("phase") == phase]
 
     def write(self, step: int, phase: str, figures: dict[str, float]) -> None:
         try:
@@ -170,11 +177,18 @@ class Profile:
 
 
 class HealthAlarms:
-    """Says, once per phase, when a policy has collapsed: which group, and what to change."""
+    """Says, once per phase, when a policy has collapsed: which group, and what to change.
 
-    def __init__(self, phase: "Phase") -> None:
+    And, at the phase's end, whether it has settled.
+    """
+
+    def __init__(
+        self, phase: "Phase", history: Sequence[tuple[int, dict[str, float]]] = ()
+    ) -> None:
+        """`history`: windows of the phase before the run was stopped (`MetricWriter.windows`)."""
         self._phase = phase
         self._raised: set[str] = set()
+        self._history = [(step, figures) for step, figures in history if len(figures) > 1]
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Looks at one window's figures."""
@@ -187,10 +201,17 @@ class HealthAlarms:
             )
         # Keeping everything is how a policy starts, so a collapse is one only later on. A window of
         # bad steps alone has no other figures.
-        late = step - self._phase.first_step > self._phase.steps / 2
-        if late and len(figures) > 1:
-            for name, message in self._phase.kind.alarms(self._phase, figures):
+        if len(figures) == 1:
+            return
+        phase = self._phase
+        if step - phase.first_step > phase.steps / 2:
+            for name, message in phase.kind.alarms(phase, figures):
                 self._raise(name, f"at step {step}, {message}")
+        self._history.append((step, figures))
+        if step == phase.end:
+            last = [(s, f) for s, f in self._history if phase.end - s <= phase.steps / 3]
+            for name, message in phase.kind.unsettled(phase, last):
+                self._raise(name, message)
 
     def _raise(self, name: str, message: str) -> None:
         if name not in self._raised:

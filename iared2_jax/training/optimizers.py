@@ -39,7 +39,7 @@ def part_of(path: str, module: IARed2) -> Part:
     if match := re.fullmatch(r"block_(\d+)", name):
         ends = itertools.accumulate(module.group_sizes)
         return "blocks", 1 + next(g for g, end in enumerate(ends) if int(match[1]) < end)
-    for part, names in getattr(module.backbone, "parts", PARTS).items():
+    for part, names in {**PARTS, **getattr(module.backbone, "parts", {})}.items():
         if name in names:
             return part, 0
     raise ValueError(

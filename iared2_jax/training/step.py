@@ -89,7 +89,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update, or none if it is not finite."""
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        batch = {**batch, "input": module.input_spec.normalize(batch["input"])}
+        if "input" in batch:  # a phase may have taken features in its place
+            batch = {**batch, "input": module.input_spec.normalize(batch["input"])}
         context = PhaseContext(module, phase, capacities, state.extra)
         grads, metrics = _fitting_gradients(context, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)

@@ -215,6 +215,10 @@ class CaiT(nn.Module):
         features = self.norm(cls[:, 0]).astype(jnp.float32)
         return self.head(features), features, attention
 
+    def answer(self, features: Float[Array, "b d"]) -> Float[Array, "b classes"]:
+        """The logits of what `classify` says the head reads."""
+        return self.head(features)
+
     def block_flops(self, tokens: ArrayLike) -> BlockFlops:
         """A ViT block's, and twice n^2 h^2 for the mixing of h heads."""
         d, mixing = self.embed_dim, 2 * self.num_heads**2

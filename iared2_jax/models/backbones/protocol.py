@@ -49,8 +49,8 @@ class Backbone(Protocol):
         see patches alone.
       num_prefix_positions: optional; how many of these have a place in `pos_embed`, if not all.
       dtype: of the computation. attention_kernel: one of `attention_kernels`.
-      parts: optional; which of its submodules belong to "embedding" and to "classifier", if they
-        are not called as in `PARTS`.
+      parts: optional; which of its submodules belong to "embedding", to "classifier" (what lies
+        between blocks and head) and to "head", if they are not called as in `PARTS`.
       propagates_relevance: optional; True if it is made of modules of `attribution.relevance.RULES`
         alone, so that relevance can be propagated through it.
     """
@@ -86,6 +86,9 @@ class Backbone(Protocol):
         alive: which patch tokens of `x` survive, None: all; what lies in the others is not read.
         """
 
+    # Optional: `answer(features)`, the logits of the features that `classify` returns; a head can
+    # then be trained on cached features (config.supervised.cached_examples).
+
     def block_flops(self, tokens: ArrayLike) -> BlockFlops:
         """The cost of one block that sees so many tokens, prefix included."""
 
@@ -97,5 +100,6 @@ class Backbone(Protocol):
 # called block_<i> is block i. A backbone with other names says so in an attribute `parts`.
 PARTS: dict[str, tuple[str, ...]] = {
     "embedding": ("patch_embed", "pos_embed", "time_embed", "cls_token", "dist_token", "reg_token"),
-    "classifier": ("norm", "head", "head_dist"),
+    "classifier": ("norm",),
+    "head": ("head", "head_dist"),
 }

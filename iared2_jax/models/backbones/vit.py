@@ -233,6 +233,16 @@ class ViT(nn.Module):
             logits = self.scale(self.add(logits, self.head_dist(x[:, 1])), 0.5)
         return logits, x[:, 0], []
 
+    def answer(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+        """The logits of what `classify` says the head reads.
+
+        Raises:
+          ValueError: a distilled model's second head reads more.
+        """
+        if self.distilled:
+            raise ValueError("a distilled model has a second head, which reads another token")
+        return self.head(features)
+
     def block_flops(self, tokens: ArrayLike) -> BlockFlops:
         """With n tokens: 4 n d^2, 2 n^2 d, and 2 r n d^2 for an MLP of ratio r."""
         d = self.embed_dim

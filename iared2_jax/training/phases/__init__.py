@@ -47,6 +47,12 @@ CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
     "supervised": _supervised,
 }
 
+
+def stages(curriculum: str, num_groups: int) -> list[tuple[str, int]]:
+    """The kinds of phases of a curriculum, each with its group; of "a+b" those of a, then of b."""
+    return [stage for name in curriculum.split("+") for stage in CURRICULA[name](num_groups)]
+
+
 __all__ = [
     "CURRICULA",
     "PHASES",
@@ -60,4 +66,5 @@ __all__ = [
     "PhaseKind",
     "SelectorPhase",
     "SupervisedPhase",
+    "stages",
 ]

@@ -36,7 +36,7 @@ class BackbonePhase(PhaseKind):
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
     ) -> frozenset[Part]:
-        classifier = {("classifier", 0)} if options.train_head else set()
+        classifier = {("classifier", 0), ("head", 0)} if options.train_head else set()
         return frozenset({("blocks", k) for k in range(group, num_groups + 1)} | classifier)
 
     def loss(

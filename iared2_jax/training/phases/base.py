@@ -1,7 +1,7 @@
 """The contract of a kind of phase, and a stretch of training of that kind."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 Capacities = tuple[int, ...]
 
-# A part of the model that trains together: ("interpreter", j), ("blocks", j), ("embedding", 0) or
-# ("classifier", 0).
+# A part of the model that trains together: ("interpreter", j), ("blocks", j), ("embedding", 0),
+# ("classifier", 0), what lies between blocks and head, or ("head", 0).
 Part = tuple[str, int]
 
 
@@ -80,6 +80,22 @@ class PhaseKind:
         """That state after a step that was applied, e.g. a moving teacher; as it is by default."""
         return extra
 
+    def stream(
+        self,
+        context: "PhaseContext",
+        params: Params,
+        batches: Callable[[int], Iterator[Batch]],
+        step: int,
+    ) -> Iterator[Batch]:
+        """The batches of the phase from its step `step` on; a pure function of its arguments.
+
+        Args:
+          params: as they are at that step.
+          batches: the training batches from one example of the run on, spread over the devices.
+        """
+        phase = context.phase
+        return batches(phase.first_example + step * phase.options.batch_size)
+
     def loss(
         self, context: "PhaseContext", params: Params, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Array, Metrics]:
@@ -92,6 +108,16 @@ class PhaseKind:
 
     def alarms(self, phase: "Phase", figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """Names and sentences of what is going wrong late in the phase, and what to change."""
+        yield from ()
+
+    def unsettled(
+        self, phase: "Phase", history: Sequence[tuple[int, Mapping[str, float]]]
+    ) -> Iterator[tuple[str, str]]:
+        """Names and sentences of what still moved when the phase ended.
+
+        Args:
+          history: the windows of the phase's last third, by their last steps.
+        """
         yield from ()
 
     def check_options(self, options: ml_collections.ConfigDict) -> None:

@@ -1,7 +1,7 @@
-"""Self-critical REINFORCE for one interpreter (paper, Eq. 2 and 3)."""
+"""The policy gradient of one interpreter (paper, Eq. 2 and 3)."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from einops import rearrange
 from jaxtyping import PRNGKeyArray
 
 from iared2_jax.errors import UsageError, nearest
-from iared2_jax.token_reduction import policy
+from iared2_jax.token_reduction import estimators, policy
+from iared2_jax.token_reduction.estimators import ESTIMATORS
 from iared2_jax.training.phases.base import (
     Batch,
     Metrics,
@@ -23,6 +24,10 @@ from iared2_jax.training.phases.base import (
     phase_options,
 )
 from iared2_jax.typing import Array
+
+# The most that the share of kept tokens may move in the last third of a phase that has settled. The
+# learning rate has fallen to a quarter by then.
+SETTLED = 0.05
 
 
 class InterpreterPhase(PhaseKind):
@@ -37,8 +42,14 @@ class InterpreterPhase(PhaseKind):
             epochs=10.0,
             tau=(1.0,),  # the price of an error: one for all groups, or one each
             reward_denominator="initial",  # "initial": N | "entering": N_j
+            # What an answer is worth: "right" or wrong (Eq. 2), the right class' "probability", or
+            # its "log_probability"; see policy.answer_value.
+            answer="right",
+            # "self_critical" (Eq. 3) | "rloo" | "antithetic": docs/policy_gradient.md.
+            estimator="self_critical",
+            exact_saving=False,  # differentiate the expected saving itself; sample only the errors
             log_prob_reduction="sum",  # "sum" (Eq. 3) | "mean"
-            rollouts=1,  # sampled masks per image; they share the prefix and the greedy rollout
+            rollouts=1,  # sampled masks per image; they share the prefix
         )
 
     def trains(
@@ -54,14 +65,15 @@ class InterpreterPhase(PhaseKind):
         for key, choices in (
             ("reward_denominator", policy.REWARD_DENOMINATORS),
             ("log_prob_reduction", policy.LOG_PROB_REDUCTIONS),
+            ("answer", policy.ANSWERS),
+            ("estimator", ESTIMATORS),
         ):
             if options[key] not in choices:
                 raise UsageError(
                     f"config.interpreter.{key}={options[key]!r} is unknown"
                     f"{nearest(options[key], choices)}"
                 )
-        if options.rollouts < 1:
-            raise UsageError(f"config.interpreter.rollouts={options.rollouts} must be at least 1")
+        estimators.check_rollouts(options.estimator, options.rollouts)
 
     def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
         """Refuses prices that are not one for all groups, nor one each."""
@@ -74,61 +86,65 @@ class InterpreterPhase(PhaseKind):
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Array, Metrics]:
-        """-mean of A log pi(u), A = R(sampled) - R(greedy) (Eq. 3).
+        """Minus the mean surrogate of `options.estimator`, whose gradient is the policy gradient.
 
-        The prefix up to the interpreter is the same for all rollouts, so it is computed once. The
-        sampled rollouts and the greedy one run as one larger batch. Rewards are constants to the
-        gradient, so nothing is differentiated but the interpreter itself.
+        The prefix up to the interpreter is the same for all rollouts, so it is computed once, and
+        they run as one larger batch. Rewards are constants to the gradient, so nothing is
+        differentiated but the interpreter itself.
+
+        With `exact_saving` the reward is split into what is known and what must be tried,
+
+            R = s - (1 - c) (s + tau),   s = 1 - (|u| / N)^2, c: how right the answer is,
+
+        and the expectation of s is differentiated as it is: only errors are left to chance.
         """
         module, phase, options = context.module, context.phase, context.phase.options
-        group, labels, rollouts = phase.group, batch["label"], options.rollouts
-        n = module.input_spec.num_patches
+        group, rollouts = phase.group, options.rollouts
+        n, estimator = module.input_spec.num_patches, ESTIMATORS[options.estimator]
         apply = functools.partial(module.apply, {"params": params})
         entry = apply(group, batch["input"], phase.thresholds, context.capacities, method="up_to")
         x, alive = jax.lax.stop_gradient(entry.x), entry.alive
         policy_logits = apply(group, x, method="interpret")
 
         greedy = policy.greedy(policy_logits, alive, phase.own_threshold)
-        keys = jax.random.split(key, rollouts)
-        sampled = jnp.stack(
-            [policy.sample(k, policy_logits, alive, entry.origin, n) for k in keys], axis=1
-        )
+        sampled = estimator.sample(key, policy_logits, alive, rollouts, entry.origin, n)
+        masks = jnp.concatenate([sampled, greedy[:, None]], axis=1) if estimator.greedy else sampled
+        logits = jax.lax.stop_gradient(_run_masks(context, params, x, masks))
 
-        # Rollouts of one image stay next to each other, so rows split over devices as images do.
-        masks = jnp.concatenate([sampled, greedy[:, None]], axis=1)
-        thresholds = jnp.asarray(phase.thresholds, jnp.float32)
-        if thresholds.ndim == 2:  # one each per image
-            thresholds = jnp.repeat(thresholds, rollouts + 1, axis=0)
-        logits = apply(
-            group,
-            jnp.repeat(x, rollouts + 1, axis=0),
-            rearrange(masks, "b r n -> (b r) n"),
-            thresholds,
-            method="onward",
-        )
-        logits = rearrange(logits, "(b r) c -> b r c", r=rollouts + 1)
-        correct = jax.lax.stop_gradient(logits.argmax(-1) == labels[:, None])
-
+        answers = policy.answer_value(logits, batch["label"], options.answer)
         tau = options.tau[group - 1 if len(options.tau) > 1 else 0]
         handed = alive if options.reward_denominator == "entering" else None
-        rewards = jnp.stack(
-            [
-                policy.reward(masks[:, r], correct[:, r], tau, handed, n)
-                for r in range(rollouts + 1)
-            ],
-            axis=1,
+        over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
+        savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
+        rewards = over_masks(lambda mask, answer: policy.reward(mask, answer, tau, handed, n))(
+            masks, answers
         )
-        advantage = rewards[:, :-1] - rewards[:, -1:]
-        loss = sum(
-            policy.self_critical_loss(
-                policy_logits, sampled[:, r], alive, advantage[:, r], options.log_prob_reduction
+        credited = rewards - savings if options.exact_saving else rewards
+        surrogate = estimator.surrogate(
+            policy_logits,
+            sampled,
+            alive,
+            credited[:, :rollouts],
+            credited[:, -1] if estimator.greedy else None,
+            options.log_prob_reduction,
+        )
+        if options.exact_saving:
+            count = jnp.maximum(alive.sum(-1), 1).astype(jnp.float32)
+            expected = estimators.expected_saving(
+                policy_logits, alive, n if handed is None else count
             )
-            for r in range(rollouts)
-        )
-        shares = masks.sum(-1) / n
-        metrics = _health(policy_logits, alive, shares, correct, rewards, advantage)
-        metrics["handed_rate"] = (alive.sum(-1) / n).mean()
-        return loss / rollouts, {**metrics, "overflow": entry.overflow.sum().astype(jnp.float32)}
+            surrogate += expected / count if options.log_prob_reduction == "mean" else expected
+
+        right = policy.answer_value(logits, batch["label"], "right")
+        metrics = {
+            **_policy_metrics(policy_logits, alive),
+            **_reward_metrics(right, rewards, rollouts),
+            "keep_rate": (greedy.sum(-1) / n).mean(),
+            "keep_rate_sampled": (sampled.sum(-1) / n).mean(),
+            "handed_rate": (alive.sum(-1) / n).mean(),
+            "overflow": entry.overflow.sum().astype(jnp.float32),
+        }
+        return -surrogate.mean(), metrics
 
     def alarms(self, phase: Phase, figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """A policy that keeps all that it is handed, or nothing."""
@@ -147,30 +163,62 @@ class InterpreterPhase(PhaseKind):
                 "config.model.init_bias, or lower config.interpreter.learning_rate",
             )
 
+    def unsettled(
+        self, phase: Phase, history: Sequence[tuple[int, Mapping[str, float]]]
+    ) -> Iterator[tuple[str, str]]:
+        """A share of kept tokens that another seed, or more steps, would have left elsewhere."""
+        shares = [figures["keep_rate"] for _, figures in history]
+        if max(shares) - min(shares) > SETTLED:
+            yield (
+                "not-settled",
+                f"interpreter {phase.group} has not settled: in the last third of its steps the "
+                f"share of tokens that it keeps went from {shares[0]:.2f} to {shares[-1]:.2f} "
+                f"({min(shares):.2f} to {max(shares):.2f}); raise config.interpreter.steps or "
+                "rollouts (docs/policy_gradient.md)",
+            )
 
-def _health(
-    policy_logits: Array,
-    alive: Array,
-    shares: Array,
-    correct: Array,
-    rewards: Array,
-    advantage: Array,
-) -> Metrics:
-    """The figures by which one sees whether a policy is learning (SPEC 3)."""
+
+def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) -> Array:
+    """The logits [b, k, classes] of `masks` [b, k, n] from the entry of the phase's group on."""
+    module, phase, count = context.module, context.phase, masks.shape[1]
+    # Masks of one image stay next to each other, so rows split over devices as images do.
+    thresholds = jnp.asarray(phase.thresholds, jnp.float32)
+    if thresholds.ndim == 2:  # one each per image
+        thresholds = jnp.repeat(thresholds, count, axis=0)
+    logits = module.apply(
+        {"params": params},
+        phase.group,
+        jnp.repeat(x, count, axis=0),
+        rearrange(masks, "b k n -> (b k) n"),
+        thresholds,
+        method="onward",
+    )
+    return rearrange(logits, "(b k) c -> b k c", k=count)
+
+
+def _policy_metrics(policy_logits: Array, alive: Array) -> Metrics:
+    """Where the scores are, and how sure they are (SPEC 3)."""
     scores = policy.informative_scores(policy_logits)
     count = jnp.maximum(alive.sum(), 1)
     mean = jnp.where(alive, scores, 0).sum() / count
     spread = jnp.sqrt(jnp.where(alive, (scores - mean) ** 2, 0).sum() / count)
-    return {
-        "accuracy": correct[:, -1].mean(),
-        "accuracy_sampled": correct[:, :-1].mean(),
-        "keep_rate": shares[:, -1].mean(),
-        "keep_rate_sampled": shares[:, :-1].mean(),
-        "score_mean": mean,
-        "score_spread": spread,
-        "entropy": policy.entropy(policy_logits, alive).mean(),
-        "reward": rewards[:, -1].mean(),
-        "advantage_mean": advantage.mean(),
-        "advantage_variance": advantage.var(),
-        "answers_differ": (correct[:, :-1] != correct[:, -1:]).mean(),
+    entropy = policy.entropy(policy_logits, alive).mean()
+    return {"score_mean": mean, "score_spread": spread, "entropy": entropy}
+
+
+def _reward_metrics(right: Array, rewards: Array, rollouts: int) -> Metrics:
+    """What the masks earned. The greedy one comes last, where the estimator runs it."""
+    metrics = {
+        "accuracy_sampled": right[:, :rollouts].mean(),
+        "reward_sampled": rewards[:, :rollouts].mean(),
     }
+    if rewards.shape[1] > rollouts:
+        advantage = rewards[:, :-1] - rewards[:, -1:]
+        metrics |= {
+            "accuracy": right[:, -1].mean(),
+            "reward": rewards[:, -1].mean(),
+            "advantage_mean": advantage.mean(),
+            "advantage_variance": advantage.var(),
+            "answers_differ": (right[:, :-1] != right[:, -1:]).mean(),
+        }
+    return metrics
