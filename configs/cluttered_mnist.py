@@ -32,7 +32,7 @@ def get_config(arg=None):
 
     # What is left to chance shrinks until a phase of this length settles: docs/policy_gradient.md.
     config.interpreter.estimator = "rloo"
-    config.interpreter.rollouts = 3
+    config.interpreter.rollouts = 4
     config.interpreter.answer = "probability"
     config.interpreter.exact_saving = True
     config.interpreter.tau = (60.0, 30.0, 300.0)
@@ -41,7 +41,8 @@ def get_config(arg=None):
     )
     config.interpreter.batch_size = 64
     config.interpreter.epochs = 0.0
-    config.interpreter.steps = 120
+    config.interpreter.steps = 80
+    config.interpreter.lengths = (2.0, 1.0, 1.0)  # the first knows least, and decides most
     config.interpreter.learning_rate = 5e-3
     config.interpreter.clip_norm = 1.0
 
@@ -64,6 +65,7 @@ def get_config(arg=None):
         for phase in (config.interpreter, config.backbone):
             phase.batch_size = 8
             phase.steps = 2
+        config.interpreter.lengths = (1.0,)
         config.log_every = 1
         config.data.eval_size = 32
         config.eval.batch_size = 16

@@ -345,6 +345,18 @@ def test_epochs_become_steps(tiny_config):
     assert phase.steps == round(0.5 * 50_000 / phase.options.batch_size)
 
 
+def test_a_groups_phase_may_be_longer_than_the_others(tiny_config):
+    tiny_config.interpreter.lengths = (2.5, 1.0, 0.1)
+    plan = plan_of(tiny_config, "interpreters")
+    assert [phase.steps for phase in plan] == [5, 2, 1]
+    assert [phase.first_step for phase in plan] == [0, 5, 7]
+    with pytest.raises(UsageError, match=r"lengths has 3 values for 2 groups: give 1 or 2"):
+        PHASES["interpreter"].check(tiny_config.interpreter, 2)
+    tiny_config.interpreter.lengths = (1.0, 0.0, 1.0)
+    with pytest.raises(UsageError, match=r"lengths=\(1\.0, 0\.0, 1\.0\) must all be above 0"):
+        PHASES["interpreter"].check_options(tiny_config.interpreter)
+
+
 def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch):
     """Where no answer can be wrong, fewer tokens always pay: the policy must find that."""
     tiny_config.interpreter.tau = (0.0,)

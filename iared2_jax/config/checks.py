@@ -140,6 +140,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     pairs = ("data.augment.scale", "data.augment.ratio", "data.cutouts.object_scale")
     for key, kinds in (
         ("interpreter.tau", (int, float)),
+        ("interpreter.lengths", (int, float)),
         ("reduction.keep_ratios", (int, float)),
         *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
         *((pair, (int, float)) for pair in pairs),

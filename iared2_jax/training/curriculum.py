@@ -20,7 +20,8 @@ def phases(
     for name, group in stages(config.curriculum, num_groups):
         kind = PHASES[name]
         options = config[kind.section]
-        steps = options.steps or max(1, round(options.epochs * epoch_size / options.batch_size))
+        length = options.steps or options.epochs * epoch_size / options.batch_size
+        steps = max(1, round(length * kind.length(options, group)))
         result.append(
             Phase(
                 kind=kind,

@@ -64,6 +64,10 @@ class PhaseKind:
         """The parts of the model that move."""
         raise TypeError(f"{type(self).__name__} does not say what it trains")
 
+    def length(self, options: ml_collections.ConfigDict, group: int) -> float:
+        """How long the phase of a group is, in `steps` or `epochs` of its section."""
+        return 1.0
+
     def thresholds(self, threshold: float, group: int, num_groups: int) -> tuple[float, ...]:
         """One threshold per group; interpreters after `group` keep everything."""
         return tuple(threshold if g <= group else KEEP_ALL for g in range(1, num_groups + 1))

@@ -40,6 +40,7 @@ class InterpreterPhase(PhaseKind):
         """The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau."""
         return phase_options(
             epochs=10.0,
+            lengths=(1.0,),  # times steps or epochs: one for all groups, or one each
             tau=(1.0,),  # the price of an error: one for all groups, or one each
             reward_denominator="initial",  # "initial": N | "entering": N_j
             # What an answer is worth: "right" or wrong (Eq. 2), the right class' "probability", or
@@ -51,6 +52,9 @@ class InterpreterPhase(PhaseKind):
             log_prob_reduction="sum",  # "sum" (Eq. 3) | "mean"
             rollouts=1,  # sampled masks per image; they share the prefix
         )
+
+    def length(self, options: ml_collections.ConfigDict, group: int) -> float:
+        return _of_group(options.lengths, group)
 
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
@@ -74,14 +78,19 @@ class InterpreterPhase(PhaseKind):
                     f"{nearest(options[key], choices)}"
                 )
         estimators.check_rollouts(options.estimator, options.rollouts)
+        if not all(length > 0 for length in options.lengths):
+            raise UsageError(
+                f"config.interpreter.lengths={tuple(options.lengths)} must all be above 0"
+            )
 
     def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
-        """Refuses prices that are not one for all groups, nor one each."""
-        if len(options.tau) not in (1, num_groups):
-            raise UsageError(
-                f"config.interpreter.tau has {len(options.tau)} values for {num_groups} groups: "
-                f"give 1 or {num_groups}"
-            )
+        """Refuses prices and lengths that are not one for all groups, nor one each."""
+        for name in ("tau", "lengths"):
+            if len(options[name]) not in (1, num_groups):
+                raise UsageError(
+                    f"config.interpreter.{name} has {len(options[name])} values for {num_groups} "
+                    f"groups: give 1 or {num_groups}"
+                )
 
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
@@ -112,7 +121,7 @@ class InterpreterPhase(PhaseKind):
         logits = jax.lax.stop_gradient(_run_masks(context, params, x, masks))
 
         answers = policy.answer_value(logits, batch["label"], options.answer)
-        tau = options.tau[group - 1 if len(options.tau) > 1 else 0]
+        tau = _of_group(options.tau, group)
         handed = alive if options.reward_denominator == "entering" else None
         over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
         savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
@@ -176,6 +185,11 @@ class InterpreterPhase(PhaseKind):
                 f"({min(shares):.2f} to {max(shares):.2f}); raise config.interpreter.steps or "
                 "rollouts (docs/policy_gradient.md)",
             )
+
+
+def _of_group(values: Sequence[float], group: int) -> float:
+    """A group's own of `values`, which are one for all groups or one each."""
+    return values[group - 1 if len(values) > 1 else 0]
 
 
 def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) -> Array:
