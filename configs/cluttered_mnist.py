@@ -32,17 +32,17 @@ def get_config(arg=None):
 
     # What is left to chance shrinks until a phase of this length settles: docs/policy_gradient.md.
     config.interpreter.estimator = "rloo"
-    config.interpreter.rollouts = 4
+    config.interpreter.rollouts = 3
     config.interpreter.answer = "probability"
     config.interpreter.exact_saving = True
-    config.interpreter.tau = (60.0, 30.0, 300.0)
+    config.interpreter.tau = (40.0, 60.0, 600.0)
     config.interpreter.reward_denominator = (
         "entering"  # else later groups have no reason to drop more
     )
     config.interpreter.batch_size = 64
     config.interpreter.epochs = 0.0
     config.interpreter.steps = 80
-    config.interpreter.lengths = (2.0, 1.0, 1.0)  # the first knows least, and decides most
+    config.interpreter.lengths = (1.5, 1.0, 1.0)  # the first knows least, and decides most
     config.interpreter.learning_rate = 5e-3
     config.interpreter.clip_norm = 1.0
 
@@ -50,7 +50,7 @@ def get_config(arg=None):
     config.backbone.batch_size = 64
     config.backbone.epochs = 0.0
     config.backbone.steps = 80
-    config.backbone.learning_rate = 1.5e-4
+    config.backbone.learning_rate = 2e-4
     config.backbone.clip_norm = 1.0
     config.log_every = 20
     config.checkpoint_every = 200

@@ -45,16 +45,20 @@ def get_config(arg=None):
     config.supervised.learning_rate = 1e-2
     config.supervised.weight_decay = 0.0
 
-    # The demo's recipe for interpreters (configs/cluttered_mnist.py), in the paper's equal groups.
+    # The demo's way (docs/policy_gradient.md), in the paper's equal groups.
     config.model.init_bias = 1.0
     for phase in (config.interpreter, config.backbone):
         phase.batch_size = 32
         phase.epochs = 0.0
-        phase.steps = 100
+        phase.steps = 80
         phase.clip_norm = 1.0
+    config.interpreter.estimator = "rloo"
+    config.interpreter.rollouts = 3
+    config.interpreter.answer = "probability"
+    config.interpreter.exact_saving = True
+    config.interpreter.tau = (60.0,)
     config.interpreter.reward_denominator = "entering"
-    config.interpreter.rollouts = 2
-    config.interpreter.learning_rate = 1e-3
+    config.interpreter.learning_rate = 2e-3
     config.backbone.learning_rate = 1e-5
     config.log_every = 20
     config.checkpoint_every = 50

@@ -25,7 +25,7 @@ from iared2_jax.report.run_maps import draw_figures, explored, measure_maps
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import random_like
-from iared2_jax.training.curriculum import reduces
+from iared2_jax.training.curriculum import reduces, trains_dense_first
 from iared2_jax.weights.save import save_weights
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def evaluate_run(
         config=config,
         module=module,
         trained=trained,
-        original=original if weights_of(config) and drops else trained,
+        original=original if drops and _has_dense(config) else trained,
         reduces=drops,
         scored=scored,
         pixels=pixels,
@@ -88,6 +88,11 @@ def evaluate_run(
         _write_weights(comparison, results, workdir, model_options)
     _write(comparison, results, values, workdir)
     return results
+
+
+def _has_dense(config: ml_collections.ConfigDict) -> bool:
+    """Whether the dense backbone, from before tokens were dropped, is a trained one."""
+    return bool(weights_of(config)) or trains_dense_first(config)
 
 
 def _measure(

@@ -46,6 +46,12 @@ def reduces(config: ml_collections.ConfigDict) -> bool:
     return any(PHASES[name].reduces for name, _ in stages(config.curriculum, 1))
 
 
+def trains_dense_first(config: ml_collections.ConfigDict) -> bool:
+    """Whether a config's curriculum trains a dense backbone, and then drops tokens from it."""
+    kinds = [PHASES[name] for name, _ in stages(config.curriculum, 1)]
+    return kinds[-1].reduces and not kinds[0].reduces
+
+
 def dense_phase(plan: list[Phase]) -> Phase | None:
     """The phase at whose end a plan's backbone is what its reduced model is compared with.
 

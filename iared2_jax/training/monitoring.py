@@ -30,6 +30,7 @@ _SHOWN = {
     "score_mean": "score",
     "score_spread": "±",
     "entropy": "H",
+    "reward_spread": "R±",
     "advantage_mean": "A",
     "answers_differ": "differ",
     "gradient_norm": "|g|",

@@ -225,6 +225,7 @@ def _reward_metrics(right: Array, rewards: Array, rollouts: int) -> Metrics:
     metrics = {
         "accuracy_sampled": right[:, :rollouts].mean(),
         "reward_sampled": rewards[:, :rollouts].mean(),
+        "reward_spread": rewards.std(axis=1).mean(),  # over the masks of one image
     }
     if rewards.shape[1] > rollouts:
         advantage = rewards[:, :-1] - rewards[:, -1:]
