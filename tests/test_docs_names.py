@@ -1,6 +1,7 @@
 """What README and docs name in backticks is there: modules, their attributes, files."""
 
 import importlib
+import itertools
 import re
 from pathlib import Path
 
@@ -56,3 +57,26 @@ def test_what_is_not_there_is_found():
     assert is_there("training/step.TrainState")
     wrong = ("models/layers.Backbone", "iared2_jax.models.layers.Backbone", "training/steps.py")
     assert not any(is_there(name) for name in wrong)
+
+
+# Tables 1 and 5 of the paper: pixel accuracy, mAcc, mIoU. The row of all background is computed.
+PAPER = {
+    "**ours, group 2**": "70.4 / 64.9 / 49.4",
+    "raw attention block 0": "68.3 / 50.5 / 37.1",
+    "raw attention block 1": "67.9 / 61.8 / 46.4",
+    "raw attention block 2": "71.9 / 55.7 / 42.6",
+    "gradcam": "65.9 / 55.0 / 41.3",
+    "lrp": "50.7 / 50.6 / 32.6",
+    "lime": "67.3 / 47.8 / 33.9",
+    "all background": "(70.7 / 50.0 / 35.4)",
+}
+
+
+def test_the_papers_figures_in_the_readme_are_the_papers():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| map | pixel acc."))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    head, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    column = next(i for i, name in enumerate(head) if name.startswith("paper's"))
+    assert len(rows) > len(PAPER)
+    assert {row[0]: row[column] for row in rows if row[column]} == PAPER
