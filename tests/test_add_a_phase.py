@@ -98,9 +98,12 @@ def test_a_phases_own_state_moves_with_its_steps(tiny_config, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("rollouts", 0, r"config\.interpreter\.rollouts=0 must be at least 1"),
+        ("rollouts", 0, r"config\.interpreter\.rollouts=0 must be at least 2"),
         ("reward_denominator", "entring", r"reward_denominator='entring' is unknown"),
         ("log_prob_reduction", "max", r"log_prob_reduction='max' is unknown"),
+        ("estimator", "rlo", r"estimator='rlo' is unknown \(did you mean 'rloo'\?\)"),
+        ("answer", "probable", r"answer='probable' is unknown \(did you mean 'probability'\?\)"),
+        ("lengths", (1.0, 0.0, 1.0), r"lengths=\(1\.0, 0\.0, 1\.0\) must all be above 0"),
     ],
 )
 def test_values_are_checked_whatever_is_trained(tiny_config, key, value, message):

@@ -38,6 +38,7 @@ OLD_RECIPE = {
     "interpreter.rollouts": "2",
     "interpreter.tau": "(40.0, 3.0, 100.0)",
     "interpreter.learning_rate": "1.5e-3",
+    "backbone.learning_rate": "1.5e-4",
 }
 
 

@@ -451,7 +451,7 @@ def test_a_log_that_goes_on_has_every_window_once(tmp_path):
 
 def test_a_run_writes_tensorboard_files(finished):
     tags = {value.tag for e in events(finished[0] / "tensorboard") for value in e.summary.value}
-    assert {"interpreter_1/reward", "backbone_2/loss"} <= tags
+    assert {"interpreter_1/reward_sampled", "backbone_2/loss"} <= tags
 
 
 def test_a_window_leaves_bad_steps_out_of_its_means():
