@@ -45,7 +45,8 @@ def get_config(arg=None):
     config.supervised.learning_rate = 1e-2
     config.supervised.weight_decay = 0.0
 
-    # The demo's way (docs/policy_gradient.md), in the paper's equal groups.
+    # The demo's way (docs/policy_gradient.md), in the paper's equal groups. Price and learning rate
+    # are first guesses: at 112 px the first interpreter kept everything.
     config.model.init_bias = 1.0
     for phase in (config.interpreter, config.backbone):
         phase.batch_size = 32
