@@ -22,6 +22,7 @@ end, and what that costs in accuracy, over seeds. On validation scenes, which no
 import dataclasses
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from benchmarks import common
 from iared2_jax.config.loading import load
-from iared2_jax.data.pipeline import shard_batch, train_batches
+from iared2_jax.data.pipeline import train_batches
 from iared2_jax.experiment.build import build_model, build_phases, dataset_of
 from iared2_jax.report.tables import as_text
+from iared2_jax.signals import Stop
 from iared2_jax.token_reduction import estimators, policy
 from iared2_jax.token_reduction.estimators import ESTIMATORS
+from iared2_jax.training.loop import train_phases
 from iared2_jax.training.optimizers import merge, split_trainable
 from iared2_jax.training.phases import PhaseContext
-from iared2_jax.training.step import data_mesh, initial_state, make_train_step
 from iared2_jax.weights.load import load_weights
 
 DEMO = "configs/cluttered_mnist.py"
@@ -61,9 +61,9 @@ def variant_name(estimator: str, exact_saving: bool) -> str:
     return f"{estimator}, exact saving" if exact_saving else estimator
 
 
-def noise_of(estimates: np.ndarray, mean: np.ndarray, cost: int) -> float:
-    """passes * E|estimate - g|^2 / |g|^2 of estimates [m, p]."""
-    return float(cost * ((estimates - mean) ** 2).sum(1).mean() / (mean**2).sum())
+def noise_of(name: str, estimates: np.ndarray, square: float) -> float:
+    """passes * E|estimate - g|^2 / |g|^2 of an unbiased estimator's estimates [m, p]; |g|^2."""
+    return float(passes(name) * estimates.var(0, ddof=1).sum() / square)
 
 
 # -- The toy ---------------------------------------------------------------------------------------
@@ -96,23 +96,20 @@ def toy(draws: int, tau: float = 4.0) -> dict[str, dict[str, float]]:
         def one(key, estimator=estimator, exact_saving=exact_saving):
             masks = estimator.sample(key, head_logits, alive, ROLLOUTS)
             greedy = policy.greedy(head_logits, alive)[:, None]
-            rewards, savings = toy_reward(jnp.concatenate([masks, greedy], axis=1), tau)
-            credited = rewards - savings if exact_saving else rewards
+            run = jnp.concatenate([masks, greedy], axis=1) if estimator.greedy else masks
+            rewards, savings = toy_reward(run, tau)
 
-            def surrogate(z):
-                own, best = credited[:, :-1], credited[:, -1]
-                value = estimator.surrogate(z, masks, alive, own, best, "sum")
-                if exact_saving:
-                    value += estimators.expected_saving(z, alive, float(TOKENS))
-                return value.sum()
+            def objective(z):
+                exact = (savings, estimators.expected_saving(z, alive)) if exact_saving else None
+                return estimator.objective(z, masks, alive, rewards, exact).sum()
 
-            return jax.grad(surrogate)(head_logits)
+            return jax.grad(objective)(head_logits)
 
         found = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), draws))
         found = np.asarray(found, np.float64).reshape(draws, -1)
         error = found.mean(0) - exact
         rows[variant_name(name, exact_saving)] = {
-            "noise": noise_of(found, exact, passes(name)),
+            "noise": noise_of(name, found, (exact**2).sum()),
             # Of an unbiased estimator about 1: its squared error over what chance alone gives.
             "bias": float((error**2).sum() / (found.var(0).sum() / draws)),
         }
@@ -159,10 +156,8 @@ def demo(context: PhaseContext, params: Any, batch: Any, draws: int) -> dict[str
         )
         square = float((first * second).sum())
         for (name, exact_saving), both in halves.items():
-            variance = float(np.concatenate(both).var(0, ddof=1).sum())
-            rows[f"{answer}: {variant_name(name, exact_saving)}"] = {
-                "noise": passes(name) * variance / square
-            }
+            row = f"{answer}: {variant_name(name, exact_saving)}"
+            rows[row] = {"noise": noise_of(name, np.concatenate(both), square)}
     return rows
 
 
@@ -196,14 +191,8 @@ def first_interpreter(
     config.interpreter.update(options)
     module, variables = build_model(config)
     phase, dataset = build_phases(config, module)[0], dataset_of(config)
-    mesh = data_mesh()
-    replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    state = jax.device_put(initial_state(variables["params"], phase, module, 0.0), replicated)
-    step = make_train_step(module, phase, config, mesh)
-    size = phase.options.batch_size
-    stream = iter(train_batches(dataset, size, phase.first_example, seed, config.data.threads))
-    for _ in range(phase.steps):
-        state, _ = step(state, shard_batch(next(stream), rows))
+    with tempfile.TemporaryDirectory() as workdir:
+        state = train_phases(config, Path(workdir), module, variables, [phase], dataset, Stop())
 
     @jax.jit
     def answers(params: Any, pixels: jax.Array) -> tuple[jax.Array, ...]:

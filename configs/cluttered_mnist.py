@@ -58,6 +58,7 @@ def get_config(arg=None):
 
     config.eval.maps = ("all",)
     config.eval.maps_size = 64
+    config.eval.batch_size = 32  # the first batch is what sanity checks go by
     config.eval.lime_samples = 200
     config.eval.perturbation = True
     config.eval.page_images = 64

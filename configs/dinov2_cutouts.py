@@ -15,21 +15,20 @@ backgrounds that training never saw; seed 0). Hardware: 2 CPU cores run the dens
 a second at 112 px, and at 7 at 224 px.
 
 Variants: `:interpreters` leaves the trunk's weights as they are (Table 4's way); `:kind` asks for
-the class of objects that training never saw, in place of which object it is; `:px112` and `:px168`
-are smaller, and faster; `:runlocal` takes two steps on a few digits. Several:
-`:interpreters,px112`.
+the class of objects that training never saw, in place of which object it is; `:size=112` (px, a
+multiple of 14) is faster; `:runlocal` takes two steps on a few digits. Several:
+`:interpreters,size=112`.
 """
 
 from iared2_jax.config import default_config, parse_arg, runlocal
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, interpreters=False, kind=False, px112=False, px168=False)
+    arg = parse_arg(arg, interpreters=False, kind=False, size=224)
     config = default_config()
     config.name = "dinov2_cutouts"
     config.model.name = "dinov2_s14"
-    side = 112 if arg.px112 or arg.runlocal else 168 if arg.px168 else 224
-    config.model.image_size = (side, side)
+    config.model.image_size = (112, 112) if arg.runlocal else (arg.size, arg.size)
     config.model.num_classes = 0  # as many as there are objects, or classes of them
     config.data.name = "cutouts"
     config.data.eval_size = 1000

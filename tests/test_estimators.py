@@ -2,6 +2,8 @@
 
 import itertools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,25 +75,24 @@ def paired_outcomes(scores):
 def gradients(name, head_logits, masks, exact_saving=False, reduction="sum"):
     """One estimate for each of `masks` [m, k, n]."""
     estimator = ESTIMATORS[name]
-    greedy = toy_reward(policy.greedy(head_logits, alive)) if estimator.greedy else None
-    masks = jnp.asarray(masks)
-    rewards = toy_reward(masks)
-    if exact_saving:
-        rewards -= policy.saving(masks.reshape(-1, TOKENS)).reshape(rewards.shape)
-        greedy = (
-            None if greedy is None else greedy - policy.saving(policy.greedy(head_logits, alive))
-        )
+    run = masks = jnp.asarray(masks)
+    if estimator.greedy:
+        greedy = jnp.broadcast_to(policy.greedy(head_logits, alive), (len(masks), 1, TOKENS))
+        run = jnp.concatenate([masks, greedy], axis=1)
+    rewards = toy_reward(run)
+    savings = policy.saving(run.reshape(-1, TOKENS)).reshape(rewards.shape)
 
-    def one(mask, reward):
-        def surrogate(z):
-            value = estimator.surrogate(z, mask[None], alive, reward[None], greedy, reduction)
+    def one(mask, reward, saving):
+        def objective(z):
+            exact = None
             if exact_saving:
-                value += estimators.expected_saving(z, alive, float(TOKENS))
-            return value.sum()
+                exact = saving[None], estimators.expected_saving(z, alive)
+            value = estimator.objective(z, mask[None], alive, reward[None], exact)
+            return policy.reduced(value, alive, reduction).sum()
 
-        return jax.grad(surrogate)(head_logits)
+        return jax.grad(objective)(head_logits)
 
-    return jax.vmap(one)(masks, rewards)
+    return jax.vmap(one)(masks, rewards, savings)
 
 
 def expectation(name, head_logits, count, **options):
@@ -140,6 +141,20 @@ def test_masks_fall_as_the_scores_say(head_logits, name):
     np.testing.assert_allclose(both, expected[0], atol=0.016)
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+@hypothesis.given(seed=st.integers(0, 2**31 - 1), scale=st.floats(0.1, 10))
+def test_dead_tokens_are_never_sampled_and_get_no_gradient(name, seed, scale):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    head_logits = jax.random.normal(keys[0], (5, 7, 2)) * scale
+    alive = jax.random.bernoulli(keys[1], 0.6, (5, 7))
+    sampled = ESTIMATORS[name].sample(keys[2], head_logits, alive, 2)
+    greedy = policy.greedy(head_logits, alive)
+    assert not bool((sampled & ~alive[:, None]).any() | (greedy & ~alive).any())
+    grad = jax.grad(lambda z: policy.log_prob(z, sampled[:, 0], alive).sum())(head_logits)
+    assert bool((grad[~alive] == 0).all())
+    assert bool((grad[alive] != 0).all())
+
+
 def test_gathered_tokens_draw_what_they_would_have_drawn_in_place():
     head_logits = jax.random.normal(jax.random.key(2), (3, 6, 2))
     slots = jnp.array([[0, 2, 3, 5]] * 3)
@@ -154,10 +169,10 @@ def test_gathered_tokens_draw_what_they_would_have_drawn_in_place():
 def test_expected_saving_is_the_mean_over_all_masks(head_logits):
     scores = np.asarray(policy.informative_scores(head_logits), np.float64)[0, :ALIVE]
     masks, chances = independent_outcomes(scores, 1)
-    for handed, denominators in ((None, float(TOKENS)), (alive, float(ALIVE))):
+    for handed in (None, alive):
         every = None if handed is None else jnp.broadcast_to(handed, (len(masks), TOKENS))
         mean = (chances * policy.saving(jnp.asarray(masks[:, 0]), every)).sum()
-        exact = estimators.expected_saving(head_logits, alive, denominators)
+        exact = estimators.expected_saving(head_logits, alive, handed)
         np.testing.assert_allclose(exact[0], mean, rtol=1e-5)
 
 

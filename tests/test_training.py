@@ -19,7 +19,7 @@ from iared2_jax.token_reduction.estimators import ESTIMATORS
 from iared2_jax.token_reduction.model import KEEP_ALL
 from iared2_jax.training import optimizers
 from iared2_jax.training.capacities import measure_capacities, recalled
-from iared2_jax.training.curriculum import dense_phase, phase_at, phases
+from iared2_jax.training.curriculum import dense_phase, phase_at, phases, trains_dense_first
 from iared2_jax.training.phases import PHASES, PhaseContext
 from iared2_jax.training.step import data_mesh, enter_phase, initial_state, make_train_step
 
@@ -160,7 +160,8 @@ def test_features_are_cached_of_a_frozen_trunk_with_one_head(tiny_config):
         PHASES["supervised"].check_options(options)
     phase, context, params = cached_head(tiny_config)
     distilled = context.module.clone(backbone=context.module.backbone.clone(distilled=True))
-    with pytest.raises(UsageError, match="ViT with a distillation head has no single head"):
+    params = init_variables(distilled)["params"]
+    with pytest.raises(UsageError, match=r"cached_examples=24: a distilled model has a second"):
         next(phase.kind.stream(PhaseContext(distilled, phase), params, endless_batches, 0))
 
 
@@ -171,6 +172,9 @@ def test_a_curriculum_of_two_names_does_one_after_the_other(tiny_config):
     assert dense_phase(plan) is plan[0]
     assert dense_phase(plan_of(tiny_config, "interpreters")) is None
     assert dense_phase(plan_of(tiny_config, "supervised")) is None
+    for name in ("supervised+iared2", "iared2", "supervised"):
+        tiny_config.curriculum = name
+        assert trains_dense_first(tiny_config) == (name == "supervised+iared2")
 
 
 def test_train_head_adds_norm_and_head(tiny_config):

@@ -64,7 +64,7 @@ def _linear(contract: Callable[[Array, Array], Array]):
     """
 
     def linear(rules: str, relevance: Array, x: Array, kernel: Array) -> tuple[Array, ...]:
-        """By what speaks for each output: of both signs together, or of each by itself."""
+        """Shares by what speaks for each output: of both signs together, or of each by itself."""
         nothing = jnp.zeros_like(kernel)
         if rules == "conserving":
 

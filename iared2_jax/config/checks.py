@@ -22,7 +22,7 @@ from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
 from iared2_jax.token_reduction.selectors import SELECTORS
 from iared2_jax.training.optimizers import OPTIMIZERS
-from iared2_jax.training.phases import CURRICULA, PHASES, stages
+from iared2_jax.training.phases import CURRICULA, PHASES, curricula_of, stages
 
 
 def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
@@ -39,9 +39,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         if flat[key] not in choices:
             raise UsageError(f"config.{key}={flat[key]!r} is unknown{nearest(flat[key], choices)}")
 
-    for name in config.curriculum.split("+"):
-        if name not in CURRICULA:
-            raise UsageError(f"config.curriculum={name!r} is unknown{nearest(name, CURRICULA)}")
+    _check_curriculum(config)
     one_of("mode", MODES)
     one_of("data.name", OPENERS)
     if not is_variant(config.model.name):  # timm's names are names, too
@@ -61,11 +59,6 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
                 f"config.compare.selectors has {selector!r}, which is unknown"
                 f"{nearest(str(selector), SELECTORS)}"
             )
-    if config.compare.selectors and config.curriculum.split("+")[-1] != "iared2":
-        raise UsageError(
-            "config.compare.selectors fine-tunes baselines as long as our own blocks: it goes with "
-            f"config.curriculum=iared2, not {config.curriculum!r}"
-        )
 
     for kind in PHASES.values():
         kind.check_options(config[kind.section])
@@ -109,6 +102,26 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     for kind in {PHASES[name] for name, _ in stages(config.curriculum, len(sizes))}:
         _check_phase(kind.section, config[kind.section], device_count)
         kind.check(config[kind.section], len(sizes))
+
+
+def _check_curriculum(config: ml_collections.ConfigDict) -> None:
+    names = curricula_of(config.curriculum)
+    for name in names:
+        if name not in CURRICULA:
+            raise UsageError(f"config.curriculum={name!r} is unknown{nearest(name, CURRICULA)}")
+    phases = stages(config.curriculum, 1)
+    drops = [PHASES[kind].reduces for kind, _ in phases]
+    # Metrics and capacities go by a phase's name; and dense training would undo what drops tokens.
+    if len(set(phases)) < len(phases) or drops != sorted(drops):
+        raise UsageError(
+            f"config.curriculum={config.curriculum!r} cannot be: a phase comes once in a run, and "
+            "what trains the dense backbone comes before what drops tokens"
+        )
+    if config.compare.selectors and names[-1] != "iared2":
+        raise UsageError(
+            "config.compare.selectors fine-tunes baselines as long as our own blocks: it goes with "
+            f"config.curriculum=iared2, not {config.curriculum!r}"
+        )
 
 
 def _check_maps(key: str, names: list[str]) -> None:

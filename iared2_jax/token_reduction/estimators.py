@@ -26,8 +26,8 @@ class Estimator:
 
     Attributes:
       surrogate: (head logits [b, n, h], masks [b, k, n], alive [b, n], rewards [b, k], rewards of
-        the greedy masks [b] or None, reduction) to a number per image [b], whose gradient is the
-        estimate. Rewards and masks are constants.
+        the greedy masks [b] or None) to a number per image [b], whose gradient is the estimate.
+        Rewards and masks are constants.
       greedy: whether the most probable mask is run, too: one more forward pass.
       paired: whether masks come in antithetic pairs, so that there must be an even number of them.
       fewest: the smallest number of sampled masks that it is defined for.
@@ -61,38 +61,58 @@ class Estimator:
         scores = policy.informative_scores(head_logits)
         return (uniform < scores[:, None]) & alive[:, None]
 
+    def objective(
+        self,
+        head_logits: Float[Array, "b n h"],
+        sampled: Bool[Array, "b k n"],
+        alive: Bool[Array, "b n"],
+        rewards: Float[Array, "b m"],
+        exact: tuple[Float[Array, "b m"], Float[Array, " b"]] | None = None,
+    ) -> Float[Array, " b"]:
+        """What is to rise, per image: its gradient is the estimate of E_u[R(u)]'s.
 
-def _score_function(
-    head_logits: Array, masks: Array, alive: Array, advantages: Rewards, reduction: str
-) -> Array:
+        Args:
+          sampled: the masks of `sample`.
+          rewards: of each of them, and at last of the greedy mask, where the estimator runs it.
+          exact: a part of these rewards whose mean over all masks is known, and that mean as a
+            function of the head logits. It is differentiated as it is; only the rest is estimated.
+        """
+        if exact is not None:
+            part, mean = exact
+            return mean + self.objective(head_logits, sampled, alive, rewards - part)
+        greedy_reward = rewards[:, -1] if self.greedy else None
+        own = rewards[:, : sampled.shape[1]]
+        return self.surrogate(head_logits, sampled, alive, own, greedy_reward)
+
+
+def _score_function(head_logits: Array, masks: Array, alive: Array, advantages: Rewards) -> Array:
     """mean_k A_k log pi(u_k), per image (REINFORCE)."""
     log_probs = jax.vmap(
-        lambda mask: policy.log_prob(head_logits, mask, alive, reduction), in_axes=1, out_axes=1
+        lambda mask: policy.log_prob(head_logits, mask, alive), in_axes=1, out_axes=1
     )(masks)
     return (jax.lax.stop_gradient(advantages) * log_probs).mean(axis=1)
 
 
-def _self_critical(head_logits, masks, alive, rewards, greedy_reward, reduction):
+def _self_critical(head_logits, masks, alive, rewards, greedy_reward):
     """A_k = R(u_k) - R(greedy): the paper's Eq. 3 (Rennie et al. 2017). Unbiased.
 
     K + 1 forward passes. Where random masks do worse than the greedy one on the whole, the baseline
     is far from the mean reward, and every sampled action is discouraged: noise.
     """
-    advantages = rewards - greedy_reward[:, None]
-    return _score_function(head_logits, masks, alive, advantages, reduction)
+    return _score_function(head_logits, masks, alive, rewards - greedy_reward[:, None])
 
 
-def _leave_one_out(head_logits, masks, alive, rewards, greedy_reward, reduction):
+def _leave_one_out(head_logits, masks, alive, rewards, greedy_reward):
     """A_k = R(u_k) - mean of R(u_j), j != k (RLOO; Kool et al. 2019). Unbiased.
 
     K forward passes, K >= 2. The baseline is the image's own mean reward, from other samples.
     """
     count = rewards.shape[1]
     others = (rewards.sum(axis=1, keepdims=True) - rewards) / (count - 1)
-    return _score_function(head_logits, masks, alive, rewards - others, reduction)
+    return _score_function(head_logits, masks, alive, rewards - others)
 
 
-def _antithetic(head_logits, masks, alive, rewards, greedy_reward, reduction):
+def _antithetic(head_logits, masks, alive, rewards, greedy_reward):
     """Pairs u(r), u(1 - r) of the same random numbers r (DisARM; Dong et al. 2020). Unbiased.
 
         dE[R]/dz_i ~ 1/2 (R(u) - R(u')) (u_i - u'_i) max(I_i, 1 - I_i),  z_i = logit I_i
@@ -107,8 +127,7 @@ def _antithetic(head_logits, masks, alive, rewards, greedy_reward, reduction):
     differ = masks[:, :half].astype(jnp.float32) - masks[:, half:]
     gain = (rewards[:, :half] - rewards[:, half:])[..., None] / 2
     weights = (gain * differ).mean(axis=1) * certainty
-    total = (jax.lax.stop_gradient(weights) * logits).sum(axis=-1)
-    return total / jnp.maximum(alive.sum(axis=-1), 1) if reduction == "mean" else total
+    return (jax.lax.stop_gradient(weights) * logits).sum(axis=-1)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -140,15 +159,16 @@ def check_rollouts(name: str, rollouts: int) -> None:
 def expected_saving(
     head_logits: Float[Array, "b n h"],
     alive: Bool[Array, "b n"],
-    denominators: Float[Array, " b"] | float,
+    handed: Bool[Array, "b n"] | None = None,
+    num_patches: int | None = None,
 ) -> Float[Array, " b"]:
-    """E_u[1 - (|u| / M)^2] of independent tokens, exactly.
+    """The mean of `policy.saving` over all masks u ~ Bernoulli(I), exactly.
 
-        E[|u|^2] = (sum_i I_i)^2 + sum_i I_i (1 - I_i)
+        E[1 - (|u| / M)^2] = 1 - ((sum_i I_i)^2 + sum_i I_i (1 - I_i)) / M^2
 
     Args:
-      denominators: M, what the kept tokens are counted against.
+      handed, num_patches: what the kept tokens are counted against, as `policy.saving` takes them.
     """
     scores = jnp.where(alive, policy.informative_scores(head_logits), 0.0)
     square = scores.sum(-1) ** 2 + (scores * (1 - scores)).sum(-1)
-    return 1 - square / denominators**2
+    return 1 - square / policy.saving_denominator(alive, handed, num_patches) ** 2

@@ -264,15 +264,15 @@ class IARed2(nn.Module):
         """
         return get_reducer("drop").compacted(state, keep, None, self.num_prefix, capacity)
 
-    def answer(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+    def classify_features(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
         """The head alone: the logits of `out.features`.
 
         Raises:
           ValueError: the backbone does not say how, or its heads read more than these.
         """
-        if not hasattr(self.backbone, "answer"):
-            raise ValueError(f"{type(self.backbone).__name__} has no method `answer`")
-        return self.backbone.answer(features)
+        if not hasattr(self.backbone, "classify_features"):
+            raise ValueError(f"{type(self.backbone).__name__} has no method `classify_features`")
+        return self.backbone.classify_features(features)
 
     # -- What is asked, checked.
 

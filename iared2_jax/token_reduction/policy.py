@@ -40,7 +40,6 @@ def log_prob(
     head_logits: Float[Array, "b n h"],
     keep: Bool[Array, "b n"],
     alive: Bool[Array, "b n"],
-    reduction: str = "sum",
 ) -> Float[Array, " b"]:
     """log pi(u) = sum_i log[I_i u_i + (1 - I_i)(1 - u_i)] over the alive tokens (Eq. 3).
 
@@ -48,15 +47,21 @@ def log_prob(
       head_logits: the interpreter's per-head logits.
       keep: the actions u; outside `alive` they do not count.
       alive: tokens the group was handed.
-      reduction: "sum" (Eq. 3), or "mean" over the alive tokens.
+    """
+    log_i, log_not_i = log_scores(head_logits)
+    return jnp.where(alive, jnp.where(keep, log_i, log_not_i), 0.0).sum(axis=-1)
+
+
+def reduced(
+    total: Float[Array, " b"], alive: Bool[Array, "b n"], reduction: str
+) -> Float[Array, " b"]:
+    """A sum over the alive tokens as it is ("sum", Eq. 3), or per token ("mean").
 
     Raises:
       ValueError: on an unknown reduction.
     """
     if reduction not in LOG_PROB_REDUCTIONS:
         raise ValueError(f"reduction must be one of {LOG_PROB_REDUCTIONS}, got {reduction!r}")
-    log_i, log_not_i = log_scores(head_logits)
-    total = jnp.where(alive, jnp.where(keep, log_i, log_not_i), 0.0).sum(axis=-1)
     return total / jnp.maximum(alive.sum(axis=-1), 1) if reduction == "mean" else total
 
 
@@ -67,30 +72,18 @@ def entropy(head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]) -> Fl
     return jnp.where(alive, per_token, 0.0).sum(-1) / jnp.maximum(alive.sum(-1), 1)
 
 
-def sample(
-    key: PRNGKeyArray,
-    head_logits: Float[Array, "b n h"],
-    alive: Bool[Array, "b n"],
-    slots: Int[Array, "b n"] | None = None,
-    num_patches: int | None = None,
-) -> Bool[Array, "b n"]:
-    """u ~ Bernoulli(I), independently per token; dead tokens stay dropped.
-
-    Args:
-      slots, num_patches: which of how many patches each token is, where they have been gathered:
-        each patch's draw is then the same as if they had not.
-    """
-    uniform = draws(key, alive.shape, slots, num_patches)
-    return (uniform < informative_scores(head_logits)) & alive
-
-
 def draws(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     slots: Int[Array, "b n"] | None = None,
     num_patches: int | None = None,
 ) -> Float[Array, "b n"]:
-    """Uniform numbers in [0, 1), one per token; for the arguments see `sample`."""
+    """Uniform numbers in [0, 1), one per token of `shape`.
+
+    Args:
+      slots, num_patches: which of how many patches each token is, where they have been gathered:
+        each patch's draw is then the same as if they had not.
+    """
     uniform = jax.random.uniform(key, (shape[0], num_patches or shape[1]))
     return uniform if slots is None else jnp.take_along_axis(uniform, slots, axis=1)
 
@@ -161,6 +154,15 @@ def saving(
 ) -> Float[Array, " b"]:
     """1 - (|u| / N)^2, the reward of a right answer; for the arguments see `reward`."""
     count = keep.sum(axis=-1).astype(jnp.float32)
-    n = num_patches or keep.shape[-1]
-    denominator = n if alive is None else jnp.maximum(alive.sum(axis=-1), 1)
-    return 1 - (count / denominator) ** 2
+    return 1 - (count / saving_denominator(keep, alive, num_patches)) ** 2
+
+
+def saving_denominator(
+    keep: Bool[Array, "b n"],
+    alive: Bool[Array, "b n"] | None = None,
+    num_patches: int | None = None,
+) -> int | Int[Array, " b"]:
+    """What kept tokens are counted against; for the arguments see `reward`."""
+    if alive is None:
+        return num_patches or keep.shape[-1]
+    return jnp.maximum(alive.sum(axis=-1), 1)

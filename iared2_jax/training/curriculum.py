@@ -1,8 +1,10 @@
 """The curriculum as data: what trains, when, and for how long (paper, section 3.2)."""
 
+from collections.abc import Sequence
+
 import ml_collections
 
-from iared2_jax.training.phases import PHASES, Phase, stages
+from iared2_jax.training.phases import PHASES, Phase, PhaseKind, stages
 
 
 def phases(
@@ -46,19 +48,24 @@ def reduces(config: ml_collections.ConfigDict) -> bool:
     return any(PHASES[name].reduces for name, _ in stages(config.curriculum, 1))
 
 
-def trains_dense_first(config: ml_collections.ConfigDict) -> bool:
-    """Whether a config's curriculum trains a dense backbone, and then drops tokens from it."""
-    kinds = [PHASES[name] for name, _ in stages(config.curriculum, 1)]
-    return kinds[-1].reduces and not kinds[0].reduces
+def dense_stages(kinds: Sequence[PhaseKind]) -> int:
+    """How many kinds, from the first, train the dense backbone before tokens are dropped from it.
 
-
-def dense_phase(plan: list[Phase]) -> Phase | None:
-    """The phase at whose end a plan's backbone is what its reduced model is compared with.
-
-    None where that is the start of the run, or where nothing is reduced.
+    0 where tokens are never dropped.
     """
-    dense = [phase for phase in plan if not phase.kind.reduces]
-    return dense[-1] if dense and plan[-1].kind.reduces else None
+    dropping = [place for place, kind in enumerate(kinds) if kind.reduces]
+    return dropping[0] if dropping else 0
+
+
+def trains_dense_first(config: ml_collections.ConfigDict) -> bool:
+    """Whether a config's curriculum trains the dense backbone that its model is compared with."""
+    return dense_stages([PHASES[name] for name, _ in stages(config.curriculum, 1)]) > 0
+
+
+def dense_phase(plan: Sequence[Phase]) -> Phase | None:
+    """The phase at whose end the dense backbone is as it will be compared with; None: the start."""
+    count = dense_stages([phase.kind for phase in plan])
+    return plan[count - 1] if count else None
 
 
 def phase_at(plan: list[Phase], step: int) -> Phase | None:

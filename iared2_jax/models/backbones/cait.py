@@ -215,7 +215,7 @@ class CaiT(nn.Module):
         features = self.norm(cls[:, 0]).astype(jnp.float32)
         return self.head(features), features, attention
 
-    def answer(self, features: Float[Array, "b d"]) -> Float[Array, "b classes"]:
+    def classify_features(self, features: Float[Array, "b d"]) -> Float[Array, "b classes"]:
         """The logits of what `classify` says the head reads."""
         return self.head(features)
 

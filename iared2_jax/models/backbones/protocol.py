@@ -86,8 +86,8 @@ class Backbone(Protocol):
         alive: which patch tokens of `x` survive, None: all; what lies in the others is not read.
         """
 
-    # Optional: `answer(features)`, the logits of the features that `classify` returns; a head can
-    # then be trained on cached features (config.supervised.cached_examples).
+    # Optional: `classify_features(features)`, the logits of what `classify` returns second; a head
+    # can then be trained on cached features (config.supervised.cached_examples).
 
     def block_flops(self, tokens: ArrayLike) -> BlockFlops:
         """The cost of one block that sees so many tokens, prefix included."""

@@ -233,7 +233,7 @@ class ViT(nn.Module):
             logits = self.scale(self.add(logits, self.head_dist(x[:, 1])), 0.5)
         return logits, x[:, 0], []
 
-    def answer(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+    def classify_features(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
         """The logits of what `classify` says the head reads.
 
         Raises:

@@ -48,9 +48,15 @@ CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
 }
 
 
+def curricula_of(curriculum: str) -> list[str]:
+    """The names that config.curriculum has: one, or several joined by "+"."""
+    return curriculum.split("+")
+
+
 def stages(curriculum: str, num_groups: int) -> list[tuple[str, int]]:
     """The kinds of phases of a curriculum, each with its group; of "a+b" those of a, then of b."""
-    return [stage for name in curriculum.split("+") for stage in CURRICULA[name](num_groups)]
+    names = curricula_of(curriculum)
+    return [stage for name in names for stage in CURRICULA[name](num_groups)]
 
 
 __all__ = [
@@ -66,5 +72,6 @@ __all__ = [
     "PhaseKind",
     "SelectorPhase",
     "SupervisedPhase",
+    "curricula_of",
     "stages",
 ]

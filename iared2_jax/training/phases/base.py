@@ -93,6 +93,8 @@ class PhaseKind:
     ) -> Iterator[Batch]:
         """The batches of the phase from its step `step` on; a pure function of its arguments.
 
+        They may lie on the host: the loop spreads them over the devices.
+
         Args:
           params: as they are at that step.
           batches: the training batches from one example of the run on, spread over the devices.

@@ -95,7 +95,7 @@ class InterpreterPhase(PhaseKind):
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Array, Metrics]:
-        """Minus the mean surrogate of `options.estimator`, whose gradient is the policy gradient.
+        """Minus the mean objective of `options.estimator`; its gradient is the policy gradient.
 
         The prefix up to the interpreter is the same for all rollouts, so it is computed once, and
         they run as one larger batch. Rewards are constants to the gradient, so nothing is
@@ -128,21 +128,11 @@ class InterpreterPhase(PhaseKind):
         rewards = over_masks(lambda mask, answer: policy.reward(mask, answer, tau, handed, n))(
             masks, answers
         )
-        credited = rewards - savings if options.exact_saving else rewards
-        surrogate = estimator.surrogate(
-            policy_logits,
-            sampled,
-            alive,
-            credited[:, :rollouts],
-            credited[:, -1] if estimator.greedy else None,
-            options.log_prob_reduction,
-        )
+        exact = None
         if options.exact_saving:
-            count = jnp.maximum(alive.sum(-1), 1).astype(jnp.float32)
-            expected = estimators.expected_saving(
-                policy_logits, alive, n if handed is None else count
-            )
-            surrogate += expected / count if options.log_prob_reduction == "mean" else expected
+            exact = savings, estimators.expected_saving(policy_logits, alive, handed, n)
+        objective = estimator.objective(policy_logits, sampled, alive, rewards, exact)
+        objective = policy.reduced(objective, alive, options.log_prob_reduction)
 
         right = policy.answer_value(logits, batch["label"], "right")
         metrics = {
@@ -153,7 +143,7 @@ class InterpreterPhase(PhaseKind):
             "handed_rate": (alive.sum(-1) / n).mean(),
             "overflow": entry.overflow.sum().astype(jnp.float32),
         }
-        return -surrogate.mean(), metrics
+        return -objective.mean(), metrics
 
     def alarms(self, phase: Phase, figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """A policy that keeps all that it is handed, or nothing."""

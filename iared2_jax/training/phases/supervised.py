@@ -1,5 +1,6 @@
 """Supervised training of the backbone alone, dense; or of its head, on a trunk that stays."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from iared2_jax.errors import UsageError
+from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training.phases.base import (
     Batch,
     Metrics,
@@ -30,6 +32,7 @@ class SupervisedPhase(PhaseKind):
     reduces = False
 
     def options(self) -> dict[str, Any]:
+        """How a backbone is trained from scratch (DeiT's 300 epochs), and what may stay frozen."""
         return phase_options(
             epochs=300.0,
             optimizer="adamw",
@@ -88,9 +91,10 @@ class SupervisedPhase(PhaseKind):
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Array, Metrics]:
+        """Of images, or of the features that `stream` has put in their place."""
         module, variables = context.module, {"params": params}
         if "features" in batch:
-            logits = module.apply(variables, batch["features"], method="answer")
+            logits = module.apply(variables, batch["features"], method="classify_features")
         else:
             logits, _ = module.apply(variables, batch["input"], execution="dense")
         loss, metrics = cross_entropy(logits, batch, context.phase.options.label_smoothing)
@@ -101,25 +105,32 @@ def _features_of(
     context: PhaseContext, params: Params, examples: Iterator[Batch], count: int
 ) -> dict[str, np.ndarray]:
     """What the head reads of the first `count` examples, with their labels (and soft targets)."""
-    module = context.module
-    if not hasattr(module.backbone, "answer") or getattr(module.backbone, "distilled", False):
-        raise UsageError(
-            f"config.supervised.cached_examples={count}, but {type(module.backbone).__name__}"
-            f"{' with a distillation head' if hasattr(module.backbone, 'answer') else ''} has no "
-            "single head that reads cached features: set --config.supervised.cached_examples=0"
-        )
+    module, variables = context.module, {"params": params}
 
     @jax.jit
-    def features(params: Params, inputs: Array) -> Array:
+    def features(variables: dict[str, Params], inputs: Array) -> Array:
         pixels = module.input_spec.normalize(inputs)
-        return module.apply({"params": params}, pixels, execution="dense")[1].features
+        return module.apply(variables, pixels, execution="dense")[1].features
 
     parts: list[dict[str, Any]] = []
     while sum(len(part["label"]) for part in parts) < count:
         batch = dict(next(examples))
-        batch["features"] = features(params, batch.pop("input"))
+        batch["features"] = features(variables, batch.pop("input"))
+        if not parts:
+            _check_head(module, variables, batch["features"], count)
         parts.append(jax.device_get(batch))
     return {key: np.concatenate([part[key] for part in parts])[:count] for key in parts[0]}
+
+
+def _check_head(module: IARed2, variables: dict[str, Params], features: Array, count: int) -> None:
+    """Refuses a model whose head needs more than its features."""
+    head = functools.partial(module.apply, method="classify_features")
+    try:
+        jax.eval_shape(head, variables, features)
+    except ValueError as error:
+        raise UsageError(
+            f"config.supervised.cached_examples={count}: {error}; set it to 0"
+        ) from error
 
 
 def _shuffled(cache: dict[str, np.ndarray], batch_size: int, step: int) -> Iterator[Batch]:

@@ -80,7 +80,7 @@ def joined_transposed(*parts: np.ndarray) -> np.ndarray:
 
 
 def cls_with_its_position(path: str, cls_token: str, positions: str) -> Recipe | None:
-    """Of a file where CLS has a position, for a model where it has none: CLS is the sum of both.
+    """The recipe of a CLS that takes in its position, for a model where it has none of its own.
 
     None for all parameters but CLS and the positions.
     """
