@@ -215,8 +215,14 @@ def test_8_devices_give_the_update_of_1(tiny_config, batch, kind):
     _, spread, metrics_8 = run_step(tiny_config, phase, batch, devices=8)
     for path, value in flat(alone.params).items():
         np.testing.assert_allclose(flat(spread.params)[path], value, atol=2e-6, err_msg=path)
-    for name, value in metrics.items():
-        np.testing.assert_allclose(metrics_8[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert_same_metrics(metrics_8, metrics)
+
+
+def assert_same_metrics(actual, desired):
+    for name in desired.keys() - {"overflow"}:
+        # An interpreter's loss is a sum of terms of up to tau log(1/pi) a token, which cancel.
+        atol = 1e-3 if name == "loss" else 1e-5
+        np.testing.assert_allclose(actual[name], desired[name], rtol=1e-4, atol=atol, err_msg=name)
 
 
 def plain_sgd(config):
@@ -230,10 +236,7 @@ def assert_same_update(one, other):
     assert any(not np.array_equal(moved[path], value) for path, value in flat(before).items())
     for path, value in moved.items():
         np.testing.assert_allclose(flat(others.params)[path], value, atol=3e-6, err_msg=path)
-    for name in metrics.keys() - {"overflow"}:
-        np.testing.assert_allclose(
-            others_metrics[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name
-        )
+    assert_same_metrics(others_metrics, metrics)
 
 
 @pytest.mark.parametrize(
