@@ -37,18 +37,19 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
+# Python compiles what it imports; of all that is installed (half of an installation's time) it is little.
 $(BIN)/.installed: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q --no-compile -e .
 	touch $@
 
 $(BIN)/.installed-test: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[test,lint]'
+	$(BIN)/python -m pip install -q --no-compile -e '.[test,lint]'
 	touch $@ $(BIN)/.installed
 
 # timm would pull torchvision, which has no CPU build; the tests stand in for what it imports of it.
 $(BIN)/.installed-parity: setup.cfg $(BIN)/.installed-test
-	$(BIN)/python -m pip install -q -e '.[test,parity]'
-	$(BIN)/python -m pip install -q --no-deps timm==1.0.31
+	$(BIN)/python -m pip install -q --no-compile -e '.[test,parity]'
+	$(BIN)/python -m pip install -q --no-compile --no-deps timm==1.0.31
 	touch $@
 
 clean:

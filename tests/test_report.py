@@ -15,12 +15,14 @@ from iared2_jax.errors import Interrupted
 from iared2_jax.evaluation.agreement import SHOWN
 from iared2_jax.evaluation.evaluators import accuracy, collect, cost, kept_tokens, top_classes
 from iared2_jax.experiment.build import build_model, dataset_of, model_options
+from iared2_jax.report import results as run_results
 from iared2_jax.report.results import evaluate_run
 from iared2_jax.report.tables import as_text
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.selectors import random_like
+from iared2_jax.training.step import data_mesh
 from iared2_jax.weights.files import read_tensors
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -51,6 +53,33 @@ def evaluated(tmp_path_factory):
     config.data.eval_size = 20  # not a multiple of the batch: the last one is padded
     workdir = tmp_path_factory.mktemp("run")
     return config, workdir, evaluated_into(config, workdir)
+
+
+def test_both_models_of_an_evaluation_share_compiled_programs(tmp_path, monkeypatch):
+    """A compiled program is for one placement; training's is a mesh."""
+    config = load_config("cluttered_mnist", "runlocal")
+    module, variables = build_model(config)
+    mesh = jax.sharding.NamedSharding(data_mesh(jax.devices()[:2]), jax.sharding.PartitionSpec())
+    seen = []
+
+    def measure(comparison, dataset):
+        seen.append(comparison)
+        raise Interrupted("seen")
+
+    monkeypatch.setattr(run_results, "_measure", measure)
+    with pytest.raises(Interrupted, match="seen"):
+        evaluate_run(
+            config,
+            tmp_path,
+            module,
+            jax.device_put(variables["params"], mesh),
+            variables,
+            dataset_of(config),
+        )
+    forward = jax.jit(lambda variables: variables["params"]["backbone"]["head"]["bias"] + 1)
+    for model in (seen[0].trained, seen[0].original):
+        forward(model)
+    assert forward._cache_size() == 1
 
 
 def test_results_have_the_promised_keys(evaluated):

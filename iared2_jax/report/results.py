@@ -67,7 +67,8 @@ def evaluate_run(
     crops = None
     if dataset.load_crops is not None and config.eval.video:
         crops = dataset.load_crops(data.eval_split, data.eval_size, data.seed)
-    trained = {"params": params}
+    # Off the training's mesh: as the loaded ones lie, so that both models share compiled programs.
+    trained = {"params": jax.tree.map(jnp.asarray, jax.device_get(params))}
     comparison = Comparison(
         config=config,
         module=module,
