@@ -33,24 +33,30 @@ def _parser() -> Parser:
     return parser
 
 
-def _overrides(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Pairs (key, text) from --config.KEY=TEXT or --config.KEY TEXT."""
+FLAGS = ("--config", "--workdir", "--help")
+
+
+def overrides(arguments: Iterable[str], flags: Sequence[str] = FLAGS) -> Iterator[tuple[str, str]]:
+    """Pairs (key, text) from --config.KEY=TEXT or --config.KEY TEXT.
+
+    Args:
+      flags: of the command; one of them may have been meant by what is no option.
+    """
     rest = iter(arguments)
     for argument in rest:
         flag, equals, text = argument.partition("=")
         if not flag.startswith("--config."):
-            known = ["--config", "--workdir", "--help"]
-            raise UsageError(f"there is no flag {flag!r}{nearest(flag, known)}")
+            raise UsageError(f"there is no flag {flag!r}{nearest(flag, flags)}")
         yield flag.removeprefix("--config."), text if equals else next(rest, "")
 
 
 def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:
     """The config and the workdir that a command line names."""
     flags, rest = _parser().parse_known_args(argv)
-    overrides = dict(_overrides(rest))
+    changes = dict(overrides(rest))
     if not flags.config:
         raise UsageError("which experiment? Give --config=configs/<name>.py")
-    config = config_lib.load(flags.config, overrides)
+    config = config_lib.load(flags.config, changes)
     return config, flags.workdir or f"runs/{config.name}"
 
 

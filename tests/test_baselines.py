@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import load_config
 
 import iared2_jax
@@ -16,6 +17,7 @@ from iared2_jax.data import moving_mnist
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment import compare
 from iared2_jax.experiment.build import build_module, build_phases
+from iared2_jax.experiment.run import train_and_evaluate
 from iared2_jax.report import tables
 from iared2_jax.token_reduction.create import init_variables
 from iared2_jax.token_reduction.flops import count_flops
@@ -109,8 +111,8 @@ def test_a_baseline_is_refused_where_it_makes_no_sense(config):
     pictures.compare.selectors = ("magic",)
     with pytest.raises(UsageError, match=r"config\.compare\.selectors has 'magic'"):
         validate(pictures, 1)
-    pictures.compare.selectors, pictures.curriculum = ("random",), "interpreters"
-    with pytest.raises(UsageError, match=r"config\.compare\.selectors fine-tunes"):
+    pictures.compare.selectors, pictures.curriculum = ("random",), "supervised"
+    with pytest.raises(UsageError, match=r"config\.compare\.selectors sets baselines"):
         validate(pictures, 1)
 
 
@@ -188,6 +190,39 @@ def test_a_baseline_has_the_runs_own_recipe(config):
         assert phase.options[option] == own[0].options[option]
     assert (phase.selector, phase.keep_ratios) == ("random", (0.5, 0.4))
     assert compare.kept_shares({"iared2": {"kept": [0.3501, 0.2]}}) == (0.351, 0.2)
+
+
+def test_a_baseline_is_fine_tuned_only_if_the_run_is(config):
+    config.reduction.selector, config.reduction.keep_ratios = "interpreter", ()
+    for curriculum, mode in (
+        ("iared2", "train"),
+        ("supervised+iared2", "train"),
+        ("interpreters", "eval"),
+        ("supervised+interpreters", "eval"),  # that one trains what both start from
+    ):
+        config.curriculum = curriculum
+        assert compare.baseline_config(config, "random", (0.5,)).mode == mode
+
+
+def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config):
+    """The same backbone chooses by other scores: nothing but the kept tokens differs."""
+    tiny_config.curriculum = "interpreters"
+    tiny_config.eval.speed_batch = tiny_config.eval.figures = 0
+    tiny_config.eval.maps = ()
+    tiny_config.compare.selectors = ("random",)
+    train_and_evaluate(tiny_config, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["methods"]) == ["original", "random", "iared2"]
+    assert not (tmp_path / "baselines" / "random" / "checkpoints").exists()
+    ours, theirs = (
+        safetensors.numpy.load_file(folder / "weights.safetensors")
+        for folder in (tmp_path, tmp_path / "baselines" / "random")
+    )
+    backbone = [name for name in ours if not name.startswith("interpreters")]
+    assert backbone
+    for name in backbone:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert results["methods"]["random"]["kept"] >= results["methods"]["iared2"]["kept"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from iared2_jax.attribution.methods.interpreter import masked_pass
 from iared2_jax.attribution.segmentation import METRICS, measure, summarise
 from iared2_jax.data.inputs import is_traced
 from iared2_jax.errors import Interrupted, UsageError
+from iared2_jax.evaluation import map_sources as map_sources_module
 from iared2_jax.evaluation.agreement import SHOWN, answers_when_shown
 from iared2_jax.evaluation.compare_maps import check_sanity, compare_maps
 from iared2_jax.evaluation.map_sources import MapSource, map_sources
@@ -26,7 +27,7 @@ from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.models.input_spec import HALF_NORM, images
 from iared2_jax.report.figures import draw_curves, draw_maps
 from iared2_jax.signals import Stop
-from iared2_jax.token_reduction.create import init_variables
+from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import random_like
 from tests.test_perturbation import HERE, PATCH, planted
@@ -35,6 +36,28 @@ N = 10
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+def test_maps_of_one_pass_are_computed_once(monkeypatch):
+    """All blocks' attention comes from one forward pass; other inputs are another one."""
+    module, passes = create_module("vit_micro", num_classes=10), []
+    attention = map_sources_module.attention_of_blocks
+
+    def counted(module, variables, inputs):
+        passes.append(inputs)
+        return attention(module, variables, inputs)
+
+    monkeypatch.setattr(map_sources_module, "attention_of_blocks", counted)
+    sources = map_sources(module, ["raw_attention"])
+    variables = init_variables(module, 0)
+    one, other = jax.random.normal(jax.random.key(0), (2, 2, *module.input_spec.shape))
+    classes = jnp.zeros(2, int)
+    del passes[:]  # of the shapes
+    for inputs in (one, other, one):
+        for block in range(6):
+            found = sources[f"raw_attention_block_{block}"](variables, inputs, classes)
+            np.testing.assert_array_equal(found, attention(module, variables, inputs)[block])
+    assert [x is y for x, y in zip(passes, (one, other, one), strict=True)] == [True] * 3
 
 
 # -- Rank correlation.

@@ -117,10 +117,10 @@ def _check_curriculum(config: ml_collections.ConfigDict) -> None:
             f"config.curriculum={config.curriculum!r} cannot be: a phase comes once in a run, and "
             "what trains the dense backbone comes before what drops tokens"
         )
-    if config.compare.selectors and names[-1] != "iared2":
+    if config.compare.selectors and names[-1] not in ("iared2", "interpreters"):
         raise UsageError(
-            "config.compare.selectors fine-tunes baselines as long as our own blocks: it goes with "
-            f"config.curriculum=iared2, not {config.curriculum!r}"
+            "config.compare.selectors sets baselines beside our interpreters: it goes with "
+            f"config.curriculum=iared2 or interpreters, not {config.curriculum!r}"
         )
 
 

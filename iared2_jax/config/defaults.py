@@ -95,9 +95,10 @@ def default_config() -> ml_collections.ConfigDict:
     # into as many slots as the phase's first images need. The same gradients (docs/performance.md).
     config.reduction.train_execution = "masked"
 
-    # Baselines beside the run, e.g. ("random", "attention_block_1"): the same start, fine-tuned as
-    # long under each selector at the share of tokens that the run itself keeps; in
-    # <workdir>/baselines/, and as `methods` in results.json.
+    # Baselines beside the run, e.g. ("random", "attention_block_1"): the same start under each
+    # selector, at the share of tokens that the run itself keeps, fine-tuned as long as the run's
+    # blocks (not at all by the curriculum "interpreters"); in <workdir>/baselines/, and as
+    # `methods` in results.json.
     config.compare = ml_collections.ConfigDict()
     config.compare.selectors = ()
 

@@ -89,6 +89,7 @@ def _named(methods: Sequence[str], options: Mapping[str, Any]) -> list[str]:
 def _scores(module: IARed2, applied: dict[str, Any], name: str) -> dict[str, MapSource]:
     """The scores of every group, from one compiled pass."""
 
+    @_remembered
     @jax.jit
     def all_scores(variables, inputs):
         """What every group scores its patches by."""
@@ -108,10 +109,24 @@ def _attention(module: IARed2) -> dict[str, MapSource]:
     variables = jax.eval_shape(lambda: init_variables(module, 0))
     blocks = len(jax.eval_shape(functools.partial(attention_of_blocks, module), variables, shape))
 
+    all_attention = _remembered(functools.partial(attention_of_blocks, module))
+
     def of_block(block: int) -> MapSource:
-        return MapSource(lambda variables, x, _: attention_of_blocks(module, variables, x)[block])
+        return MapSource(lambda variables, inputs, _: all_attention(variables, inputs)[block])
 
     return {f"raw_attention_block_{block}": of_block(block) for block in range(blocks)}
+
+
+def _remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute`, which is not called again with the very arguments of its last call."""
+    last: list[Any] = [(), None]
+
+    def computed(*args: Any) -> Any:
+        if len(last[0]) != len(args) or any(x is not y for x, y in zip(last[0], args, strict=True)):
+            last[:] = args, compute(*args)
+        return last[1]
+
+    return computed
 
 
 def _by_name(method: str, module: IARed2, options: Mapping[str, Any]) -> MapSource:

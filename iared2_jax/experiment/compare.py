@@ -16,6 +16,7 @@ from iared2_jax.experiment.build import build_module
 from iared2_jax.fast_inference import accelerate
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.training.phases import PHASES, stages
 from iared2_jax.weights.load import load_model
 
 log = logging.getLogger(__name__)
@@ -31,16 +32,18 @@ def baseline_config(
     keep_ratios: tuple[float, ...],
     weights: str | None = None,
 ) -> ml_collections.ConfigDict:
-    """The run that fine-tunes the start of `config`'s run under another selector.
+    """The run that gives the start of `config`'s run another selector.
 
-    It takes as many steps as all fine-tuning of `config`'s own run together, and keeps at least as
-    many tokens in each group.
+    It fine-tunes for as many steps as all fine-tuning of `config`'s own run together, so not at all
+    (mode "eval") if that one only trains interpreters, and keeps at least as many tokens in each
+    group.
 
     Args:
       weights: of the dense backbone, if it is not the one that `config` names.
     """
     baseline = config.copy_and_resolve_references().unlock()
     baseline.name = f"{config.name}, {selector}"
+    baseline.mode = "train" if fine_tunes(config) else "eval"
     baseline.curriculum = "selector"
     baseline.weights = config.weights if weights is None else weights
     baseline.reduction.selector = selector
@@ -51,6 +54,13 @@ def baseline_config(
     baseline.eval.figures = 0
     baseline.eval.speed_batch = 0  # all methods are timed together, in the end
     return baseline.lock()
+
+
+def fine_tunes(config: ml_collections.ConfigDict) -> bool:
+    """Whether a run changes the blocks of a backbone that drops tokens."""
+    kinds = {name for name, _ in stages(config.curriculum, 1) if PHASES[name].reduces}
+    trained = [PHASES[name].trains(config[PHASES[name].section], 1, 1) for name in kinds]
+    return any(part == "blocks" for parts in trained for part, _ in parts)
 
 
 def check_comparison(config: ml_collections.ConfigDict) -> None:

@@ -136,25 +136,30 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
 def _train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: Path, module: IARed2, stop: Stop
 ) -> tuple[TrainState, dict[str, Any]]:
-    from iared2_jax.report.results import evaluate_run  # slow to import: matplotlib
-
     variables = starting_point(config, module, workdir)
     with locked(workdir):
         state = _train(config, workdir, module, variables, stop)
         if stop.requested:
             raise Interrupted("stopped by a signal, state saved: the same command goes on")
-        results = evaluate_run(
-            config,
-            workdir,
-            module,
-            state.eval_params,
-            # From the disk: the first step took the buffers over.
-            dense_backbone(config, module, build_phases(config, module), workdir),
-            dataset_of(config),
-            stop,
-            model_options(config),
-        )
+        # From the disk: the first step took the buffers over.
+        original = dense_backbone(config, module, build_phases(config, module), workdir)
+        results = _evaluated(config, workdir, module, state.eval_params, original, stop)
     return state, results
+
+
+def _evaluated(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    module: IARed2,
+    params: dict[str, Any],
+    original: dict[str, Any],
+    stop: Stop,
+) -> dict[str, Any]:
+    """The results, weights and page of a finished model, in its workdir."""
+    from iared2_jax.report.results import evaluate_run  # slow to import: matplotlib
+
+    dataset, options = dataset_of(config), model_options(config)
+    return evaluate_run(config, workdir, module, params, original, dataset, stop, options)
 
 
 def _compare(
@@ -165,7 +170,7 @@ def _compare(
     results: dict[str, Any],
     stop: Stop,
 ) -> None:
-    """Trains and evaluates the baselines, and adds all methods to the run's results and page."""
+    """Makes the baselines, and adds all methods to the run's results and page."""
     from iared2_jax.report.page import write_again
 
     found, folders, kept = {}, {}, compare.kept_shares(results)
@@ -179,7 +184,11 @@ def _compare(
             log.info("baseline %s, at %s of the tokens", selector, kept)
             folder.mkdir(parents=True, exist_ok=True)
             own = build_module(baseline)
-            _, found[selector] = _train_and_evaluate(baseline, folder, own, stop)
+            if baseline.mode == "train":
+                _, found[selector] = _train_and_evaluate(baseline, folder, own, stop)
+            else:
+                start = starting_point(baseline, own, folder)
+                found[selector] = _evaluated(baseline, folder, own, start["params"], start, stop)
     clips = module.input_spec.is_clip
     results["methods"] = compare.methods(results, found, clips)
     if config.eval.speed_batch:

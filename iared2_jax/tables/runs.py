@@ -1,0 +1,81 @@
+"""A table's runs: which there are, which are missing, and how one is made."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from iared2_jax.config.loading import flatten, load
+from iared2_jax.files import write_json
+
+# Where files lie is no part of what a run measures, and is not published.
+PATHS = ("weights", "data.path", "data.cutouts.backgrounds")
+RESULTS, WEIGHTS = "results.json", "weights.safetensors"
+_SECONDS = "seconds.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a table, in a folder of its own.
+
+    Attributes:
+      name: of its folder, e.g. "interpreters-2".
+      config: as the flag --config of `iared2_jax.main` has it.
+      options: what is set in it, by key, as text.
+      start: the run whose weights it starts from; "": those that the user gives.
+      minutes: what it took when it was last measured, on two CPU cores; for the plan.
+    """
+
+    name: str
+    config: str
+    options: Mapping[str, str]
+    start: str = ""
+    minutes: float = 0.0
+
+    def built(self, root: Path, given: Mapping[str, str]) -> ml_collections.ConfigDict:
+        """Its config. given: the user's own options, which go before the table's."""
+        start = {"weights": str(root / self.start / WEIGHTS)} if self.start else {}
+        return load(self.config, {**self.options, **given, **start})
+
+
+def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any] | None:
+    """A finished run's results; None if it is missing, or was made with other options."""
+    config = run.built(root, given)
+    path = root / run.name / ("eval" if config.mode == "eval" else "") / RESULTS
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    wanted = json.loads(json.dumps(flatten(config)))
+    return found if without_paths(found["config"]) == without_paths(wanted) else None
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A flattened config without the places of its files."""
+    return {key: value for key, value in config.items() if key not in PATHS}
+
+
+def make(run: Run, root: Path, given: Mapping[str, str]) -> None:
+    """Trains and evaluates a run; if it was stopped, from where it was.
+
+    Raises:
+      UsageError: as `iared2_jax.main` would say it; e.g. another process is at it.
+      Interrupted: a signal stopped it: the same call goes on.
+    """
+    from iared2_jax.experiment.run import run as run_config  # slow to import
+
+    folder, started = root / run.name, time.monotonic()
+    try:
+        run_config(run.built(root, given), folder)
+    finally:
+        if folder.exists():
+            write_json(folder / _SECONDS, seconds_of(folder) + time.monotonic() - started)
+
+
+def seconds_of(folder: Path) -> float:
+    """What a run has taken so far, all calls together; 0 if it was not made by a table."""
+    path = folder / _SECONDS
+    return float(json.loads(path.read_text())) if path.exists() else 0.0

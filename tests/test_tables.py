@@ -1,0 +1,240 @@
+"""The paper's tables over several runs: what is missing, what came of them, as text."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT
+
+from iared2_jax.config.loading import flatten
+from iared2_jax.errors import Interrupted
+from iared2_jax.tables import __main__ as command
+from iared2_jax.tables.presets import TABLES, rows_of, runs_of
+from iared2_jax.tables.runs import results_of, seconds_of
+from iared2_jax.tables.statistics import mean, paired
+from iared2_jax.tables.write import cells, comma_separated, markdown
+
+GIVEN = {"data.path": "/objects", "weights": "/published"}
+FLAGS = ["--table=4", "--seeds", "0", "1", *(f"--config.{k}={v}" for k, v in GIVEN.items())]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)  # configs are named from there
+
+
+# -- Statistics.
+
+
+def test_a_mean_has_students_interval():
+    values = np.random.default_rng(0).normal(3, 2, size=5)
+    found = mean(values.tolist())
+    low, high = scipy.stats.t.interval(
+        0.95, 4, loc=values.mean(), scale=scipy.stats.sem(values)
+    )  # another way to the same
+    np.testing.assert_allclose([found.value - found.half, found.value + found.half], [low, high])
+    assert mean([2.0, 2.0]).half == 0
+    assert mean([1.5]) == (1.5, None, (1.5,))
+    assert mean([1.5]).text(1) == "1.5"
+    with pytest.raises(ValueError, match="no values"):
+        mean([])
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    """What all seeds share cancels: a spread of 10 points hides no difference of 1."""
+    found = paired([81.0, 91.0, 71.0], [80.0, 90.0, 70.0])
+    assert (found.value, found.half) == (1, 0)
+    with pytest.raises(ValueError, match="longer"):
+        paired([1.0], [1.0, 2.0])
+
+
+# -- Rows.
+
+
+def fabricated(seed):
+    """A finished run's results: dense 80, ours 79 + seed / 10, random 10 below."""
+    flops = {"linear": 100.0, "full": 200.0}
+    half = {kind: value / 2 for kind, value in flops.items()}
+    ours = 21 - seed / 10
+    return {
+        "dense": {"flops": flops},
+        "iared2": {"kept": [1.0, 0.5 + seed / 10]},
+        "methods": {
+            "original": {"top1_error": 20.0, "flops": flops},
+            "random": {"top1_error": ours + 10, "flops": half},
+            "iared2": {"top1_error": ours, "flops": half},
+        },
+    }
+
+
+SPEED = {
+    "images_per_second": {
+        "executions": {
+            "dense": {"median": 10.0},
+            "dense, 8 at a time": {"median": 12.0},
+            "ragged": {"median": 21.6},
+        }
+    }
+}
+
+
+@pytest.fixture
+def rows():
+    results = {f"112px-interpreters-{seed}": fabricated(seed) for seed in (0, 1)}
+    return rows_of("4", [112], [0, 1, 2], {**results, "112px-interpreters-0-speed": SPEED})
+
+
+def test_rows_are_means_over_the_seeds_that_are_there(rows):
+    original, random, ours = rows
+    assert [row["method"] for row in rows] == ["original", "random", "iared2"]
+    assert ours["seeds"] == [0, 1]
+    np.testing.assert_allclose(ours["top1"].values, [79.0, 79.1])
+    np.testing.assert_allclose(ours["lost"].value, 0.95)
+    np.testing.assert_allclose(original["lost"].values, 0)
+    np.testing.assert_allclose(random["ours_better_by"].values, 10)
+    assert ours["ours_better_by"] is None
+    np.testing.assert_allclose(ours["kept"], [1.0, 0.55])
+    assert (original["full_flops"].value, random["linear_flops"].value) == (100, 50)
+
+
+def test_speed_is_set_beside_the_fastest_dense_execution(rows):
+    """21.6 images a second are 1.8 times 12, of the 2 that half the FLOPs allow."""
+    ours = rows[-1]
+    assert rows[0]["images_per_s"].value == 12
+    np.testing.assert_allclose(ours["of_possible"].value, 90)
+
+
+def test_a_table_as_text(rows):
+    text = cells(rows)
+    assert len({len(row) for row in text}) == 1
+    ours = dict(zip(text[0], text[3], strict=True))
+    assert ours["method"] == "IA-RED²"
+    assert ours["kept per group"] == "1.00 / 0.55"
+    assert ours["top-1, %"].startswith("79.0 ±") or ours["top-1, %"].startswith("79.1 ±")
+    assert ours["ours better by, points"] == ""
+    page = markdown("Title", ["What it is."], rows)
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(table) == len(text) + 1
+    assert page.startswith("# Title\n")
+    lines = list(csv.DictReader(io.StringIO(comma_separated(rows))))
+    assert [(line["method"], line["seed"], line["top1"]) for line in lines][-2:] == [
+        ("iared2", "0", "79"), ("iared2", "1", "79.1")
+    ]  # fmt: skip
+    assert (lines[-2]["images_per_s"], lines[-1]["images_per_s"]) == ("21.6", "")
+
+
+# -- Runs.
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_tables_runs_can_be_built(table, tmp_path):
+    """Every option is one, and a run that starts from another takes its weights."""
+    runs = runs_of(table, [112, 168], [0, 1])
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names) == 2 * 4
+    for place, run in enumerate(runs):
+        config = run.built(tmp_path, GIVEN)
+        assert config.data.path == "/objects"
+        if run.start:
+            assert names.index(run.start) < place
+            assert config.weights == str(tmp_path / run.start / "weights.safetensors")
+        else:
+            assert config.weights == "/published"
+
+
+def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_path):
+    head = runs_of("4", [112], [0])[0]
+    config = flatten(head.built(tmp_path, {**GIVEN, "data.path": "/elsewhere"}))
+    (tmp_path / head.name).mkdir()
+    (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
+    assert results_of(head, tmp_path, GIVEN) is not None
+    assert results_of(head, tmp_path, {**GIVEN, "supervised.steps": "7"}) is None
+    assert results_of(runs_of("4", [112], [1])[1], tmp_path, GIVEN) is None
+
+
+# -- The command.
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The names of the runs that were made: their results are fabricated, nothing is trained."""
+    names = []
+
+    def make(run, root, given):
+        config = run.built(root, given)
+        folder = root / run.name / ("eval" if config.mode == "eval" else "")
+        folder.mkdir(parents=True)
+        found = SPEED if config.mode == "eval" else fabricated(config.seed)
+        record = {**found, "config": flatten(config), "versions": {"jax": "0"}}
+        (folder / "results.json").write_text(json.dumps(record))
+        names.append(run.name)
+
+    monkeypatch.setattr(command, "make", make)
+    return names
+
+
+def test_the_command_makes_what_is_missing_and_writes_the_table(made, tmp_path, caplog):
+    arguments = [*FLAGS, f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    assert command.main([*arguments, "--dry-run"]) == 0
+    assert "112px-interpreters-1: missing" in caplog.text
+    assert not list(tmp_path.iterdir())
+    assert command.main(arguments) == 0
+    expected = ["112px-head", "112px-interpreters-0", "112px-interpreters-1"]
+    assert made == [*expected, "112px-interpreters-0-speed"]
+    folder = tmp_path / "out" / "cutouts"
+    assert "79.0 ±" in (folder / "table_4.md").read_text()
+    record = json.loads((folder / "table_4.json").read_text())
+    assert set(record["runs"]) == set(made)
+    assert record["rows"][-1]["top1"]["values"] == [79.0, 79.1]
+    for name in ("table_4.md", "table_4.csv", "table_4.json"):
+        text = (folder / name).read_text()
+        assert "/objects" not in text
+        assert str(tmp_path) not in text
+    assert command.main(arguments) == 0
+    assert len(made) == 4  # nothing was made again
+
+
+def test_a_table_of_what_is_there_says_what_is_not(made, tmp_path, capsys):
+    arguments = [f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    assert command.main([*FLAGS, *arguments]) == 0
+    more = ["--table=4", "--seeds", "0", "1", "2", *FLAGS[4:], *arguments, "--finished"]
+    assert command.main(more) == 0
+    assert len(made) == 4
+    page = (tmp_path / "out" / "cutouts" / "table_4.md").read_text()
+    assert "Not made yet: 112px-interpreters-2." in page
+    assert command.main(["--table=2", *FLAGS[1:], *arguments, "--finished"]) == 2
+    assert "no run of 112 px is finished yet" in capsys.readouterr().err
+
+
+def test_a_stopped_run_is_told_by_the_exit_code_and_its_time_adds_up(tmp_path, monkeypatch):
+    def stopped(config, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("iared2_jax.experiment.run.run", stopped)
+    arguments = [*FLAGS, f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    times = []
+    for _ in range(2):
+        assert command.main(arguments) == Interrupted.exit_code
+        times.append(seconds_of(tmp_path / "runs" / "cutouts" / "112px-head"))
+    assert 0 < times[0] < times[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--table=9"], "--table: invalid choice"),
+        (["--table=4", "--config.data.pth=x"], "did you mean 'data.path'?"),
+        (["--table=4", "--seed=3"], "there is no flag '--seed' (did you mean '--seeds'?)"),
+        (["--table=4", "--sizes", "100", "--config.weights=scratch"], "100"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, message, tmp_path, capsys):
+    folders = [f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    assert command.main([*flags, *folders]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
