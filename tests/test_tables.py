@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import runpy
 
 import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT
+from PIL import Image
 
+from iared2_jax import create_model, save_weights
 from iared2_jax.config.loading import flatten
 from iared2_jax.errors import Interrupted
 from iared2_jax.tables import __main__ as command
@@ -152,6 +155,9 @@ def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_p
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
     assert results_of(head, tmp_path, GIVEN) is not None
     assert results_of(head, tmp_path, {**GIVEN, "supervised.steps": "7"}) is None
+    del config["eval.lime_samples"]  # as a version before this option would have written it
+    (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
+    assert results_of(head, tmp_path, GIVEN) is not None
     assert results_of(runs_of("4", [112], [1])[1], tmp_path, GIVEN) is None
 
 
@@ -238,3 +244,22 @@ def test_mistakes_end_in_one_line(flags, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+# -- Photographs.
+
+
+def test_figures_of_photographs(tmp_path):
+    """Astronaut, cat, coffee, rocket and motorcycle in both figures, at any size of the model."""
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    draw = runpy.run_path(str(ROOT / "docs" / "photographs.py"))
+    _, variables = create_model("vit_micro", num_classes=10, groups=3)
+    options = {"name": "vit_micro", "num_classes": 10, "groups": 3}
+    save_weights(variables, tmp_path / "w.safetensors", {"create_model": options})
+    draw["main"]([f"--weights={tmp_path}/w.safetensors", "--size=32", f"--out={tmp_path}"])
+    for name in ("heatmaps", "hierarchy"):
+        with Image.open(tmp_path / f"photographs_{name}.png") as picture:
+            assert min(picture.size) > 200
+    shown = draw["photographs"]((32, 48))
+    assert shown.shape == (5, 32, 48, 3)
+    assert all(np.ptp(picture) > 100 for picture in shown)

@@ -1,6 +1,8 @@
 """Options that have moved: their old names work for one release, with a hint."""
 
+import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -48,3 +50,15 @@ def migrate_flat(values: dict[str, Any]) -> dict[str, Any]:
         for name in MOVED_KEYS.get(key, (key,)):
             moved[name] = value
     return moved
+
+
+def stored_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat options of a config that any version wrote as JSON, as this one would write them.
+
+    By today's names; an option that the version did not have is its default.
+    """
+    from iared2_jax.config.defaults import default_config
+    from iared2_jax.config.loading import flatten  # which imports the names of this module
+
+    defaults = json.loads(json.dumps(flatten(default_config())))
+    return {**defaults, **migrate_flat(dict(values))}

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 
 from iared2_jax.config.loading import flatten, reduction_of
+from iared2_jax.config.migration import stored_options
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.errors import UsageError
 from iared2_jax.evaluation.evaluators import dense_calls, speed_sample
@@ -88,7 +89,7 @@ def finished(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] 
     if not path.exists() or not (folder / "weights.safetensors").exists():
         return None
     results = json.loads(path.read_text())
-    same = results["config"] == json.loads(json.dumps(flatten(config)))
+    same = stored_options(results["config"]) == json.loads(json.dumps(flatten(config)))
     return results if same else None
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import ml_collections
 
-from iared2_jax.config.defaults import RESUMABLE, default_config
+from iared2_jax.config.defaults import RESUMABLE
 from iared2_jax.config.loading import flatten, weights_of
-from iared2_jax.config.migration import CONFIG_VERSION, migrate_flat
+from iared2_jax.config.migration import CONFIG_VERSION, stored_options
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment.build import load_initial
@@ -119,8 +119,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UsageError(f"{path} is damaged: delete it, or give another --workdir") from error
     if later:
         raise UsageError(f"{path} was written by a later version of iared2_jax: update this one")
-    defaults = json.loads(json.dumps(flatten(default_config())))
-    return {**defaults, **migrate_flat(stored)}, found
+    return stored_options(stored), found
 
 
 def starting_point(

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from iared2_jax.config.loading import flatten, load
+from iared2_jax.config.migration import stored_options
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
@@ -50,7 +51,8 @@ def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any]
         return None
     found = json.loads(path.read_text())
     wanted = json.loads(json.dumps(flatten(config)))
-    return found if without_paths(found["config"]) == without_paths(wanted) else None
+    same = without_paths(stored_options(found["config"])) == without_paths(wanted)
+    return found if same else None
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
