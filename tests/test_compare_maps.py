@@ -25,6 +25,7 @@ from iared2_jax.evaluation.perturbation import perturb
 from iared2_jax.evaluation.sanity import fit_random_labels, rank_correlation
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.models.input_spec import HALF_NORM, images
+from iared2_jax.report import figures as figures_module
 from iared2_jax.report.figures import draw_curves, draw_maps
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module, init_variables
@@ -465,3 +466,17 @@ def test_maps_of_clips_are_drawn_frame_by_frame(tmp_path):
     maps = {"a_map_with_a_long_name": np.random.default_rng(0).random((1, 2, 16, 24), np.float32)}
     with Image.open(draw_maps(spec, pixels, maps, tmp_path / "maps.png")) as picture:
         assert picture.width > 2 * picture.height
+
+
+def test_kept_patches_are_as_they_were_and_dropped_ones_can_be_seen():
+    """A photograph keeps its colours; on a black ground, grey shows what is dropped."""
+    spec = images(8, 4)
+    grid = np.array([[True, False], [False, True]])
+    for brightness in (200, 0):
+        picture = np.full((8, 8, 3), brightness, np.uint8)
+        picture[0, 0] = 255
+        lit = figures_module._lit(picture, grid, spec)
+        assert lit[:4, :4].mean() > 2 * lit[:4, 4:].mean() > 0
+        np.testing.assert_allclose(lit[0, 0], 1)
+        if brightness:
+            np.testing.assert_allclose(lit[4:, 4:], brightness / 255)

@@ -22,6 +22,8 @@ from iared2_jax.typing import Array
 
 _CELL = 1.5  # inches
 _DROPPED = 0.25  # brightness of a dropped patch
+_BLACK = 16  # a picture of which half the pixels are darker has a black ground
+_GROUND = 0.35  # the grey that it is made
 _ANIMATED = 4  # clips in one animation
 _GIF_HEIGHT = 128  # px of a frame, at least
 
@@ -259,12 +261,13 @@ def _shaded(pixels: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray
 
 
 def _lit(picture: np.ndarray, grid: np.ndarray, spec: InputSpec) -> np.ndarray:
-    """The picture over a grey ground; dropped patches are dimmed, so that black images show it.
+    """The picture with its dropped patches dimmed; a black ground is made grey, to show them.
 
     grid: whether each patch is kept, by row and column.
     """
     mask = np.kron(grid, np.ones(spec.patch))[..., None]
-    lit = 0.35 + 0.65 * picture / 255
+    ground = _GROUND if np.median(picture) < _BLACK else 0.0
+    lit = ground + (1 - ground) * picture / 255
     return np.where(mask, lit, lit * _DROPPED)
 
 
