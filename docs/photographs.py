@@ -1,5 +1,6 @@
 """Figures 3 and 4 of the paper on photographs that come with scikit-image, into docs/images.
 
+    pip install scikit-image
     python docs/photographs.py --weights=<a run's weights.safetensors>
 
 The pictures: astronaut (NASA, public domain), coffee, Chelsea the cat and rocket (CC0), and the

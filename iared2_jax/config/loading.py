@@ -1,6 +1,7 @@
 """A config from its file and a command line; what it says, read in one place."""
 
 import ast
+import json
 import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -106,6 +107,11 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
                 yield prefix + key, list(value) if isinstance(value, tuple) else value
 
     return dict(walk(config, ""))
+
+
+def as_stored(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The flat options as a JSON file gives them back, e.g. config.json."""
+    return json.loads(json.dumps(flatten(config)))
 
 
 def weights_of(config: ml_collections.ConfigDict) -> str:

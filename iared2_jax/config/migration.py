@@ -1,6 +1,5 @@
 """Options that have moved: their old names work for one release, with a hint."""
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -58,7 +57,6 @@ def stored_options(values: Mapping[str, Any]) -> dict[str, Any]:
     By today's names; an option that the version did not have is its default.
     """
     from iared2_jax.config.defaults import default_config
-    from iared2_jax.config.loading import flatten  # which imports the names of this module
+    from iared2_jax.config.loading import as_stored  # which imports the names of this module
 
-    defaults = json.loads(json.dumps(flatten(default_config())))
-    return {**defaults, **migrate_flat(dict(values))}
+    return {**as_stored(default_config()), **migrate_flat(dict(values))}

@@ -8,12 +8,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from iared2_jax.config.loading import flatten, reduction_of
-from iared2_jax.config.migration import stored_options
+from iared2_jax.config.loading import reduction_of
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.errors import UsageError
 from iared2_jax.evaluation.evaluators import dense_calls, speed_sample
 from iared2_jax.experiment.build import build_module
+from iared2_jax.experiment.run_directory import finished_results
 from iared2_jax.fast_inference import accelerate
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.model import IARed2
@@ -84,13 +84,8 @@ def kept_shares(results: dict[str, Any]) -> tuple[float, ...]:
 
 
 def finished(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
-    """The results of a run that has been through with this very config; None: there are none."""
-    path = folder / "results.json"
-    if not path.exists() or not (folder / "weights.safetensors").exists():
-        return None
-    results = json.loads(path.read_text())
-    same = stored_options(results["config"]) == json.loads(json.dumps(flatten(config)))
-    return results if same else None
+    """The results of a baseline that has been through with this very config; None: of none."""
+    return finished_results(config, folder) if (folder / "weights.safetensors").exists() else None
 
 
 def row_name(selector: str) -> str:

@@ -5,14 +5,14 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from iared2_jax.config.defaults import RESUMABLE
-from iared2_jax.config.loading import flatten, weights_of
+from iared2_jax.config.loading import as_stored, flatten, weights_of
 from iared2_jax.config.migration import CONFIG_VERSION, stored_options
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.errors import UsageError
@@ -71,7 +71,7 @@ def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Pa
       UsageError: the folder is another run's, or its config.json is damaged.
     """
     path = folder / _CONFIG
-    mine = json.loads(json.dumps(flatten(config)))
+    mine = as_stored(config)
     theirs, found = mine, {}
     if path.exists():
         theirs, found = _read_config(path)
@@ -164,6 +164,23 @@ def keep_start(
 def keep_dense(module: IARed2, params: dict[str, Any], folder: Path) -> None:
     """Copies the backbone that a curriculum has trained, before tokens are dropped from it."""
     save_weights({"params": params}, folder / DENSE, interpreters=False, spec=module.input_spec)
+
+
+def finished_results(
+    config: ml_collections.ConfigDict, folder: Path, ignored: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """The results in a folder, if they are of this very config; None: there are none such.
+
+    Args:
+      ignored: options that may differ.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    theirs, mine = stored_options(results["config"]), as_stored(config)
+    counted = (mine.keys() | theirs.keys()) - set(ignored)
+    return results if all(theirs.get(key) == mine.get(key) for key in counted) else None
 
 
 def dense_backbone(

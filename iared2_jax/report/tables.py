@@ -68,7 +68,8 @@ def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: s
     ]
 
 
-_METHODS = {"iared2": "IA-RED2", "attention": "attention of block 1"}
+# What the rows of a comparison are called.
+METHODS = {"iared2": "IA-RED2", "attention": "attention of block 1"}
 
 
 def _methods(results: dict[str, Any]) -> Table:
@@ -96,7 +97,7 @@ def _methods(results: dict[str, Any]) -> Table:
     made = [["method", *(columns[key][0] for key in there)]]
     for name, row in rows.items():
         cells = [columns[key][1].format(row[key]) if key in row else "" for key in there]
-        label = _METHODS.get(name, name.replace("_", " "))
+        label = METHODS.get(name, name.replace("_", " "))
         made.append([label, *cells])
     return "Beside the baselines, at the same tokens kept", made
 

@@ -44,7 +44,8 @@ TABLES = {
     ),
 }
 PRESETS = ("cutouts",)
-# Minutes of two CPU cores at 112 px, by what is trained; larger images by their tokens.
+# Minutes of two CPU cores at 112 px, measured but for iared2's, which is reckoned from its steps;
+# of larger images by their number of tokens.
 _MINUTES = {"head": 7.0, "interpreters": 17.0, "iared2": 40.0, "speed": 4.0}
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import ml_collections
 
-from iared2_jax.config.loading import flatten, load
-from iared2_jax.config.migration import stored_options
+from iared2_jax.config.loading import load
+from iared2_jax.experiment.run_directory import finished_results
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
 PATHS = ("weights", "data.path", "data.cutouts.backgrounds")
-RESULTS, WEIGHTS = "results.json", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 _SECONDS = "seconds.json"
 
 
@@ -28,7 +28,7 @@ class Run:
       config: as the flag --config of `iared2_jax.main` has it.
       options: what is set in it, by key, as text.
       start: the run whose weights it starts from; "": those that the user gives.
-      minutes: what it took when it was last measured, on two CPU cores; for the plan.
+      minutes: about what it takes on two CPU cores, for the plan.
     """
 
     name: str
@@ -46,13 +46,8 @@ class Run:
 def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any] | None:
     """A finished run's results; None if it is missing, or was made with other options."""
     config = run.built(root, given)
-    path = root / run.name / ("eval" if config.mode == "eval" else "") / RESULTS
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    wanted = json.loads(json.dumps(flatten(config)))
-    same = without_paths(stored_options(found["config"])) == without_paths(wanted)
-    return found if same else None
+    folder = root / run.name / ("eval" if config.mode == "eval" else "")
+    return finished_results(config, folder, ignored=PATHS)
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from iared2_jax.files import writing
+from iared2_jax.report.tables import METHODS
 from iared2_jax.tables.presets import Row
 from iared2_jax.tables.statistics import Mean
 
-_METHODS = {"original": "original", "iared2": "IA-RED²", "random": "random"}
 # A column's header, its key in a row, and decimal places.
 _COLUMNS = (
     ("top-1, %", "top1", 1),
@@ -24,11 +24,6 @@ _COLUMNS = (
 )
 
 
-def method_name(method: str) -> str:
-    """What a method's row is called."""
-    return _METHODS.get(method, method.replace("_", " "))
-
-
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text, header first; a cell without a figure is empty."""
     made = [["pixels", "method", "kept per group", *(header for header, _, _ in _COLUMNS)]]
@@ -38,7 +33,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             found.text(digits) if (found := row.get(key)) is not None else ""
             for _, key, digits in _COLUMNS
         ]
-        made.append([str(row["pixels"]), method_name(row["method"]), kept, *figures])
+        made.append([str(row["pixels"]), METHODS.get(row["method"], row["method"]), kept, *figures])
     return made
 
 

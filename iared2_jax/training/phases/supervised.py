@@ -91,7 +91,7 @@ class SupervisedPhase(PhaseKind):
     def loss(
         self, context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Array, Metrics]:
-        """Of images, or of the features that `stream` has put in their place."""
+        """Cross-entropy of images, or of the features that `stream` has put in their place."""
         module, variables = context.module, {"params": params}
         if "features" in batch:
             logits = module.apply(variables, batch["features"], method="classify_features")
