@@ -15,7 +15,8 @@ from iared2_jax import create_model, save_weights
 from iared2_jax.config.loading import flatten
 from iared2_jax.errors import Interrupted
 from iared2_jax.tables import __main__ as command
-from iared2_jax.tables.presets import TABLES, rows_of, runs_of
+from iared2_jax.tables import cutouts
+from iared2_jax.tables.presets import TABLES
 from iared2_jax.tables.runs import results_of, seconds_of
 from iared2_jax.tables.statistics import mean, paired
 from iared2_jax.tables.write import cells, comma_separated, markdown
@@ -87,12 +88,12 @@ SPEED = {
 @pytest.fixture
 def rows():
     results = {f"112px-interpreters-{seed}": fabricated(seed) for seed in (0, 1)}
-    return rows_of("4", [112], [0, 1, 2], {**results, "112px-interpreters-0-speed": SPEED})
+    return TABLES["4"].rows([112], [0, 1, 2], {**results, "112px-interpreters-0-speed": SPEED})
 
 
 def test_rows_are_means_over_the_seeds_that_are_there(rows):
     original, random, ours = rows
-    assert [row["method"] for row in rows] == ["original", "random", "iared2"]
+    assert [row["method"] for row in rows] == ["original", "random", "IA-RED2"]
     assert ours["seeds"] == [0, 1]
     np.testing.assert_allclose(ours["top1"].values, [79.0, 79.1])
     np.testing.assert_allclose(ours["lost"].value, 0.95)
@@ -111,22 +112,51 @@ def test_speed_is_set_beside_the_fastest_dense_execution(rows):
 
 
 def test_a_table_as_text(rows):
-    text = cells(rows)
+    columns = TABLES["4"].columns
+    text = cells(rows, columns)
     assert len({len(row) for row in text}) == 1
     ours = dict(zip(text[0], text[3], strict=True))
     assert ours["method"] == "IA-RED2"
     assert ours["kept per group"] == "1.00 / 0.55"
     assert ours["top-1, %"].startswith("79.0 ±") or ours["top-1, %"].startswith("79.1 ±")
     assert ours["ours better by, points"] == ""
-    page = markdown("Title", ["What it is."], rows)
+    page = markdown("Title", ["What it is."], rows, columns)
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len(table) == len(text) + 1
     assert page.startswith("# Title\n")
-    lines = list(csv.DictReader(io.StringIO(comma_separated(rows))))
+    lines = list(csv.DictReader(io.StringIO(comma_separated(rows, columns))))
     assert [(line["method"], line["seed"], line["top1"]) for line in lines][-2:] == [
-        ("iared2", "0", "79"), ("iared2", "1", "79.1")
+        ("IA-RED2", "0", "79"), ("IA-RED2", "1", "79.1")
     ]  # fmt: skip
     assert (lines[-2]["images_per_s"], lines[-1]["images_per_s"]) == ("21.6", "")
+
+
+def judged(*shares):
+    """A map's figures by the segmentation protocol."""
+    keys = ("pixel_accuracy", "mean_accuracy", "mean_iou", "average_precision")
+    figures = dict(zip(keys, shares, strict=True))
+    return {**figures, "interval": {key: (x - 0.01, x + 0.01) for key, x in figures.items()}}
+
+
+def test_maps_are_ours_over_seeds_and_the_others_once():
+    def run(seed):
+        block = {"raw_attention_block_1": judged(0.1, 0.1, 0.1, 0.1)}
+        ours = {"group_1": judged(0.6 + seed / 10, 0.5, 0.4, 0.3)}
+        return {"segmentation": {**ours, **block}}
+
+    own = {f"112px-interpreters-{seed}": run(seed) for seed in (0, 1)}
+    table = TABLES["1"]
+    ours, attention = table.rows([112], [0, 1, 2], own)
+    assert (ours["method"], ours["seeds"]) == ("IA-RED2, group 1", [0, 1])
+    np.testing.assert_allclose(ours["pixel_accuracy"].values, [60, 70])
+    assert attention["mean_iou"] == (10, None, (10,))
+    np.testing.assert_allclose(attention["over_images"]["mean_iou"], 1)
+    every = {"112px-maps": {"segmentation": {"lime": judged(0.2, 0.2, 0.2, 0.2)}}}
+    rows = table.rows([112], [0, 1, 2], {**own, **every})
+    assert [row["method"] for row in rows] == ["IA-RED2, group 1", "lime"]
+    text = cells(rows, table.columns)
+    assert dict(zip(text[0], text[2], strict=True))["mIoU"] == "20.0"
+    assert text[1][text[0].index("best mIoU")] == ""
 
 
 # -- Runs.
@@ -135,7 +165,7 @@ def test_a_table_as_text(rows):
 @pytest.mark.parametrize("table", TABLES)
 def test_a_tables_runs_can_be_built(table, tmp_path):
     """Every option is one, and a run that starts from another takes its weights."""
-    runs = runs_of(table, [112, 168], [0, 1])
+    runs = TABLES[table].runs([112, 168], [0, 1])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names) == 2 * 4
     for place, run in enumerate(runs):
@@ -149,7 +179,7 @@ def test_a_tables_runs_can_be_built(table, tmp_path):
 
 
 def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_path):
-    head = runs_of("4", [112], [0])[0]
+    head = cutouts.head(112)
     config = flatten(head.built(tmp_path, {**GIVEN, "data.path": "/elsewhere"}))
     (tmp_path / head.name).mkdir()
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
@@ -158,7 +188,7 @@ def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_p
     del config["eval.lime_samples"]  # as a version before this option would have written it
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
     assert results_of(head, tmp_path, GIVEN) is not None
-    assert results_of(runs_of("4", [112], [1])[1], tmp_path, GIVEN) is None
+    assert results_of(cutouts.reducing("interpreters", 112, 1), tmp_path, GIVEN) is None
 
 
 # -- The command.

@@ -390,6 +390,54 @@ def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch)
     assert sampled_after < 0.7 * sampled_before
 
 
+@pytest.mark.parametrize("target", [0.2, 0.8])
+def test_a_budget_pulls_by_its_distance_alone_where_no_mask_changes_the_answer(
+    tiny_config, batch, target
+):
+    """tau w (share - t)^2 with the batch's mean share of all N tokens, though some are dead."""
+    tiny_config.interpreter.update(
+        estimator="rloo", rollouts=2, answer="probability", keep_target=(0.9, target, 0.1),
+        target_weight=3.0, tau=(2.0,),
+    )  # fmt: skip
+    tiny_config.model.init_bias = 0.05
+    phase = plan_of(tiny_config, "interpreters")[1]
+    module, variables = build_model(tiny_config)
+    head = variables["params"]["backbone"]["head"]
+    head["kernel"] = jnp.zeros_like(head["kernel"])
+    inputs = MODULE.input_spec.normalize(batch["input"])
+    trainable, frozen = optimizers.split_trainable(variables["params"], phase.trains, module)
+    entry = module.apply(variables, 2, inputs, phase.thresholds, method="up_to")
+    assert 0.1 < entry.alive.mean() < 0.95
+
+    def loss(trainable):
+        params = optimizers.merge(trainable, frozen)
+        context = PhaseContext(module, phase)
+        return phase.kind.loss(context, params, {**batch, "input": inputs}, jax.random.key(0))[0]
+
+    def distance(trainable):
+        params = optimizers.merge(trainable, frozen)
+        scores = jax.nn.sigmoid(module.apply({"params": params}, 2, entry.x, method="interpret"))
+        share = (scores.mean(-1) * entry.alive).sum(-1).mean() / 64
+        return 2.0 * 3.0 * (share - target) ** 2
+
+    found, expected = jax.grad(loss)(trainable), jax.grad(distance)(trainable)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
+
+def test_budgets_that_cannot_be_are_refused(tiny_config):
+    options, kind = tiny_config.interpreter, PHASES["interpreter"]
+    options.keep_target = (0.5, 1.2)
+    with pytest.raises(UsageError, match=r"keep_target=\(0\.5, 1\.2\) must be shares"):
+        kind.check_options(options)
+    options.keep_target = (0.5, 0.4)
+    with pytest.raises(UsageError, match=r"keep_target has 2 values for 3 groups: give 1 or 3"):
+        kind.check(options, 3)
+    options.exact_saving = True
+    with pytest.raises(UsageError, match=r"exact_saving=True has no meaning beside keep_target"):
+        kind.check_options(options)
+
+
 def test_enter_phase_starts_a_fresh_optimizer(tiny_config):
     plan = plan_of(tiny_config, "iared2")
     _, variables = build_model(tiny_config)

@@ -154,6 +154,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     for key, kinds in (
         ("interpreter.tau", (int, float)),
         ("interpreter.lengths", (int, float)),
+        ("interpreter.keep_target", (int, float)),
         ("reduction.keep_ratios", (int, float)),
         *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
         *((pair, (int, float)) for pair in pairs),

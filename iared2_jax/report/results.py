@@ -109,7 +109,8 @@ def _measure(
         results["iared2" if ours else "reduced"], counts = _reduced(comparison)
         if ours and comparison.labels is not None:
             results["random"] = _random(comparison, counts)
-            results["agreement"] = _agreement(comparison)
+            if comparison.config.eval.agreement:
+                results["agreement"] = _agreement(comparison)
         # A comparison times all its methods in turn.
         if comparison.config.eval.speed_batch and not comparison.config.compare.selectors:
             results["images_per_second"] = _speed(comparison)
@@ -194,8 +195,17 @@ def _random(comparison: Comparison, counts: np.ndarray) -> dict[str, float]:
         top = comparison.collect(fn, variables, keep=masks)["top"]
         return dict(evaluators.accuracy(top, comparison.labels))
 
-    before = {f"original_backbone_{k}": v for k, v in accuracy(comparison.original).items()}
-    return {**accuracy(comparison.trained), **before}
+    after = accuracy(comparison.trained)
+    # Masks are given, so interpreters do not count: an untouched backbone answers the same.
+    untouched = _same_backbone(comparison.original, comparison.trained)
+    before = after if untouched else accuracy(comparison.original)
+    return {**after, **{f"original_backbone_{key}": value for key, value in before.items()}}
+
+
+def _same_backbone(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two models' blocks, embedding and head have the very same values."""
+    pair = (variables["params"]["backbone"] for variables in (one, other))
+    return jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), *pair))
 
 
 def _agreement(comparison: Comparison) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from iared2_jax.command import Parser, exit_code
 from iared2_jax.main import overrides
-from iared2_jax.tables.presets import PRESETS, TABLES, rows_of, runs_of
+from iared2_jax.tables.presets import PRESETS, TABLES
 from iared2_jax.tables.runs import PATHS, Run, make, results_of, seconds_of, without_paths
 from iared2_jax.tables.write import markdown, write_table
 
@@ -55,7 +55,8 @@ def tabulate(argv: Sequence[str]) -> None:
     flags, rest = _parser().parse_known_args(argv)
     known = [f"--{name.replace('_', '-')}" for name in vars(flags)]
     given = dict(overrides(rest, known))
-    runs = runs_of(flags.table, flags.sizes, flags.seeds)
+    table = TABLES[flags.table]
+    runs = table.runs(flags.sizes, flags.seeds)
     root = flags.root / flags.preset
     found = {run.name: results_of(run, root, given) for run in runs}
     missing = [run for run in runs if found[run.name] is None]
@@ -70,7 +71,7 @@ def tabulate(argv: Sequence[str]) -> None:
         make(run, root, given)
         found[run.name] = results_of(run, root, given)
     there = {name: results for name, results in found.items() if results is not None}
-    rows, table = rows_of(flags.table, flags.sizes, flags.seeds, there), TABLES[flags.table]
+    rows = table.rows(flags.sizes, flags.seeds, there)
     command = _published(flags, given)
     lines = [
         f"`{command}`, with the options that say where the data is.",
@@ -93,8 +94,9 @@ def tabulate(argv: Sequence[str]) -> None:
     }
     folder = flags.out / flags.preset
     folder.mkdir(parents=True, exist_ok=True)
-    page = markdown(table.title, lines, rows)
-    for path in write_table(folder, f"table_{flags.table}", page, rows, record):
+    page = markdown(table.title, lines, rows, table.columns)
+    name = f"table_{flags.table}"
+    for path in write_table(folder, name, page, rows, table.columns, record):
         log.info("written: %s", path)
 
 

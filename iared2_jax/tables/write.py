@@ -8,48 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from iared2_jax.files import writing
-from iared2_jax.report.tables import METHODS
-from iared2_jax.tables.presets import Row
 from iared2_jax.tables.statistics import Mean
-
-# A column's header, its key in a row, and decimal places.
-_COLUMNS = (
-    ("top-1, %", "top1", 1),
-    ("lost, points", "lost", 1),
-    ("linear FLOPs, %", "linear_flops", 1),
-    ("full FLOPs, %", "full_flops", 1),
-    ("ours better by, points", "ours_better_by", 1),
-    ("images/s", "images_per_s", 1),
-    ("of possible, %", "of_possible", 0),
-)
+from iared2_jax.tables.table import Column, Row
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
+def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
     """The table as text, header first; a cell without a figure is empty."""
-    made = [["pixels", "method", "kept per group", *(header for header, _, _ in _COLUMNS)]]
+    made = [["pixels", "method", *(column.header for column in columns)]]
     for row in rows:
-        kept = " / ".join(f"{share:.2f}" for share in row["kept"])
-        figures = [
-            found.text(digits) if (found := row.get(key)) is not None else ""
-            for _, key, digits in _COLUMNS
-        ]
-        made.append([str(row["pixels"]), METHODS.get(row["method"], row["method"]), kept, *figures])
+        figures = [_text(row.get(column.key), column.digits) for column in columns]
+        made.append([str(row["pixels"]), row["method"], *figures])
     return made
 
 
-def markdown(title: str, lines: Sequence[str], rows: Sequence[Row]) -> str:
+def _text(found: Mean | Sequence[float] | None, digits: int) -> str:
+    if found is None:
+        return ""
+    if isinstance(found, Mean):
+        return found.text(digits)
+    return " / ".join(f"{share:.{digits}f}" for share in found)
+
+
+def markdown(
+    title: str, lines: Sequence[str], rows: Sequence[Row], columns: Sequence[Column]
+) -> str:
     """The page of a table: title, what it is, the table."""
-    header, *body = cells(rows)
+    header, *body = cells(rows, columns)
     table = [header, ["---"] * len(header), *body]
     return "\n".join(
         [f"# {title}", "", *lines, "", *("| " + " | ".join(row) + " |" for row in table), ""]
     )
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """The table as CSV, one line per method, size and seed."""
+def comma_separated(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """The table as CSV, one line per method, size and seed; without what is a list."""
     out = io.StringIO()
-    keys = [key for _, key, _ in _COLUMNS]
+    lists = {key for row in rows for key, value in row.items() if type(value) is list}
+    keys = [column.key for column in columns if column.key not in lists]
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["pixels", "method", "seed", *keys])
     for row in rows:
@@ -66,7 +61,12 @@ def _value(found: Mean | None, place: int) -> str:
 
 
 def write_table(
-    folder: Path, name: str, page: str, rows: Sequence[Row], record: dict[str, Any]
+    folder: Path,
+    name: str,
+    page: str,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    record: dict[str, Any],
 ) -> list[Path]:
     """Writes <name>.md, .csv and .json into a folder, and returns where."""
     plain = [
@@ -75,7 +75,7 @@ def write_table(
     ]
     texts = {
         "md": page,
-        "csv": comma_separated(rows),
+        "csv": comma_separated(rows, columns),
         "json": json.dumps({**record, "rows": plain}, indent=1) + "\n",
     }
     paths = []

@@ -156,6 +156,13 @@ def check_rollouts(name: str, rollouts: int) -> None:
         )
 
 
+def expected_kept(
+    head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]
+) -> Float[Array, " b"]:
+    """The mean number of kept tokens over all masks u ~ Bernoulli(I): the sum of the scores."""
+    return jnp.where(alive, policy.informative_scores(head_logits), 0.0).sum(axis=-1)
+
+
 def expected_saving(
     head_logits: Float[Array, "b n h"],
     alive: Bool[Array, "b n"],

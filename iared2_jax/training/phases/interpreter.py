@@ -51,6 +51,10 @@ class InterpreterPhase(PhaseKind):
             exact_saving=False,  # differentiate the expected saving itself; sample only the errors
             log_prob_reduction="sum",  # "sum" (Eq. 3) | "mean"
             rollouts=1,  # sampled masks per image; they share the prefix
+            # A budget in place of the saving: the share of the N tokens that the group is to keep,
+            # on average over a batch; one for all groups, or one each. (): Eq. 2's saving.
+            keep_target=(),
+            target_weight=10.0,  # what it costs to miss it: weight (kept - target)^2 errors
         )
 
     def length(self, options: ml_collections.ConfigDict, group: int) -> float:
@@ -78,17 +82,28 @@ class InterpreterPhase(PhaseKind):
                     f"{nearest(options[key], choices)}"
                 )
         estimators.check_rollouts(options.estimator, options.rollouts)
+        if not all(0 < share <= 1 for share in options.keep_target):
+            raise UsageError(
+                f"config.interpreter.keep_target={tuple(options.keep_target)} must be shares of "
+                "the tokens, above 0 and at most 1"
+            )
+        if options.keep_target and options.exact_saving:
+            raise UsageError(
+                "config.interpreter.exact_saving=True has no meaning beside keep_target, which "
+                "takes the saving's place: leave one of them out"
+            )
         if not all(length > 0 for length in options.lengths):
             raise UsageError(
                 f"config.interpreter.lengths={tuple(options.lengths)} must all be above 0"
             )
 
     def check(self, options: ml_collections.ConfigDict, num_groups: int) -> None:
-        """Refuses prices and lengths that are not one for all groups, nor one each."""
-        for name in ("tau", "lengths"):
-            if len(options[name]) not in (1, num_groups):
+        """Refuses prices, lengths and shares that are not one for all groups, nor one each."""
+        for name in ("tau", "lengths", "keep_target"):
+            given = len(options[name])
+            if given not in (1, num_groups) and not (name == "keep_target" and given == 0):
                 raise UsageError(
-                    f"config.interpreter.{name} has {len(options[name])} values for {num_groups} "
+                    f"config.interpreter.{name} has {given} values for {num_groups} "
                     f"groups: give 1 or {num_groups}"
                 )
 
@@ -105,7 +120,12 @@ class InterpreterPhase(PhaseKind):
 
             R = s - (1 - c) (s + tau),   s = 1 - (|u| / N)^2, c: how right the answer is,
 
-        and the expectation of s is differentiated as it is: only errors are left to chance.
+        and the expectation of s is differentiated as it is: only errors are left to chance. With
+        `keep_target` t it is not a saving that is set against errors, but a budget,
+
+            R = -(1 - c) tau - tau w (mean over the batch of |I|_1 / N - t)^2
+
+        whose second term is differentiated as it is, too.
         """
         module, phase, options = context.module, context.phase, context.phase.options
         group, rollouts = phase.group, options.rollouts
@@ -122,16 +142,22 @@ class InterpreterPhase(PhaseKind):
 
         answers = policy.answer_value(logits, batch["label"], options.answer)
         tau = _of_group(options.tau, group)
-        handed = alive if options.reward_denominator == "entering" else None
-        over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
-        savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
-        rewards = over_masks(lambda mask, answer: policy.reward(mask, answer, tau, handed, n))(
-            masks, answers
-        )
-        exact = None
-        if options.exact_saving:
-            exact = savings, estimators.expected_saving(policy_logits, alive, handed, n)
-        objective = estimator.objective(policy_logits, sampled, alive, rewards, exact)
+        if options.keep_target:
+            rewards = -(1 - answers) * tau
+            share = (estimators.expected_kept(policy_logits, alive) / n).mean()
+            missed = (share - _of_group(options.keep_target, group)) ** 2
+            objective = estimator.objective(policy_logits, sampled, alive, rewards)
+            objective -= tau * options.target_weight * missed
+        else:
+            handed, exact = alive if options.reward_denominator == "entering" else None, None
+            over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
+            rewards = over_masks(lambda mask, answer: policy.reward(mask, answer, tau, handed, n))(
+                masks, answers
+            )
+            if options.exact_saving:
+                savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
+                exact = savings, estimators.expected_saving(policy_logits, alive, handed, n)
+            objective = estimator.objective(policy_logits, sampled, alive, rewards, exact)
         objective = policy.reduced(objective, alive, options.log_prob_reduction)
 
         right = policy.answer_value(logits, batch["label"], "right")

@@ -1,0 +1,100 @@
+"""Tables of accuracy and cost: ours beside the original and baselines (the paper's 2 and 4)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iared2_jax.errors import UsageError
+from iared2_jax.report.tables import METHODS
+from iared2_jax.tables import cutouts
+from iared2_jax.tables.runs import Run
+from iared2_jax.tables.statistics import mean, paired
+from iared2_jax.tables.table import Column, Results, Row, Table
+
+COLUMNS = (
+    Column("kept per group", "kept", 2),
+    Column("top-1, %", "top1"),
+    Column("lost, points", "lost"),
+    Column("linear FLOPs, %", "linear_flops"),
+    Column("full FLOPs, %", "full_flops"),
+    Column("ours better by, points", "ours_better_by"),
+    Column("images/s", "images_per_s"),
+    Column("of possible, %", "of_possible", 0),
+)
+
+
+def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
+    """The table of what a curriculum trains, after the head."""
+
+    def runs(sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+        """For each size the head, a run for each seed, and one for speed."""
+        made = []
+        for size in sizes:
+            made.append(cutouts.head(size))
+            made += [cutouts.reducing(curriculum, size, seed) for seed in seeds]
+            made.append(cutouts.timed(curriculum, size, seeds[0]))
+        return made
+
+    def rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
+        """A row for each method at each size."""
+        made = []
+        for size in sizes:
+            names = {seed: cutouts.reducing_name(curriculum, size, seed) for seed in seeds}
+            found = {seed: results[name] for seed, name in names.items() if name in results}
+            if not found:
+                raise UsageError(
+                    f"no run of {size} px is finished yet: there is nothing to tabulate"
+                )
+            of_size = _rows_of_size(size, list(found), list(found.values()))
+            speed = results.get(cutouts.timed(curriculum, size, seeds[0]).name)
+            if speed is not None:
+                _add_speed(of_size, speed)
+            made += of_size.values()
+        return made
+
+    return Table(title, paper, COLUMNS, runs, rows)
+
+
+def _rows_of_size(
+    size: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]
+) -> dict[str, Row]:
+    """The rows of the finished runs at one size, by method."""
+
+    def of(method: str, key: str) -> list[Any]:
+        return [results["methods"][method][key] for results in found]
+
+    rows, ours = {}, of("iared2", "top1_error")
+    dense = {kind: found[0]["dense"]["flops"][kind] for kind in ("linear", "full")}
+    for method in found[0]["methods"]:
+        errors = of(method, "top1_error")
+        row: Row = {
+            "pixels": size,
+            "method": METHODS.get(method, method),
+            "seeds": list(seeds),
+            "top1": mean([100 - error for error in errors]),
+            "lost": paired(errors, of("original", "top1_error")),
+            "kept": _kept(method, found),
+            "ours_better_by": paired(errors, ours) if method != "iared2" else None,
+        }
+        for kind in ("linear", "full"):
+            shares = [100 * flops[kind] / dense[kind] for flops in of(method, "flops")]
+            row[f"{kind}_flops"] = mean(shares)
+        rows[method] = row
+    return rows
+
+
+def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any]) -> None:
+    """Images a second of the dense model and of ours, and the latter over what FLOPs allow."""
+    rates = speed["images_per_second"]["executions"]
+    dense = max(rate["median"] for name, rate in rates.items() if name.startswith("dense"))
+    ragged, share = rates["ragged"]["median"], rows["iared2"]["full_flops"].values[0] / 100
+    rows["original"]["images_per_s"] = mean([dense])
+    rows["iared2"]["images_per_s"] = mean([ragged])
+    rows["iared2"]["of_possible"] = mean([100 * ragged / dense * share])
+
+
+def _kept(method: str, found: Sequence[Mapping[str, Any]]) -> list[float]:
+    """What a method keeps of the tokens in each group; a baseline at least as much as we do."""
+    if method == "original":
+        return [1.0] * len(found[0]["iared2"]["kept"])
+    shares = [results["iared2"]["kept"] for results in found]
+    return [float(sum(group) / len(group)) for group in zip(*shares, strict=True)]

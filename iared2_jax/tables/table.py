@@ -1,0 +1,43 @@
+"""What a table is: the runs that it needs, and its rows and columns."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from iared2_jax.tables.runs import Run
+
+# A row's cells by their columns' keys: a `Mean` over seeds, a list of shares, or text.
+Row = dict[str, Any]
+Results = Mapping[str, Mapping[str, Any]]  # of the runs that are there, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of figures.
+
+    Attributes:
+      header: what stands above it. key: of its cells in a `Row`. digits: decimal places.
+    """
+
+    header: str
+    key: str
+    digits: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the paper.
+
+    Attributes:
+      title: a line above it.
+      paper: the paper's own figures, in words.
+      columns: of figures, after each row's "pixels" and "method".
+      runs: (sizes, seeds) to what must have been run, each run after the one that it starts from.
+      rows: (sizes, seeds, results of the runs that are there) to the rows, a method at a size each.
+    """
+
+    title: str
+    paper: str
+    columns: Sequence[Column]
+    runs: Callable[[Sequence[int], Sequence[int]], list[Run]]
+    rows: Callable[[Sequence[int], Sequence[int], Results], list[Row]]
