@@ -190,6 +190,11 @@ def test_a_baseline_has_the_runs_own_recipe(config):
         assert phase.options[option] == own[0].options[option]
     assert (phase.selector, phase.keep_ratios) == ("random", (0.5, 0.4))
     assert compare.kept_shares({"iared2": {"kept": [0.3501, 0.2]}}) == (0.351, 0.2)
+    # Before the first block there is no attention to choose by.
+    before = compare.baseline_config(config, "attention", (0.5, 0.4))
+    validate(before, 1)
+    build_module(before)
+    assert before.reduction.keep_ratios == (1.0, 0.4)
 
 
 def test_a_baseline_is_fine_tuned_only_if_the_run_is(config):

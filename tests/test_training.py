@@ -394,7 +394,9 @@ def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch)
 def test_a_budget_pulls_by_its_distance_alone_where_no_mask_changes_the_answer(
     tiny_config, batch, target
 ):
-    """tau w (share - t)^2 with the batch's mean share of all N tokens, though some are dead."""
+    """tau w (k - t)^2 with k the share of all N tokens that the batch keeps, though some are dead;
+    its derivative is the mean score's.
+    """
     tiny_config.interpreter.update(
         estimator="rloo", rollouts=2, answer="probability", keep_target=(0.9, target, 0.1),
         target_weight=3.0, tau=(2.0,),
@@ -409,6 +411,9 @@ def test_a_budget_pulls_by_its_distance_alone_where_no_mask_changes_the_answer(
     entry = module.apply(variables, 2, inputs, phase.thresholds, method="up_to")
     assert 0.1 < entry.alive.mean() < 0.95
 
+    scores = jax.nn.sigmoid(module.apply(variables, 2, entry.x, method="interpret")).mean(-1)
+    kept = ((scores > 0.5) & entry.alive).mean()
+
     def loss(trainable):
         params = optimizers.merge(trainable, frozen)
         context = PhaseContext(module, phase)
@@ -417,8 +422,8 @@ def test_a_budget_pulls_by_its_distance_alone_where_no_mask_changes_the_answer(
     def distance(trainable):
         params = optimizers.merge(trainable, frozen)
         scores = jax.nn.sigmoid(module.apply({"params": params}, 2, entry.x, method="interpret"))
-        share = (scores.mean(-1) * entry.alive).sum(-1).mean() / 64
-        return 2.0 * 3.0 * (share - target) ** 2
+        scores = jnp.where(entry.alive, scores.mean(-1), 0.0).sum(-1) / 64
+        return (2 * 2.0 * 3.0 * (kept - target) * scores).mean()
 
     found, expected = jax.grad(loss)(trainable), jax.grad(distance)(trainable)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-4

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 Variables = dict[str, Any]
 FOLDER = "baselines"  # below the run's, one folder per selector
-ATTENTION = "attention_block_1"  # what the paper's tables call "attention"
+# What rows are called where it is not by their selector: the paper's "attention" is block 1's.
+_ROW_NAMES = {"attention_block_1": "attention", "attention": "attention_before_group"}
 
 
 def baseline_config(
@@ -37,11 +38,13 @@ def baseline_config(
 
     It fine-tunes for as many steps as all fine-tuning of `config`'s own run together, so not at all
     (mode "eval") if that one only trains interpreters, and keeps at least as many tokens in each
-    group.
+    group; all of the first, where the selector is the attention before the group.
 
     Args:
       weights: of the dense backbone, if it is not the one that `config` names.
     """
+    if selector == "attention":  # there is none before the first block
+        keep_ratios = (1.0, *keep_ratios[1:])
     baseline = config.copy_and_resolve_references().unlock()
     baseline.name = f"{config.name}, {selector}"
     baseline.mode = "train" if fine_tunes(config) else "eval"
@@ -90,7 +93,7 @@ def finished(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] 
 
 def row_name(selector: str) -> str:
     """What a selector's row is called: as in the paper's tables."""
-    return "attention" if selector == ATTENTION else selector
+    return _ROW_NAMES.get(selector, selector)
 
 
 def methods(

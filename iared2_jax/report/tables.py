@@ -69,7 +69,11 @@ def _accuracy_row(name: str, row: dict[str, Any], dense: dict[str, Any], kept: s
 
 
 # What the rows of a comparison are called.
-METHODS = {"iared2": "IA-RED2", "attention": "attention of block 1"}
+METHODS = {
+    "iared2": "IA-RED2",
+    "attention": "attention of block 1",
+    "attention_before_group": "attention before each group",
+}
 
 
 def _methods(results: dict[str, Any]) -> Table:

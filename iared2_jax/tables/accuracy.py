@@ -8,7 +8,7 @@ from iared2_jax.report.tables import METHODS
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean, paired
-from iared2_jax.tables.table import Column, Results, Row, Table
+from iared2_jax.tables.table import Column, ConfigAt, Results, Row, Table
 
 COLUMNS = (
     Column("kept per group", "kept", 2),
@@ -25,13 +25,13 @@ COLUMNS = (
 def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
     """The table of what a curriculum trains, after the head."""
 
-    def runs(sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+    def runs(config: ConfigAt, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
         """For each size the head, a run for each seed, and one for speed."""
         made = []
         for size in sizes:
-            made.append(cutouts.head(size))
-            made += [cutouts.reducing(curriculum, size, seed) for seed in seeds]
-            made.append(cutouts.timed(curriculum, size, seeds[0]))
+            made.append(cutouts.head(config, size))
+            made += [cutouts.reducing(config, curriculum, size, seed) for seed in seeds]
+            made.append(cutouts.timed(config, curriculum, size, seeds[0]))
         return made
 
     def rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
@@ -45,7 +45,7 @@ def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
                     f"no run of {size} px is finished yet: there is nothing to tabulate"
                 )
             of_size = _rows_of_size(size, list(found), list(found.values()))
-            speed = results.get(cutouts.timed(curriculum, size, seeds[0]).name)
+            speed = results.get(cutouts.speed_name(curriculum, size, seeds[0]))
             if speed is not None:
                 _add_speed(of_size, speed)
             made += of_size.values()

@@ -7,7 +7,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, Results, Row, Table
+from iared2_jax.tables.table import Column, ConfigAt, Results, Row, Table
 
 COLUMNS = (
     Column("pixel accuracy", "pixel_accuracy"),
@@ -26,12 +26,12 @@ def maps_table(title: str, paper: str) -> Table:
     return Table(title, paper, COLUMNS, _runs, _rows)
 
 
-def _runs(sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+def _runs(config: ConfigAt, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made.append(cutouts.head(size))
-        made += [cutouts.reducing(_CURRICULUM, size, seed) for seed in seeds]
-        made.append(cutouts.all_maps(size))
+        made.append(cutouts.head(config, size))
+        made += [cutouts.reducing(config, _CURRICULUM, size, seed) for seed in seeds]
+        made.append(cutouts.all_maps(config, size))
     return made
 
 
@@ -47,7 +47,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
             if name.startswith("group_"):
                 title = f"IA-RED2, {name.replace('_', ' ')}"
                 made.append(_row(size, title, list(found), [maps[name] for maps in ours]))
-        others = results.get(cutouts.all_maps(size).name, {}).get("segmentation", {})
+        others = results.get(cutouts.maps_name(size), {}).get("segmentation", {})
         # Without that run, those maps that stand beside our scores in every run.
         for name, scores in (others or ours[0]).items():
             if not name.startswith("group_"):

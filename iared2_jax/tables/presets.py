@@ -2,9 +2,13 @@
 
 from iared2_jax.tables.accuracy import accuracy_table
 from iared2_jax.tables.maps import maps_table
-from iared2_jax.tables.table import Table
+from iared2_jax.tables.table import ConfigAt, Table
 
-PRESETS = ("cutouts",)
+_CUTOUTS = "configs/dinov2_cutouts.py"
+PRESETS: dict[str, ConfigAt] = {
+    "cutouts": lambda size: f"{_CUTOUTS}:size={size}",  # which object, of those seen in training
+    "cutouts_kind": lambda size: f"{_CUTOUTS}:kind,size={size}",  # of which class, of unseen ones
+}
 TABLES: dict[str, Table] = {
     "1": maps_table(
         "Where the object is: maps at the paper's threshold, and at any (Table 1's way)",

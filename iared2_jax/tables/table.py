@@ -8,6 +8,8 @@ from iared2_jax.tables.runs import Run
 
 # A row's cells by their columns' keys: a `Mean` over seeds, a list of shares, or text.
 Row = dict[str, Any]
+# The config, as the flag --config has it, of images of so many pixels.
+ConfigAt = Callable[[int], str]
 Results = Mapping[str, Mapping[str, Any]]  # of the runs that are there, by name
 
 
@@ -32,12 +34,12 @@ class Table:
       title: a line above it.
       paper: the paper's own figures, in words.
       columns: of figures, after each row's "pixels" and "method".
-      runs: (sizes, seeds) to what must have been run, each run after the one that it starts from.
+      runs: (config, sizes, seeds) to what must have been run, each after the one it starts from.
       rows: (sizes, seeds, results of the runs that are there) to the rows, a method at a size each.
     """
 
     title: str
     paper: str
     columns: Sequence[Column]
-    runs: Callable[[Sequence[int], Sequence[int]], list[Run]]
+    runs: Callable[[ConfigAt, Sequence[int], Sequence[int]], list[Run]]
     rows: Callable[[Sequence[int], Sequence[int], Results], list[Row]]

@@ -156,11 +156,16 @@ def check_rollouts(name: str, rollouts: int) -> None:
         )
 
 
-def expected_kept(
-    head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"]
+def greedily_kept(
+    head_logits: Float[Array, "b n h"], alive: Bool[Array, "b n"], greedy: Bool[Array, "b n"]
 ) -> Float[Array, " b"]:
-    """The mean number of kept tokens over all masks u ~ Bernoulli(I): the sum of the scores."""
-    return jnp.where(alive, policy.informative_scores(head_logits), 0.0).sum(axis=-1)
+    """The number of tokens that the greedy mask keeps, with a derivative: that of the scores' sum.
+
+    The sum is the mean number over all masks u ~ Bernoulli(I). It may lie far from what a threshold
+    keeps: of scores that are all .6, all of them.
+    """
+    mean = jnp.where(alive, policy.informative_scores(head_logits), 0.0).sum(axis=-1)
+    return mean + jax.lax.stop_gradient(greedy.sum(axis=-1) - mean)
 
 
 def expected_saving(

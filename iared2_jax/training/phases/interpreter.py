@@ -123,9 +123,10 @@ class InterpreterPhase(PhaseKind):
         and the expectation of s is differentiated as it is: only errors are left to chance. With
         `keep_target` t it is not a saving that is set against errors, but a budget,
 
-            R = -(1 - c) tau - tau w (mean over the batch of |I|_1 / N - t)^2
+            R = -(1 - c) tau - tau w (k - t)^2,   k: the share of N that the greedy masks keep,
 
-        whose second term is differentiated as it is, too.
+        on average over the batch. Nothing but the scores can move k, so for its derivative stands
+        that of their mean (straight-through).
         """
         module, phase, options = context.module, context.phase, context.phase.options
         group, rollouts = phase.group, options.rollouts
@@ -144,7 +145,7 @@ class InterpreterPhase(PhaseKind):
         tau = _of_group(options.tau, group)
         if options.keep_target:
             rewards = -(1 - answers) * tau
-            share = (estimators.expected_kept(policy_logits, alive) / n).mean()
+            share = estimators.greedily_kept(policy_logits, alive, greedy).mean() / n
             missed = (share - _of_group(options.keep_target, group)) ** 2
             objective = estimator.objective(policy_logits, sampled, alive, rewards)
             objective -= tau * options.target_weight * missed
