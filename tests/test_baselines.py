@@ -214,10 +214,14 @@ def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config
     tiny_config.curriculum = "interpreters"
     tiny_config.eval.speed_batch = tiny_config.eval.figures = 0
     tiny_config.eval.maps = ()
+    tiny_config.eval.agreement = False
     tiny_config.compare.selectors = ("random",)
     train_and_evaluate(tiny_config, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["methods"]) == ["original", "random", "iared2"]
+    assert "agreement" not in results
+    for key in ("top1", "top5"):
+        assert results["random"][f"original_backbone_{key}"] == results["random"][key]
     assert not (tmp_path / "baselines" / "random" / "checkpoints").exists()
     ours, theirs = (
         safetensors.numpy.load_file(folder / "weights.safetensors")

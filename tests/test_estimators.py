@@ -176,6 +176,17 @@ def test_expected_saving_is_the_mean_over_all_masks(head_logits):
         np.testing.assert_allclose(exact[0], mean, rtol=1e-5)
 
 
+def test_what_is_kept_at_inference_moves_as_the_mean_score_does(head_logits):
+    greedy = policy.greedy(head_logits, alive)
+    kept, gradient = jax.value_and_grad(lambda z: estimators.greedily_kept(z, alive, greedy).sum())(
+        head_logits
+    )
+    assert kept == greedy.sum()
+    mean = jax.grad(lambda z: jax.nn.sigmoid(z).mean(-1)[:, :ALIVE].sum())(head_logits)
+    np.testing.assert_allclose(gradient, mean, atol=1e-7)
+    assert bool((gradient[:, ALIVE:] == 0).all())
+
+
 @pytest.mark.parametrize("logit", [-300.0, 300.0])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimates_stay_finite_at_any_score(name, logit):

@@ -1,5 +1,6 @@
 """The alarms: they name the group and what to change, once, and not before the policy had time."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -36,6 +37,18 @@ def test_a_collapsed_policy_is_reported_once_with_its_group(caplog, plan):
 def test_dropping_everything_is_reported(caplog, plan):
     (message,) = raised(caplog, plan[0], [(90, {"keep_rate": 0.0, "handed_rate": 1.0})])
     assert "interpreter 1 drops every token" in message
+
+
+def test_a_budget_for_every_token_is_no_reason_to_drop_any(caplog, plan):
+    first, second = plan[0], plan[2]
+    budget = first.options.copy_and_resolve_references()
+    budget.keep_target = (1.0, 0.5, 0.5)
+    everything = {"keep_rate": 1.0, "handed_rate": 1.0}
+    first, second = (dataclasses.replace(phase, options=budget) for phase in (first, second))
+    assert raised(caplog, first, [(90, everything)]) == []
+    (message,) = raised(caplog, second, [(second.first_step + 90, everything)])
+    assert "interpreter 2 keeps every token" in message
+    assert "raise config.interpreter.target_weight" in message
 
 
 def test_a_healthy_policy_is_not(caplog, plan):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from iared2_jax import create_model, save_weights
 from iared2_jax.config.loading import flatten
-from iared2_jax.errors import Interrupted
+from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.tables import __main__ as command
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.presets import PRESETS, TABLES
@@ -65,11 +65,14 @@ def fabricated(seed):
     ours = 21 - seed / 10
     return {
         "dense": {"flops": flops},
-        "iared2": {"kept": [1.0, 0.5 + seed / 10]},
         "methods": {
-            "original": {"top1_error": 20.0, "flops": flops},
-            "random": {"top1_error": ours + 10, "flops": half},
-            "iared2": {"top1_error": ours, "flops": half},
+            "original": {"top1_error": 20.0, "flops": flops, "kept_per_group": [1.0]},
+            "random": {"top1_error": ours + 10, "flops": half, "kept_per_group": [1.0, 0.6]},
+            "iared2": {
+                "top1_error": ours,
+                "flops": half,
+                "kept_per_group": [1.0, 0.5 + seed / 10],
+            },
         },
     }
 
@@ -101,6 +104,7 @@ def test_rows_are_means_over_the_seeds_that_are_there(rows):
     np.testing.assert_allclose(random["ours_better_by"].values, 10)
     assert ours["ours_better_by"] is None
     np.testing.assert_allclose(ours["kept"], [1.0, 0.55])
+    np.testing.assert_allclose(random["kept"], [1.0, 0.6])
     assert (original["full_flops"].value, random["linear_flops"].value) == (100, 50)
 
 
@@ -142,21 +146,38 @@ def test_maps_are_ours_over_seeds_and_the_others_once():
     def run(seed):
         block = {"raw_attention_block_1": judged(0.1, 0.1, 0.1, 0.1)}
         ours = {"group_1": judged(0.6 + seed / 10, 0.5, 0.4, 0.3)}
-        return {"segmentation": {**ours, **block}}
+        return {"map_images": 200, "segmentation": {**ours, **block}}
 
     own = {f"112px-interpreters-{seed}": run(seed) for seed in (0, 1)}
     table = TABLES["1"]
     ours, attention = table.rows([112], [0, 1, 2], own)
     assert (ours["method"], ours["seeds"]) == ("IA-RED2, group 1", [0, 1])
     np.testing.assert_allclose(ours["pixel_accuracy"].values, [60, 70])
+    assert attention["seeds"] == [None]  # it is of no seed
     assert attention["mean_iou"] == (10, None, (10,))
     np.testing.assert_allclose(attention["over_images"]["mean_iou"], 1)
-    every = {"112px-maps": {"segmentation": {"lime": judged(0.2, 0.2, 0.2, 0.2)}}}
+    lime = {"map_images": 200, "segmentation": {"lime": judged(0.2, 0.2, 0.2, 0.2)}}
+    every = {"112px-maps": lime}
     rows = table.rows([112], [0, 1, 2], {**own, **every})
     assert [row["method"] for row in rows] == ["IA-RED2, group 1", "lime"]
     text = cells(rows, table.columns)
     assert dict(zip(text[0], text[2], strict=True))["mIoU"] == "20.0"
     assert text[1][text[0].index("best mIoU")] == ""
+    lines = list(csv.DictReader(io.StringIO(comma_separated(rows, table.columns))))
+    assert [(line["method"], line["seed"]) for line in lines] == [
+        ("IA-RED2, group 1", "0"), ("IA-RED2, group 1", "1"), ("lime", "")
+    ]  # fmt: skip
+    few = {"112px-maps": {**lime, "map_images": 100}}
+    with pytest.raises(UsageError, match=r"measured on 100 and 200 images: .*maps_size"):
+        table.rows([112], [0, 1], {**own, **few})
+    with pytest.raises(UsageError, match="no run of 112 px is finished yet"):
+        table.rows([112], [2], own)
+
+
+def test_speed_is_left_out_without_the_run_that_was_timed():
+    results = {"112px-interpreters-1": fabricated(1), "112px-interpreters-0-speed": SPEED}
+    rows = TABLES["4"].rows([112], [0, 1], results)
+    assert all("images_per_s" not in row for row in rows)
 
 
 # -- Runs.
@@ -166,7 +187,7 @@ def test_maps_are_ours_over_seeds_and_the_others_once():
 @pytest.mark.parametrize("table", TABLES)
 def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     """Every option is one, and a run that starts from another takes its weights."""
-    runs = TABLES[table].runs(PRESETS[preset], [112, 168], [0, 1])
+    runs = TABLES[table].runs(PRESETS[preset], [112, 168], [1, 2])
     names = [run.name for run in runs]
     assert len(set(names)) == len(names) == 2 * 4
     for place, run in enumerate(runs):
@@ -180,11 +201,11 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
 
 
 def _second():
-    return cutouts.reducing(PRESETS["cutouts"], "interpreters", 112, 1)
+    return cutouts.reducing_run(PRESETS["cutouts"], "interpreters", 112, 1)
 
 
 def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_path):
-    head = cutouts.head(PRESETS["cutouts"], 112)
+    head = cutouts.head_run(PRESETS["cutouts"], 112)
     config = flatten(head.built(tmp_path, {**GIVEN, "data.path": "/elsewhere"}))
     (tmp_path / head.name).mkdir()
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
@@ -194,6 +215,39 @@ def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_p
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
     assert results_of(head, tmp_path, GIVEN) is not None
     assert results_of(_second(), tmp_path, GIVEN) is None
+
+
+def test_another_recipe_of_the_interpreters_makes_no_new_head(tmp_path):
+    head = cutouts.head_run(PRESETS["cutouts"], 112)
+    config = flatten(head.built(tmp_path, GIVEN))
+    config.update({"interpreter.steps": 7, "model.policy_token": "cls"})
+    (tmp_path / head.name).mkdir()
+    (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
+    assert results_of(head, tmp_path, GIVEN) is not None
+    assert results_of(head, tmp_path, {**GIVEN, "model.num_classes": "7"}) is None
+
+
+def test_a_run_that_was_stopped_among_its_baselines_is_not_there(tmp_path):
+    run = _second()
+    record = {"config": flatten(run.built(tmp_path, GIVEN))}
+    (tmp_path / run.name).mkdir()
+    for methods, there in (({}, False), ({"methods": {}}, True)):
+        (tmp_path / run.name / "results.json").write_text(json.dumps({**record, **methods}))
+        assert (results_of(run, tmp_path, GIVEN) is not None) == there
+
+
+def test_a_folder_of_another_recipe_is_refused_before_anything_is_made(made, tmp_path, capsys):
+    arguments = [*FLAGS, f"--root={tmp_path}", f"--out={tmp_path}/out"]
+    folder = tmp_path / "cutouts" / _second().name
+    folder.mkdir(parents=True)
+    config = flatten(_second().built(tmp_path / "cutouts", GIVEN))
+    (folder / "config.json").write_text(json.dumps({**config, "interpreter.steps": 7}))
+    for dry_run in (["--dry-run"], []):
+        assert command.main([*arguments, *dry_run]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder} was made with other options: interpreter.steps (7 there" in error
+        assert "move it away, or give another --root" in error
+    assert made == []
 
 
 # -- The command.
@@ -271,6 +325,7 @@ def test_a_stopped_run_is_told_by_the_exit_code_and_its_time_adds_up(tmp_path, m
         (["--table=4", "--config.data.pth=x"], "did you mean 'data.path'?"),
         (["--table=4", "--seed=3"], "there is no flag '--seed' (did you mean '--seeds'?)"),
         (["--table=4", "--seeds", "1", "0"], "--seeds 0: the head has learned"),
+        (["--table=4", "--config.seed=3"], "--config.seed is set by the table itself"),
         (["--table=4", "--sizes", "100", "--config.weights=scratch"], "100"),
     ],
 )

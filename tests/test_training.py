@@ -394,7 +394,7 @@ def test_the_interpreter_learns_to_drop_when_errors_are_free(tiny_config, batch)
 def test_a_budget_pulls_by_its_distance_alone_where_no_mask_changes_the_answer(
     tiny_config, batch, target
 ):
-    """tau w (k - t)^2 with k the share of all N tokens that the batch keeps, though some are dead;
+    """w (k - t)^2 with k the share of all N tokens that the batch keeps, though some are dead;
     its derivative is the mean score's.
     """
     tiny_config.interpreter.update(
@@ -423,7 +423,7 @@ def test_a_budget_pulls_by_its_distance_alone_where_no_mask_changes_the_answer(
         params = optimizers.merge(trainable, frozen)
         scores = jax.nn.sigmoid(module.apply({"params": params}, 2, entry.x, method="interpret"))
         scores = jnp.where(entry.alive, scores.mean(-1), 0.0).sum(-1) / 64
-        return (2 * 2.0 * 3.0 * (kept - target) * scores).mean()
+        return (2 * 3.0 * (kept - target) * scores).mean()
 
     found, expected = jax.grad(loss)(trainable), jax.grad(distance)(trainable)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected)) > 1e-4
@@ -438,9 +438,20 @@ def test_budgets_that_cannot_be_are_refused(tiny_config):
     options.keep_target = (0.5, 0.4)
     with pytest.raises(UsageError, match=r"keep_target has 2 values for 3 groups: give 1 or 3"):
         kind.check(options, 3)
-    options.exact_saving = True
-    with pytest.raises(UsageError, match=r"exact_saving=True has no meaning beside keep_target"):
+    options.keep_target = (0.9, 0.4, 0.5)
+    with pytest.raises(UsageError, match=r"keep_target=\(0\.9, 0\.4, 0\.5\) must not rise"):
         kind.check_options(options)
+    options.keep_target = (0.4,)
+    options.exact_saving, options.reward_denominator = False, "initial"
+    kind.check_options(options)
+    kind.check(options, 3)
+    for name, value in (("exact_saving", True), ("reward_denominator", "entering")):
+        other = options.copy_and_resolve_references()
+        other[name] = value
+        with pytest.raises(
+            UsageError, match=rf"{name}={value!r} has no meaning beside keep_target"
+        ):
+            kind.check_options(other)
 
 
 def test_enter_phase_starts_a_fresh_optimizer(tiny_config):

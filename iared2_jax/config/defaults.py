@@ -117,9 +117,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 100
-    config.eval.agreement = (
-        True  # answers from the kept, dropped and random patches alone: 5 passes
-    )
+    # What the network answers from the kept, the dropped and random patches alone: five passes.
+    config.eval.agreement = True
     # Of videos: top-1 of a clip ("clip-1") sees the "centre" from the video's start, or a "random"
     # crop at a random time; the video's ("video-1") adds up the logits of three crops, or is off.
     config.eval.clip_view = "centre"

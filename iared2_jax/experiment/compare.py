@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 Variables = dict[str, Any]
 FOLDER = "baselines"  # below the run's, one folder per selector
-# What rows are called where it is not by their selector: the paper's "attention" is block 1's.
+# Rows that are not called after their selector. "attention" is the paper's baseline, block 1's; the
+# selector of that name, the attention before each group, has a row of its own.
 _ROW_NAMES = {"attention_block_1": "attention", "attention": "attention_before_group"}
 
 
@@ -109,7 +110,9 @@ def methods(
     """
     rows = {"original": _row(results, "dense", None, clips)}
     for selector, found in baselines.items():
-        rows[row_name(selector)] = _row(found, "reduced", f"{selector}_group_1", clips)
+        # The attention before each group has no scores before the first.
+        scores = None if selector == "attention" else f"{selector}_group_1"
+        rows[row_name(selector)] = _row(found, "reduced", scores, clips)
     rows["iared2"] = _row(results, "iared2", "group_1", clips)
     return rows
 
@@ -119,7 +122,8 @@ def _row(results: dict[str, Any], block: str, scores: str | None, clips: bool) -
     row = {"clip1_error" if clips else "top1_error": 100 * (1 - figures["top1"])}
     if "video" in figures:
         row["video1_error"] = 100 * (1 - figures["video"]["top1"])
-    row["kept"] = float(np.mean(figures.get("kept", [1.0])))
+    row["kept_per_group"] = figures.get("kept", [1.0])
+    row["kept"] = float(np.mean(row["kept_per_group"]))
     row["flops"] = figures["flops"]
     if scores in results.get("segmentation", {}):
         row["mean_iou"] = results["segmentation"][scores]["mean_iou"]

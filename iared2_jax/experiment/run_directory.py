@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,33 +71,45 @@ def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Pa
       UsageError: the folder is another run's, or its config.json is damaged.
     """
     path = folder / _CONFIG
-    mine = as_stored(config)
-    theirs, found = mine, {}
-    if path.exists():
-        theirs, found = _read_config(path)
-    fingerprint = dataset.fingerprint if _VERSION in found else dataset.summary
-    mine_found = {_DATA: fingerprint}
-    read = {PHASES[name].section for name, _ in stages(config.curriculum, 1)}
-    unused = {kind.section for kind in PHASES.values()} - read
-    differ = [
-        f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
-        for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key)
-        and key not in RESUMABLE
-        # What no phase of the curriculum reads changes nothing.
-        and key.partition(".")[0] not in unused
-    ] + [
+    found = _read_config(path)[1] if path.exists() else {}
+    mine_found = {_DATA: dataset.fingerprint if _VERSION in found else dataset.summary}
+    differ = differing_options(config, folder) + [
         f"{key} ({found[key]!r} there, {value!r} here)"
         for key, value in mine_found.items()
         if found.get(key, value) != value
     ]
     if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise UsageError(
-            f"workdir {folder} holds another run's config: {', '.join(differ[:3])}{more}; "
-            "give another --workdir"
+            f"workdir {folder} holds another run's config: {few(differ)}; give another --workdir"
         )
     write_config(config, dataset, folder, found.get(_WEIGHTS))
+
+
+def differing_options(config: ml_collections.ConfigDict, folder: Path) -> list[str]:
+    """The options in which a run in a folder differs, with both values; [] if there is no run.
+
+    What may change between a run and its continuation, and what no phase of the curriculum reads,
+    changes nothing.
+    """
+    path = folder / _CONFIG
+    if not path.exists():
+        return []
+    mine, theirs = as_stored(config), _read_config(path)[0]
+    read = {PHASES[name].section for name, _ in stages(config.curriculum, 1)}
+    unused = {kind.section for kind in PHASES.values()} - read
+    return [
+        f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+        and key not in RESUMABLE
+        and key.partition(".")[0] not in unused
+    ]
+
+
+def few(items: Sequence[str]) -> str:
+    """The first three items in words, and how many more there are."""
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
 
 
 def write_config(

@@ -103,7 +103,7 @@ def _methods(results: dict[str, Any]) -> Table:
         cells = [columns[key][1].format(row[key]) if key in row else "" for key in there]
         label = METHODS.get(name, name.replace("_", " "))
         made.append([label, *cells])
-    return "Beside the baselines, at the same tokens kept", made
+    return "Beside the baselines, which keep at least as many tokens", made
 
 
 def _confusions(confusions: list[dict[str, Any]]) -> Table:

@@ -19,12 +19,21 @@ from pathlib import Path
 from iared2_jax.command import Parser, exit_code
 from iared2_jax.errors import UsageError
 from iared2_jax.main import overrides
-from iared2_jax.tables import cutouts
 from iared2_jax.tables.presets import PRESETS, TABLES
-from iared2_jax.tables.runs import PATHS, Run, make, results_of, seconds_of, without_paths
+from iared2_jax.tables.runs import (
+    PATHS,
+    Run,
+    check_folder,
+    make,
+    results_of,
+    seconds_of,
+    without_paths,
+)
 from iared2_jax.tables.write import markdown, write_table
 
 log = logging.getLogger("iared2_jax.tables")
+
+_SET_BY_TABLES = frozenset({"seed", "curriculum", "mode", "compare.selectors"})
 
 
 def _parser() -> Parser:
@@ -55,18 +64,21 @@ def tabulate(argv: Sequence[str]) -> None:
       Interrupted: a signal stopped a run: the same command goes on.
     """
     flags, rest = _parser().parse_known_args(argv)
-    if cutouts.HEAD_SEED in flags.seeds:
-        raise UsageError(
-            f"--seeds {cutouts.HEAD_SEED}: the head has learned the answers of that seed's scenes; "
-            "take others"
-        )
     known = [f"--{name.replace('_', '-')}" for name in vars(flags)]
     given = dict(overrides(rest, known))
+    if taken := sorted(given.keys() & _SET_BY_TABLES):
+        raise UsageError(
+            f"--config.{taken[0]} is set by the table itself, for each of its runs: use --seeds "
+            "and --table"
+        )
     table = TABLES[flags.table]
     runs = table.runs(PRESETS[flags.preset], flags.sizes, flags.seeds)
     root = flags.root / flags.preset
     found = {run.name: results_of(run, root, given) for run in runs}
     missing = [run for run in runs if found[run.name] is None]
+    if not flags.finished:
+        for run in missing:
+            check_folder(run, root, given)
     for run in runs:
         log.info("%s", _state(run, root, run not in missing))
     log.info("about %.0f minutes on two CPU cores", sum(run.minutes for run in missing))
@@ -83,7 +95,7 @@ def tabulate(argv: Sequence[str]) -> None:
     lines = [
         f"`{command}`, with the options that say where the data is.",
         "",
-        f"The paper's: {table.paper}. Here: means over the seeds, ± half a 95% interval.",
+        f"The paper's: {table.paper}. Here: means over the seeds, ± half a 95% interval over them.",
         *_left_out(runs, there),
     ]
     record = {

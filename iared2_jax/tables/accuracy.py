@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iared2_jax.errors import UsageError
+import numpy as np
+
 from iared2_jax.report.tables import METHODS
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean, paired
-from iared2_jax.tables.table import Column, ConfigAt, Results, Row, Table
+from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
 
 COLUMNS = (
     Column("kept per group", "kept", 2),
@@ -25,28 +26,22 @@ COLUMNS = (
 def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
     """The table of what a curriculum trains, after the head."""
 
-    def runs(config: ConfigAt, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+    def runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
         """For each size the head, a run for each seed, and one for speed."""
         made = []
         for size in sizes:
-            made.append(cutouts.head(config, size))
-            made += [cutouts.reducing(config, curriculum, size, seed) for seed in seeds]
-            made.append(cutouts.timed(config, curriculum, size, seeds[0]))
+            made += cutouts.head_and_seeds(config, curriculum, size, seeds)
+            made.append(cutouts.speed_run(config, curriculum, size, seeds[0]))
         return made
 
     def rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
         """A row for each method at each size."""
         made = []
         for size in sizes:
-            names = {seed: cutouts.reducing_name(curriculum, size, seed) for seed in seeds}
-            found = {seed: results[name] for seed, name in names.items() if name in results}
-            if not found:
-                raise UsageError(
-                    f"no run of {size} px is finished yet: there is nothing to tabulate"
-                )
+            found = cutouts.finished_seeds(curriculum, size, seeds, results)
             of_size = _rows_of_size(size, list(found), list(found.values()))
             speed = results.get(cutouts.speed_name(curriculum, size, seeds[0]))
-            if speed is not None:
+            if speed is not None and seeds[0] in found:
                 _add_speed(of_size, speed)
             made += of_size.values()
         return made
@@ -72,7 +67,7 @@ def _rows_of_size(
             "seeds": list(seeds),
             "top1": mean([100 - error for error in errors]),
             "lost": paired(errors, of("original", "top1_error")),
-            "kept": _kept(method, found),
+            "kept": np.mean(of(method, "kept_per_group"), axis=0).tolist(),
             "ours_better_by": paired(errors, ours) if method != "iared2" else None,
         }
         for kind in ("linear", "full"):
@@ -83,18 +78,10 @@ def _rows_of_size(
 
 
 def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any]) -> None:
-    """Images a second of the dense model and of ours, and the latter over what FLOPs allow."""
+    """Images a second of the first seed's model and the dense one, and what FLOPs allow of it."""
     rates = speed["images_per_second"]["executions"]
     dense = max(rate["median"] for name, rate in rates.items() if name.startswith("dense"))
     ragged, share = rates["ragged"]["median"], rows["iared2"]["full_flops"].values[0] / 100
     rows["original"]["images_per_s"] = mean([dense])
     rows["iared2"]["images_per_s"] = mean([ragged])
     rows["iared2"]["of_possible"] = mean([100 * ragged / dense * share])
-
-
-def _kept(method: str, found: Sequence[Mapping[str, Any]]) -> list[float]:
-    """What a method keeps of the tokens in each group; a baseline at least as much as we do."""
-    if method == "original":
-        return [1.0] * len(found[0]["iared2"]["kept"])
-    shares = [results["iared2"]["kept"] for results in found]
-    return [float(sum(group) / len(group)) for group in zip(*shares, strict=True)]

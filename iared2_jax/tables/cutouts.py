@@ -4,13 +4,26 @@ All seeds share the head: it stands for the published model that a user starts f
 scenes of a seed that no run has: on those, it is right more often than on any others.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iared2_jax.errors import UsageError
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.table import ConfigAt
+from iared2_jax.tables.table import ConfigOfSize, Results
 
 HEAD_SEED = 0
+# A head is trained before there are interpreters.
+_OF_INTERPRETERS = (
+    "interpreter.",
+    "backbone.",
+    "compare.",
+    "model.policy_token",
+    "model.init_bias",
+    "eval.agreement",
+)
 # Baselines beside every run: the paper's, and what EViT and others drop by.
 SELECTORS = ("random", "attention_block_1", "attention")
-# Nothing but figures; five passes over all images are spared with "agreement".
+# Numbers only: no pictures, no page of images, no timing; without "agreement", five passes fewer.
 QUIET = {
     "eval.figures": "0",
     "eval.page_images": "0",
@@ -29,10 +42,16 @@ def head_name(size: int) -> str:
     return f"{size}px-head"
 
 
-def head(config: ConfigAt, size: int) -> Run:
+def head_run(config: ConfigOfSize, size: int) -> Run:
     """The run that trains the head."""
     options = {"curriculum": "supervised", "seed": str(HEAD_SEED), "eval.maps": "()", **QUIET}
-    return Run(head_name(size), config(size), options, minutes=minutes(7, size))
+    return Run(
+        head_name(size),
+        config(size),
+        options,
+        ignored=_OF_INTERPRETERS,
+        minutes=minutes(7, size),
+    )
 
 
 def reducing_name(curriculum: str, size: int, seed: int) -> str:
@@ -40,7 +59,7 @@ def reducing_name(curriculum: str, size: int, seed: int) -> str:
     return f"{size}px-{curriculum}-{seed}"
 
 
-def reducing(config: ConfigAt, curriculum: str, size: int, seed: int) -> Run:
+def reducing_run(config: ConfigOfSize, curriculum: str, size: int, seed: int) -> Run:
     """The run that trains interpreters, and by "iared2" the blocks behind each."""
     options = {
         "curriculum": curriculum,
@@ -50,7 +69,7 @@ def reducing(config: ConfigAt, curriculum: str, size: int, seed: int) -> Run:
         "eval.figures": "4",
     }
     # Measured; of "iared2" reckoned from its steps.
-    time = {"interpreters": 17, "iared2": 40}[curriculum]
+    time = {"interpreters": 17, "iared2": 50}[curriculum]
     return Run(
         reducing_name(curriculum, size, seed),
         config(size),
@@ -65,7 +84,7 @@ def speed_name(curriculum: str, size: int, seed: int) -> str:
     return f"{reducing_name(curriculum, size, seed)}-speed"
 
 
-def timed(config: ConfigAt, curriculum: str, size: int, seed: int) -> Run:
+def speed_run(config: ConfigOfSize, curriculum: str, size: int, seed: int) -> Run:
     """The run that times the dense model and the ragged engine, of a finished run's weights."""
     options = {
         "mode": "eval",
@@ -90,7 +109,7 @@ def maps_name(size: int) -> str:
     return f"{size}px-maps"
 
 
-def all_maps(config: ConfigAt, size: int) -> Run:
+def maps_run(config: ConfigOfSize, size: int) -> Run:
     """The run that measures every map of the model before anything is dropped."""
     options = {
         "mode": "eval",
@@ -105,5 +124,40 @@ def all_maps(config: ConfigAt, size: int) -> Run:
         config(size),
         options,
         start=head_name(size),
+        ignored=_OF_INTERPRETERS,
         minutes=minutes(25, size),
     )
+
+
+def head_and_seeds(
+    config: ConfigOfSize, curriculum: str, size: int, seeds: Sequence[int]
+) -> list[Run]:
+    """The head's run, and each seed's.
+
+    Raises:
+      UsageError: a seed is the head's.
+    """
+    if HEAD_SEED in seeds:
+        raise UsageError(
+            f"--seeds {HEAD_SEED}: the head has learned the answers of that seed's scenes; take "
+            "others"
+        )
+    return [head_run(config, size), *(reducing_run(config, curriculum, size, s) for s in seeds)]
+
+
+def finished_seeds(
+    curriculum: str, size: int, seeds: Sequence[int], results: Results
+) -> dict[int, Mapping[str, Any]]:
+    """The results of those seeds' runs that are there.
+
+    Raises:
+      UsageError: there are none.
+    """
+    names = {seed: reducing_name(curriculum, size, seed) for seed in seeds}
+    found = {seed: results[name] for seed, name in names.items() if name in results}
+    if not found:
+        raise UsageError(
+            f"no run of {size} px is finished yet, so there is nothing to tabulate: leave out "
+            "--finished to make it"
+        )
+    return found

@@ -7,7 +7,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, ConfigAt, Results, Row, Table
+from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
 
 COLUMNS = (
     Column("pixel accuracy", "pixel_accuracy"),
@@ -26,36 +26,46 @@ def maps_table(title: str, paper: str) -> Table:
     return Table(title, paper, COLUMNS, _runs, _rows)
 
 
-def _runs(config: ConfigAt, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made.append(cutouts.head(config, size))
-        made += [cutouts.reducing(config, _CURRICULUM, size, seed) for seed in seeds]
-        made.append(cutouts.all_maps(config, size))
+        made += cutouts.head_and_seeds(config, _CURRICULUM, size, seeds)
+        made.append(cutouts.maps_run(config, size))
     return made
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        names = {seed: cutouts.reducing_name(_CURRICULUM, size, seed) for seed in seeds}
-        found = {seed: results[name] for seed, name in names.items() if name in results}
-        if not found:
-            raise UsageError(f"no run of {size} px is finished yet: there is nothing to tabulate")
+        found = cutouts.finished_seeds(_CURRICULUM, size, seeds, results)
+        every = results.get(cutouts.maps_name(size))
+        _check_same_images([*found.values(), *([every] if every else [])])
         ours = [run["segmentation"] for run in found.values()]
         for name in ours[0]:
             if name.startswith("group_"):
                 title = f"IA-RED2, {name.replace('_', ' ')}"
                 made.append(_row(size, title, list(found), [maps[name] for maps in ours]))
-        others = results.get(cutouts.maps_name(size), {}).get("segmentation", {})
-        # Without that run, those maps that stand beside our scores in every run.
-        for name, scores in (others or ours[0]).items():
+        # Without the run of all maps, those that stand beside our scores in every run.
+        for name, scores in (every["segmentation"] if every else ours[0]).items():
             if not name.startswith("group_"):
-                made.append(_row(size, name.replace("_", " "), list(found)[:1], [scores]))
+                made.append(_row(size, name.replace("_", " "), [None], [scores]))
     return made
 
 
-def _row(size: int, method: str, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]) -> Row:
+def _check_same_images(found: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses maps of different images, or none, side by side."""
+    sizes = {results.get("map_images", 0) for results in found}
+    if len(sizes) > 1 or 0 in sizes:
+        counts = " and ".join(map(str, sorted(sizes)))
+        raise UsageError(
+            f"maps were measured on {counts} images: give all runs the same, at least one, by "
+            "--config.eval.maps_size and --config.data.eval_size"
+        )
+
+
+def _row(
+    size: int, method: str, seeds: Sequence[int | None], found: Sequence[Mapping[str, Any]]
+) -> Row:
     row: Row = {"pixels": size, "method": method, "seeds": list(seeds)}
     for column in COLUMNS:
         if all(column.key in scores for scores in found):

@@ -2,10 +2,10 @@
 
 from iared2_jax.tables.accuracy import accuracy_table
 from iared2_jax.tables.maps import maps_table
-from iared2_jax.tables.table import ConfigAt, Table
+from iared2_jax.tables.table import ConfigOfSize, Table
 
 _CUTOUTS = "configs/dinov2_cutouts.py"
-PRESETS: dict[str, ConfigAt] = {
+PRESETS: dict[str, ConfigOfSize] = {
     "cutouts": lambda size: f"{_CUTOUTS}:size={size}",  # which object, of those seen in training
     "cutouts_kind": lambda size: f"{_CUTOUTS}:kind,size={size}",  # of which class, of unseen ones
 }

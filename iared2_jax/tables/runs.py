@@ -9,8 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from iared2_jax.config.loading import load
-from iared2_jax.experiment.run_directory import finished_results
+from iared2_jax.config.loading import flatten, load
+from iared2_jax.errors import UsageError
+from iared2_jax.experiment.run_directory import differing_options, few, finished_results
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
@@ -28,6 +29,8 @@ class Run:
       config: as the flag --config of `iared2_jax.main` has it.
       options: what is set in it, by key, as text.
       start: the run whose weights it starts from; "": those that the user gives.
+      ignored: prefixes of options that may differ in a finished run: they do not change what it
+        measures.
       minutes: about what it takes on two CPU cores, for the plan.
     """
 
@@ -35,6 +38,7 @@ class Run:
     config: str
     options: Mapping[str, str]
     start: str = ""
+    ignored: tuple[str, ...] = ()
     minutes: float = 0.0
 
     def built(self, root: Path, given: Mapping[str, str]) -> ml_collections.ConfigDict:
@@ -44,10 +48,28 @@ class Run:
 
 
 def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any] | None:
-    """A finished run's results; None if it is missing, or was made with other options."""
+    """A finished run's results; None if it is missing, unfinished, or of other options."""
     config = run.built(root, given)
     folder = root / run.name / ("eval" if config.mode == "eval" else "")
-    return finished_results(config, folder, ignored=PATHS)
+    ignored = [key for key in flatten(config) if key in PATHS or key.startswith(run.ignored)]
+    found = finished_results(config, folder, ignored)
+    # Baselines come last, and with them the rows of a comparison.
+    return None if found and config.compare.selectors and "methods" not in found else found
+
+
+def check_folder(run: Run, root: Path, given: Mapping[str, str]) -> None:
+    """Refuses a run's folder that holds another recipe's.
+
+    Raises:
+      UsageError: one sentence that names the options.
+    """
+    config, folder = run.built(root, given), root / run.name
+    # What an evaluation has written is simply written again.
+    if config.mode == "train" and (differ := differing_options(config, folder)):
+        raise UsageError(
+            f"{folder} was made with other options: {few(differ)}; move it away, or give another "
+            "--root"
+        )
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:

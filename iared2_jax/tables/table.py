@@ -6,10 +6,11 @@ from typing import Any
 
 from iared2_jax.tables.runs import Run
 
-# A row's cells by their columns' keys: a `Mean` over seeds, a list of shares, or text.
+# "pixels", "method", "seeds" (those that its figures are of), and by their columns' keys the
+# figures: a `Mean` over seeds, or a list of one share per group.
 Row = dict[str, Any]
 # The config, as the flag --config has it, of images of so many pixels.
-ConfigAt = Callable[[int], str]
+ConfigOfSize = Callable[[int], str]
 Results = Mapping[str, Mapping[str, Any]]  # of the runs that are there, by name
 
 
@@ -41,5 +42,5 @@ class Table:
     title: str
     paper: str
     columns: Sequence[Column]
-    runs: Callable[[ConfigAt, Sequence[int], Sequence[int]], list[Run]]
+    runs: Callable[[ConfigOfSize, Sequence[int], Sequence[int]], list[Run]]
     rows: Callable[[Sequence[int], Sequence[int], Results], list[Row]]

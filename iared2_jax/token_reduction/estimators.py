@@ -162,7 +162,7 @@ def greedily_kept(
     """The number of tokens that the greedy mask keeps, with a derivative: that of the scores' sum.
 
     The sum is the mean number over all masks u ~ Bernoulli(I). It may lie far from what a threshold
-    keeps: of scores that are all .6, all of them.
+    keeps: n scores of .6 add up to .6 n, and a threshold of .5 keeps all n.
     """
     mean = jnp.where(alive, policy.informative_scores(head_logits), 0.0).sum(axis=-1)
     return mean + jax.lax.stop_gradient(greedy.sum(axis=-1) - mean)

@@ -1,6 +1,7 @@
 """The policy gradient of one interpreter (paper, Eq. 2 and 3)."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,10 +52,10 @@ class InterpreterPhase(PhaseKind):
             exact_saving=False,  # differentiate the expected saving itself; sample only the errors
             log_prob_reduction="sum",  # "sum" (Eq. 3) | "mean"
             rollouts=1,  # sampled masks per image; they share the prefix
-            # A budget in place of the saving: the share of the N tokens that the group is to keep,
-            # on average over a batch; one for all groups, or one each. (): Eq. 2's saving.
+            # A budget in place of the saving: the share of all N tokens that the group is to keep,
+            # on average over a (micro-)batch; one for all groups, or one each. (): Eq. 2's saving.
             keep_target=(),
-            target_weight=10.0,  # what it costs to miss it: weight (kept - target)^2 errors
+            target_weight=10.0,  # what it costs to miss it, as tau is of an error: times (k - t)^2
         )
 
     def length(self, options: ml_collections.ConfigDict, group: int) -> float:
@@ -87,11 +88,17 @@ class InterpreterPhase(PhaseKind):
                 f"config.interpreter.keep_target={tuple(options.keep_target)} must be shares of "
                 "the tokens, above 0 and at most 1"
             )
-        if options.keep_target and options.exact_saving:
+        if any(later > earlier for earlier, later in itertools.pairwise(options.keep_target)):
             raise UsageError(
-                "config.interpreter.exact_saving=True has no meaning beside keep_target, which "
-                "takes the saving's place: leave one of them out"
+                f"config.interpreter.keep_target={tuple(options.keep_target)} must not rise: these "
+                "are shares of all tokens, and a group can keep at most what the one before left"
             )
+        for name, paper in (("exact_saving", False), ("reward_denominator", "initial")):
+            if options.keep_target and options[name] != paper:
+                raise UsageError(
+                    f"config.interpreter.{name}={options[name]!r} has no meaning beside "
+                    "keep_target, which takes the saving's place: leave one of them out"
+                )
         if not all(length > 0 for length in options.lengths):
             raise UsageError(
                 f"config.interpreter.lengths={tuple(options.lengths)} must all be above 0"
@@ -123,9 +130,9 @@ class InterpreterPhase(PhaseKind):
         and the expectation of s is differentiated as it is: only errors are left to chance. With
         `keep_target` t it is not a saving that is set against errors, but a budget,
 
-            R = -(1 - c) tau - tau w (k - t)^2,   k: the share of N that the greedy masks keep,
+            R = -(1 - c) tau - w (k - t)^2,   k: the share of N that the greedy masks keep,
 
-        on average over the batch. Nothing but the scores can move k, so for its derivative stands
+        on average over the batch. k is a step function of the scores: for its derivative stands
         that of their mean (straight-through).
         """
         module, phase, options = context.module, context.phase, context.phase.options
@@ -143,12 +150,14 @@ class InterpreterPhase(PhaseKind):
 
         answers = policy.answer_value(logits, batch["label"], options.answer)
         tau = _of_group(options.tau, group)
+        budget = {}
         if options.keep_target:
             rewards = -(1 - answers) * tau
             share = estimators.greedily_kept(policy_logits, alive, greedy).mean() / n
-            missed = (share - _of_group(options.keep_target, group)) ** 2
+            missed = share - _of_group(options.keep_target, group)
             objective = estimator.objective(policy_logits, sampled, alive, rewards)
-            objective -= tau * options.target_weight * missed
+            objective -= options.target_weight * missed**2
+            budget = {"target_missed": missed}
         else:
             handed, exact = alive if options.reward_denominator == "entering" else None, None
             over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
@@ -165,6 +174,7 @@ class InterpreterPhase(PhaseKind):
         metrics = {
             **_policy_metrics(policy_logits, alive),
             **_reward_metrics(right, rewards, rollouts),
+            **budget,
             "keep_rate": (greedy.sum(-1) / n).mean(),
             "keep_rate_sampled": (sampled.sum(-1) / n).mean(),
             "handed_rate": (alive.sum(-1) / n).mean(),
@@ -176,17 +186,21 @@ class InterpreterPhase(PhaseKind):
         """A policy that keeps all that it is handed, or nothing."""
         # Kept of what the group was handed: after the first group that is not N.
         kept = figures["keep_rate"] / max(figures["handed_rate"], 1e-9)
-        if kept > 0.999:
+        target = phase.options.keep_target
+        # A budget that all tokens fit into is no reason to drop any.
+        asked = bool(target) and _of_group(target, phase.group) >= figures["handed_rate"]
+        price, cheaper = ("target_weight", "raise") if target else ("tau", "lower")
+        if kept > 0.999 and not asked:
             yield (
                 "all-kept",
-                f"interpreter {phase.group} keeps every token: lower config.interpreter.tau or "
-                "config.model.init_bias, or raise config.interpreter.learning_rate",
+                f"interpreter {phase.group} keeps every token: {cheaper} config.interpreter."
+                f"{price}, lower config.model.init_bias, or raise config.interpreter.learning_rate",
             )
         if figures["keep_rate"] < 0.001:
             yield (
                 "none-kept",
-                f"interpreter {phase.group} drops every token: raise config.interpreter.tau or "
-                "config.model.init_bias, or lower config.interpreter.learning_rate",
+                f"interpreter {phase.group} drops every token: raise config.interpreter.{price} "
+                "or config.model.init_bias, or lower config.interpreter.learning_rate",
             )
 
     def unsettled(
@@ -238,7 +252,7 @@ def _policy_metrics(policy_logits: Array, alive: Array) -> Metrics:
 
 
 def _reward_metrics(right: Array, rewards: Array, rollouts: int) -> Metrics:
-    """What the masks earned. The greedy one comes last, where the estimator runs it."""
+    """What the masks earned, a budget aside. The greedy one comes last, where it is run."""
     metrics = {
         "accuracy_sampled": right[:, :rollouts].mean(),
         "reward_sampled": rewards[:, :rollouts].mean(),
