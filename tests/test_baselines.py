@@ -18,6 +18,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.experiment import compare
 from iared2_jax.experiment.build import build_module, build_phases
 from iared2_jax.experiment.run import train_and_evaluate
+from iared2_jax.report import results as run_results
 from iared2_jax.report import tables
 from iared2_jax.token_reduction.create import init_variables
 from iared2_jax.token_reduction.flops import count_flops
@@ -209,8 +210,12 @@ def test_a_baseline_is_fine_tuned_only_if_the_run_is(config):
         assert compare.baseline_config(config, "random", (0.5,)).mode == mode
 
 
-def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config):
+def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config, monkeypatch):
     """The same backbone chooses by other scores: nothing but the kept tokens differs."""
+    measured, dense = [], run_results._dense
+    monkeypatch.setattr(
+        run_results, "_dense", lambda comparison: measured.append(comparison) or dense(comparison)
+    )
     tiny_config.curriculum = "interpreters"
     tiny_config.eval.speed_batch = tiny_config.eval.figures = 0
     tiny_config.eval.maps = ()
@@ -220,6 +225,7 @@ def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["methods"]) == ["original", "random", "iared2"]
     assert "agreement" not in results
+    assert len(measured) == 1  # all start from the same dense model
     for key in ("top1", "top5"):
         assert results["random"][f"original_backbone_{key}"] == results["random"][key]
     assert not (tmp_path / "baselines" / "random" / "checkpoints").exists()

@@ -134,7 +134,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
 
 
 def _train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: Path, module: IARed2, stop: Stop
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    module: IARed2,
+    stop: Stop,
+    dense: dict[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     variables = starting_point(config, module, workdir)
     with locked(workdir):
@@ -143,7 +147,7 @@ def _train_and_evaluate(
             raise Interrupted("stopped by a signal, state saved: the same command goes on")
         # From the disk: the first step took the buffers over.
         original = dense_backbone(config, module, build_phases(config, module), workdir)
-        results = _evaluated(config, workdir, module, state.eval_params, original, stop)
+        results = _evaluated(config, workdir, module, state.eval_params, original, stop, dense)
     return state, results
 
 
@@ -154,12 +158,19 @@ def _evaluated(
     params: dict[str, Any],
     original: dict[str, Any],
     stop: Stop,
+    dense: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The results, weights and page of a finished model, in its workdir."""
+    """The results, weights and page of a finished model, in its workdir.
+
+    Args:
+      dense: the figures of the backbone that it started from, if they are known.
+    """
     from iared2_jax.report.results import evaluate_run  # slow to import: matplotlib
 
     dataset, options = dataset_of(config), model_options(config)
-    return evaluate_run(config, workdir, module, params, original, dataset, stop, options)
+    return evaluate_run(
+        config, workdir, module, params, original, dataset, stop, options, dense=dense
+    )
 
 
 def _compare(
@@ -174,6 +185,7 @@ def _compare(
     from iared2_jax.report.page import write_again
 
     found, folders, kept = {}, {}, compare.kept_shares(results)
+    dense = results["dense"]  # all of them start from the same backbone
     plan = build_phases(config, module)
     weights = str(workdir / DENSE) if dense_phase(plan) else None
     for selector in config.compare.selectors:
@@ -185,10 +197,11 @@ def _compare(
             folder.mkdir(parents=True, exist_ok=True)
             own = build_module(baseline)
             if baseline.mode == "train":
-                _, found[selector] = _train_and_evaluate(baseline, folder, own, stop)
+                _, found[selector] = _train_and_evaluate(baseline, folder, own, stop, dense)
             else:
                 start = starting_point(baseline, own, folder)
-                found[selector] = _evaluated(baseline, folder, own, start["params"], start, stop)
+                params = start["params"]
+                found[selector] = _evaluated(baseline, folder, own, params, start, stop, dense)
     clips = module.input_spec.is_clip
     results["methods"] = compare.methods(results, found, clips)
     if config.eval.speed_batch:

@@ -43,6 +43,7 @@ def evaluate_run(
     stop: Stop | None = None,
     model_options: dict[str, Any] | None = None,
     scored: bool = True,
+    dense: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates trained parameters against the dense backbone that a run started from.
 
@@ -54,6 +55,7 @@ def evaluate_run(
       model_options: what `create_model` made the module with, to write weights.safetensors; None
         writes none.
       scored: False where the interpreters are fresh: their scores are not among the maps then.
+      dense: the figures of the dense backbone, where another run from it has them; None: measured.
 
     Returns:
       The results as written.
@@ -84,7 +86,7 @@ def evaluate_run(
         crops=crops,
         reduction=reduction_of(config),
     )
-    results, values = _measure(comparison, dataset)
+    results, values = _measure(comparison, dataset, dense)
     if model_options is not None:
         _write_weights(comparison, results, workdir, model_options)
     _write(comparison, results, values, workdir)
@@ -97,11 +99,11 @@ def _has_dense(config: ml_collections.ConfigDict) -> bool:
 
 
 def _measure(
-    comparison: Comparison, dataset: Dataset
+    comparison: Comparison, dataset: Dataset, dense: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The results, and the maps of the images that the page will show."""
     results: dict[str, Any] = {"run": comparison.config.name, "examples": len(comparison.pixels)}
-    results["dense"] = _dense(comparison)
+    results["dense"] = dense or _dense(comparison)
     if comparison.reduces:
         # Another selector's figures are not ours.
         ours = comparison.selector == "interpreter"
