@@ -70,6 +70,13 @@ def import_extra(module: str, extra: str, called: str, needed_by: object) -> Mod
         raise UsageError(f"{needed_by} needs {called}: {command}") from error
 
 
+def few(items: Iterable[object], most: int = 3, none: str = "nothing") -> str:
+    """The first items in words, and how many more there are: "a, b, c and 4 more"."""
+    words = [str(item) for item in items]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more if words else none
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint " (did you mean 'x'?)", or what there is to choose from."""
     known = sorted(known)

@@ -200,7 +200,7 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
             assert config.weights == "/published"
 
 
-def _second():
+def _of_seed_1():
     return cutouts.reducing_run(PRESETS["cutouts"], "interpreters", 112, 1)
 
 
@@ -214,7 +214,7 @@ def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_p
     del config["eval.lime_samples"]  # as a version before this option would have written it
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
     assert results_of(head, tmp_path, GIVEN) is not None
-    assert results_of(_second(), tmp_path, GIVEN) is None
+    assert results_of(_of_seed_1(), tmp_path, GIVEN) is None
 
 
 def test_another_recipe_of_the_interpreters_makes_no_new_head(tmp_path):
@@ -228,7 +228,7 @@ def test_another_recipe_of_the_interpreters_makes_no_new_head(tmp_path):
 
 
 def test_a_run_that_was_stopped_among_its_baselines_is_not_there(tmp_path):
-    run = _second()
+    run = _of_seed_1()
     record = {"config": flatten(run.built(tmp_path, GIVEN))}
     (tmp_path / run.name).mkdir()
     for methods, there in (({}, False), ({"methods": {}}, True)):
@@ -238,9 +238,9 @@ def test_a_run_that_was_stopped_among_its_baselines_is_not_there(tmp_path):
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_is_made(made, tmp_path, capsys):
     arguments = [*FLAGS, f"--root={tmp_path}", f"--out={tmp_path}/out"]
-    folder = tmp_path / "cutouts" / _second().name
+    folder = tmp_path / "cutouts" / _of_seed_1().name
     folder.mkdir(parents=True)
-    config = flatten(_second().built(tmp_path / "cutouts", GIVEN))
+    config = flatten(_of_seed_1().built(tmp_path / "cutouts", GIVEN))
     (folder / "config.json").write_text(json.dumps({**config, "interpreter.steps": 7}))
     for dry_run in (["--dry-run"], []):
         assert command.main([*arguments, *dry_run]) == 2

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from iared2_jax.data.images import eval_transform, open_image, with_channels
 from iared2_jax.data.videos import is_video, read_video
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import UsageError, few
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.typing import Array
 
@@ -112,10 +112,8 @@ def refuse_non_finite(inputs: Float[Array, "b ..."]) -> None:
     """
     bad = [i for i, x in enumerate(np.asarray(inputs)) if not np.isfinite(x).all()]
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        shown = ", ".join(map(str, bad[:3]))
         raise UsageError(
-            f"images {shown}{more} have values that are not finite: leave them out, or mend them"
+            f"images {few(bad)} have values that are not finite: leave them out, or mend them"
         )
 
 

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from iared2_jax.config.defaults import RESUMABLE
 from iared2_jax.config.loading import as_stored, flatten, weights_of
 from iared2_jax.config.migration import CONFIG_VERSION, stored_options
 from iared2_jax.data.datasets import Dataset
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import UsageError, few
 from iared2_jax.experiment.build import load_initial
 from iared2_jax.files import write_json
 from iared2_jax.token_reduction.create import init_variables
@@ -70,10 +70,9 @@ def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Pa
     Raises:
       UsageError: the folder is another run's, or its config.json is damaged.
     """
-    path = folder / _CONFIG
-    found = _read_config(path)[1] if path.exists() else {}
+    theirs, found = _read_config(folder)
     mine_found = {_DATA: dataset.fingerprint if _VERSION in found else dataset.summary}
-    differ = differing_options(config, folder) + [
+    differ = _differing(config, theirs, RESUMABLE) + [
         f"{key} ({found[key]!r} there, {value!r} here)"
         for key, value in mine_found.items()
         if found.get(key, value) != value
@@ -86,30 +85,32 @@ def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Pa
 
 
 def differing_options(config: ml_collections.ConfigDict, folder: Path) -> list[str]:
-    """The options in which a run in a folder differs, with both values; [] if there is no run.
+    """The options in which a run in a folder differs, with both values, so that it cannot go on.
 
-    What may change between a run and its continuation, and what no phase of the curriculum reads,
-    changes nothing.
+    None, if there is no run.
     """
-    path = folder / _CONFIG
-    if not path.exists():
+    return _differing(config, _read_config(folder)[0], RESUMABLE)
+
+
+def _differing(
+    config: ml_collections.ConfigDict, theirs: Mapping[str, Any] | None, ignored: Collection[str]
+) -> list[str]:
+    """The options of `theirs` that are not those of a config, but for those that are ignored.
+
+    What no phase of the curriculum reads changes nothing either.
+    """
+    if theirs is None:
         return []
-    mine, theirs = as_stored(config), _read_config(path)[0]
+    mine = as_stored(config)
     read = {PHASES[name].section for name, _ in stages(config.curriculum, 1)}
     unused = {kind.section for kind in PHASES.values()} - read
     return [
         f"{key} ({theirs.get(key)!r} there, {mine.get(key)!r} here)"
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
-        and key not in RESUMABLE
+        and key not in ignored
         and key.partition(".")[0] not in unused
     ]
-
-
-def few(items: Sequence[str]) -> str:
-    """The first three items in words, and how many more there are."""
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more
 
 
 def write_config(
@@ -121,8 +122,14 @@ def write_config(
     write_json(folder / _CONFIG, {**dict(sorted(flat.items())), **found})
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a config.json of any version by today's names; and what else it says."""
+def _read_config(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The options of a run's config.json, of any version, by today's names; and what else it says.
+
+    None and nothing, if there is no run.
+    """
+    path = folder / _CONFIG
+    if not path.exists():
+        return None, {}
     try:
         stored = dict(json.loads(path.read_text()))
         found = {key: stored.pop(key) for key in (_VERSION, _DATA, _WEIGHTS) if key in stored}
@@ -150,8 +157,7 @@ def starting_point(
         return init_variables(module, config.seed)
     if not copy.exists():
         return load_initial(config, module, source)
-    path = folder / _CONFIG
-    known = _read_config(path)[1].get(_WEIGHTS) if path.exists() else None
+    known = _read_config(folder)[1].get(_WEIGHTS)
     now = _digest(source)
     if None not in (known, now) and known != now:
         raise UsageError(
@@ -181,7 +187,9 @@ def keep_dense(module: IARed2, params: dict[str, Any], folder: Path) -> None:
 def finished_results(
     config: ml_collections.ConfigDict, folder: Path, ignored: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """The results in a folder, if they are of this very config; None: there are none such.
+    """The results in a folder, if they are of this config; None: there are none such.
+
+    What no phase of the curriculum reads may differ.
 
     Args:
       ignored: options that may differ.
@@ -190,9 +198,7 @@ def finished_results(
     if not path.exists():
         return None
     results = json.loads(path.read_text())
-    theirs, mine = stored_options(results["config"]), as_stored(config)
-    counted = (mine.keys() | theirs.keys()) - set(ignored)
-    return results if all(theirs.get(key) == mine.get(key) for key in counted) else None
+    return None if _differing(config, stored_options(results["config"]), ignored) else results
 
 
 def dense_backbone(

@@ -13,14 +13,7 @@ from iared2_jax.tables.table import ConfigOfSize, Results
 
 HEAD_SEED = 0
 # A head is trained before there are interpreters.
-_OF_INTERPRETERS = (
-    "interpreter.",
-    "backbone.",
-    "compare.",
-    "model.policy_token",
-    "model.init_bias",
-    "eval.agreement",
-)
+_OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
 # Baselines beside every run: the paper's, and what EViT and others drop by.
 SELECTORS = ("random", "attention_block_1", "attention")
 # Numbers only: no pictures, no page of images, no timing; without "agreement", five passes fewer.

@@ -10,8 +10,8 @@ from typing import Any
 import ml_collections
 
 from iared2_jax.config.loading import flatten, load
-from iared2_jax.errors import UsageError
-from iared2_jax.experiment.run_directory import differing_options, few, finished_results
+from iared2_jax.errors import UsageError, few
+from iared2_jax.experiment.run_directory import differing_options, finished_results
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import UsageError, few
 from iared2_jax.files import with_tuples
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.protocol import Backbone
@@ -83,7 +83,7 @@ def load_weights(
     layout = _layout_of(source, tensors)
     if layout is None:
         raise UsageError(
-            f"{source} is of no kind known here: it has {_some(tensors)}. Known are timm, DeiT, "
+            f"{source} is of no kind known here: it has {few(tensors)}. Known are timm, DeiT, "
             "CaiT, TimeSformer and DINOv2 by their authors, transformers (ViT, DeiT, TimeSformer, "
             "DINOv2), mmaction2's TimeSformer, vision_transformer and big_vision, iared2_jax"
         )
@@ -265,8 +265,8 @@ def _check_names(source, layout: NamingScheme, tensors, recipes) -> None:
     if wanted or homeless:
         near = _nearest(wanted[0], homeless or tensors) if wanted else _nearest(homeless[0], used)
         raise UsageError(
-            f"{source} ({layout.name}) does not fit the model: it lacks {_some(wanted)} and has no "
-            f"place for {_some(homeless)}; nearest: {', '.join(near)}"
+            f"{source} ({layout.name}) does not fit the model: it lacks {few(wanted)} and has no "
+            f"place for {few(homeless)}; nearest: {', '.join(near)}"
         )
     if divided:
         log.warning(
@@ -408,9 +408,3 @@ def num_classes_of(tensors: Mapping[str, np.ndarray]) -> int | None:
     layout = recognise(tensors)
     names = layout.recipe("backbone/head/bias").names if layout else ()
     return int(tensors[names[0]].shape[0]) if names and names[0] in tensors else None
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) + more) if names else "nothing"

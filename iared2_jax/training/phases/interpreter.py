@@ -149,32 +149,17 @@ class InterpreterPhase(PhaseKind):
         logits = jax.lax.stop_gradient(_run_masks(context, params, x, masks))
 
         answers = policy.answer_value(logits, batch["label"], options.answer)
-        tau = _of_group(options.tau, group)
-        budget = {}
         if options.keep_target:
-            rewards = -(1 - answers) * tau
-            share = estimators.greedily_kept(policy_logits, alive, greedy).mean() / n
-            missed = share - _of_group(options.keep_target, group)
-            objective = estimator.objective(policy_logits, sampled, alive, rewards)
-            objective -= options.target_weight * missed**2
-            budget = {"target_missed": missed}
+            rewards, known = _budgeted(options, group, answers, policy_logits, alive, greedy, n)
         else:
-            handed, exact = alive if options.reward_denominator == "entering" else None, None
-            over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
-            rewards = over_masks(lambda mask, answer: policy.reward(mask, answer, tau, handed, n))(
-                masks, answers
-            )
-            if options.exact_saving:
-                savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
-                exact = savings, estimators.expected_saving(policy_logits, alive, handed, n)
-            objective = estimator.objective(policy_logits, sampled, alive, rewards, exact)
+            rewards, known = _priced(options, group, answers, policy_logits, alive, masks, n)
+        objective = estimator.objective(policy_logits, sampled, alive, rewards, known)
         objective = policy.reduced(objective, alive, options.log_prob_reduction)
 
         right = policy.answer_value(logits, batch["label"], "right")
         metrics = {
             **_policy_metrics(policy_logits, alive),
             **_reward_metrics(right, rewards, rollouts),
-            **budget,
             "keep_rate": (greedy.sum(-1) / n).mean(),
             "keep_rate_sampled": (sampled.sum(-1) / n).mean(),
             "handed_rate": (alive.sum(-1) / n).mean(),
@@ -223,6 +208,50 @@ def _of_group(values: Sequence[float], group: int) -> float:
     return values[group - 1 if len(values) > 1 else 0]
 
 
+# The rewards of masks [b, m]; and a part of them whose mean over all masks is known, with that mean
+# [b] as a function of the policy's logits (`Estimator.objective`).
+Rewards = tuple[Array, tuple[Array, Array] | None]
+
+
+def _priced(
+    options: ml_collections.ConfigDict,
+    group: int,
+    answers: Array,
+    policy_logits: Array,
+    alive: Array,
+    masks: Array,
+    n: int,
+) -> Rewards:
+    """Eq. 2: a price for errors, and a saving for what is dropped."""
+    tau = _of_group(options.tau, group)
+    handed = alive if options.reward_denominator == "entering" else None
+    over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
+    rewards = over_masks(lambda mask, answer: policy.reward(mask, answer, tau, handed, n))(
+        masks, answers
+    )
+    if not options.exact_saving:
+        return rewards, None
+    savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
+    return rewards, (savings, estimators.expected_saving(policy_logits, alive, handed, n))
+
+
+def _budgeted(
+    options: ml_collections.ConfigDict,
+    group: int,
+    answers: Array,
+    policy_logits: Array,
+    alive: Array,
+    greedy: Array,
+    n: int,
+) -> Rewards:
+    """A price for errors, and one for missing `keep_target`, which no sampled mask changes."""
+    share = estimators.greedily_kept(policy_logits, alive, greedy).mean() / n
+    missed = share - _of_group(options.keep_target, group)
+    budget = jnp.broadcast_to(-options.target_weight * missed**2, len(answers))
+    part = jnp.broadcast_to(jax.lax.stop_gradient(budget)[:, None], answers.shape)
+    return part - (1 - answers) * _of_group(options.tau, group), (part, budget)
+
+
 def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) -> Array:
     """The logits [b, k, classes] of `masks` [b, k, n] from the entry of the phase's group on."""
     module, phase, count = context.module, context.phase, masks.shape[1]
@@ -252,7 +281,7 @@ def _policy_metrics(policy_logits: Array, alive: Array) -> Metrics:
 
 
 def _reward_metrics(right: Array, rewards: Array, rollouts: int) -> Metrics:
-    """What the masks earned, a budget aside. The greedy one comes last, where it is run."""
+    """What the masks earned. The greedy one comes last, where the estimator runs it."""
     metrics = {
         "accuracy_sampled": right[:, :rollouts].mean(),
         "reward_sampled": rewards[:, :rollouts].mean(),

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import UsageError, few
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +219,9 @@ def find_state_dict(
     if chosen is not None:
         return dict(checkpoint[chosen])
     keys = [_shown(key) for key in checkpoint if isinstance(key, str)]
-    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     raise UsageError(
         f"the checkpoint has no weights under {', '.join(_ENTRIES)}, only the keys "
-        f"{', '.join(keys[:8]) or '(none)'}{more}: pass the dict of tensors itself"
+        f"{few(keys, 8, none='(none)')}: pass the dict of tensors itself"
     )
 
 
