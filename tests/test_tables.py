@@ -283,6 +283,8 @@ def test_the_command_makes_what_is_missing_and_writes_the_table(made, tmp_path, 
     assert "79.2 ±" in (folder / "table_4.md").read_text()
     record = json.loads((folder / "table_4.json").read_text())
     assert set(record["runs"]) == set(made)
+    # In the run's own order, so that the same runs make the same file.
+    assert list(record["runs"]["112px-interpreters-1"]["results"]) == list(fabricated(1))
     assert record["rows"][-1]["top1"]["values"] == [79.1, 79.2]
     for name in ("table_4.md", "table_4.csv", "table_4.json"):
         text = (folder / name).read_text()

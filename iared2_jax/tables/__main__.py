@@ -33,6 +33,8 @@ from iared2_jax.tables.write import markdown, write_table
 
 log = logging.getLogger("iared2_jax.tables")
 
+# What a run's results.json holds that has a place of its own in the table's.
+_BESIDE_RESULTS = ("config", "versions")
 _SET_BY_TABLES = frozenset({"seed", "curriculum", "mode", "compare.selectors"})
 
 
@@ -106,7 +108,9 @@ def tabulate(argv: Sequence[str]) -> None:
                 "seconds": round(seconds_of(root / name)) or None,
                 "config": without_paths(results["config"]),
                 "versions": results["versions"],
-                "results": {key: results[key] for key in results.keys() - {"config", "versions"}},
+                "results": {
+                    key: value for key, value in results.items() if key not in _BESIDE_RESULTS
+                },
             }
             for name, results in there.items()
         },
