@@ -3,12 +3,14 @@
     python -m benchmarks.gpu_suite
 
 First smoke tests of what is new or private to the device, then speed at the paper's kept shares (of
-clips, too), what a training step needs in memory, what maps cost, and what training costs. A
+clips, too), what training costs, what a training step needs in memory, and what maps cost. A
 question that fails is recorded with its error and the next is asked; none is begun after
-`--minutes`. On a machine without a GPU it only shows that it runs: `python -m benchmarks.gpu_suite
---models deit_ti --batch 2 --video timesformer_micro --rounds 1`.
+`--minutes`, and `--ask` asks only some. On a machine without a GPU it only shows that it runs:
+`python -m benchmarks.gpu_suite --models deit_ti --batch 2 --video timesformer_micro --rounds 1`.
 """
 
+import argparse
+import dataclasses
 import functools
 import os
 import time
@@ -22,7 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, maps, memory, peers, speed, train_cost
-from benchmarks.workload import KEPT, synthetic
+from benchmarks.workload import KEPT, Workload, synthetic
+from iared2_jax import accelerate, count_flops
+from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax.fast_inference.plan import KINDS, Plan
+from iared2_jax.fast_inference.sub_batches import run_dense
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.compaction import kept_first, take_tokens
@@ -86,6 +92,111 @@ def compaction(rounds: int) -> dict[str, float]:
     return {name: 1e3 * t.median for name, t in interleaved(calls, rounds).items()}
 
 
+def agreement(model: str) -> dict[str, dict[str, float]]:
+    """Gathered and ragged against masked execution: largest difference over the largest logit.
+
+    In float32 with exact products, with the device's own (TF32 on an NVIDIA GPU), and in bfloat16.
+    """
+    found = {}
+    for name, dtype, precision in (
+        ("float32, exact products", jnp.float32, "highest"),
+        ("float32", jnp.float32, None),
+        ("bfloat16", jnp.bfloat16, None),
+    ):
+        with jax.default_matmul_precision(precision):
+            found[name] = _agreement(synthetic(model, 16, "uneven", dtype=dtype).rows(0, 8))
+    return found
+
+
+def _agreement(work: Workload) -> dict[str, float]:
+    images, thresholds = jnp.asarray(work.images), jnp.asarray(work.thresholds)
+    capacities = tuple(int(most) for most in work.counts.max(axis=0))
+    apply = functools.partial(work.module.apply, work.variables, images, thresholds)
+    expected = np.asarray(jax.jit(apply)()[0], np.float32)
+    gathered = jax.jit(lambda: apply(execution="gathered", capacities=capacities)[0])
+    ask = {"thresholds": work.thresholds, "images": work.images}
+    logits = {"gathered": gathered()}
+    for kind in KINDS:
+        plan = _two_shapes(speed.uniform_plan(work, len(images), kind, 4))
+        run = accelerate(work.module, work.variables, len(images), plan=plan, cache_dir=None, **ask)
+        logits[f"ragged, {kind}"] = run(images, thresholds)[0]
+    scale = np.abs(expected).max()
+    return {
+        name: float(np.abs(np.asarray(y, np.float32) - expected).max() / scale)
+        for name, y in logits.items()
+    }
+
+
+def _two_shapes(plan: Plan) -> Plan:
+    """The middle one and the one that holds anything: enough to be right, compiled soon."""
+    few = [{group.shapes[len(group.shapes) // 2], group.shapes[-1]} for group in plan.groups]
+    groups = [
+        dataclasses.replace(group, shapes=tuple(sorted(shapes)))
+        for group, shapes in zip(plan.groups, few, strict=True)
+    ]
+    return dataclasses.replace(plan, groups=tuple(groups))
+
+
+def against_peers(model: str, batch: int, rounds: int, dtype: Any) -> dict[str, Any]:
+    """Dense, and ragged in one packed list, beside timm's same weights: one interleaved run.
+
+    Nothing is planned. Milliseconds of one call that is waited for, and of ten calls in a row.
+    """
+    work = synthetic(model, 2 * batch, "uneven", dtype=dtype)
+    sample, timed = work.rows(0, batch), work.rows(batch, 2 * batch)
+    images, thresholds = jnp.asarray(timed.images), jnp.asarray(timed.thresholds)
+    kernel = "cudnn" if jax.default_backend() == "gpu" else "einsum"
+    module = ForwardSpec(work.module).with_kernel(kernel).module
+    dense = functools.partial(run_dense, module, batch)
+    plan = speed.uniform_plan(sample, batch, "packed", batch)
+    ask = {"thresholds": sample.thresholds, "images": sample.images}
+    run = accelerate(
+        work.module,
+        work.variables,
+        batch,
+        plan=dataclasses.replace(plan, attention_kernel=kernel),
+        cache_dir=None,
+        **ask,
+    )
+    calls = {
+        "dense": _called(dense, work.variables, images),
+        "ragged, packed": lambda: run(images, thresholds)[0],
+    }
+    expected = np.asarray(module.apply(work.variables, images, thresholds)[0], np.float32)
+    error = np.abs(np.asarray(calls["ragged, packed"](), np.float32) - expected).max()
+    known = model in peers.TIMM_NAMES
+    skipped = {"timm": peers.missing() if known else f"it has no {model}"}
+    if skipped["timm"] is None:
+        kept = [round(float(count)) for count in timed.counts.mean(0)]
+        flops = float(np.mean(count_flops(work.module, tuple(timed.counts.T)).full))
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        name = jnp.dtype(dtype).name
+        theirs, skipped = peers.callables(
+            model, timed.variables, timed.images, kept, flops, device=device, dtype=name
+        )
+        calls |= theirs
+    timings = interleaved(calls, rounds)
+    return {
+        "counts": timed.source,
+        "possible": timed.possible,
+        "error": float(error / np.abs(expected).max()),
+        "plan": str(run.plan),
+        "skipped": skipped,
+        "ms": {name: 1e3 * timing.median for name, timing in timings.items()},
+        "ms_in_a_row": {name: 1e3 * _in_a_row(call) for name, call in calls.items()},
+    }
+
+
+def _in_a_row(call: Callable[[], Any], times: int = 10) -> float:
+    """Seconds per call where the host does not wait for each: the device's own time."""
+    jax.block_until_ready(call())
+    begun = time.perf_counter()
+    for _ in range(times):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begun) / times
+
+
 def ceilings(rounds: int) -> dict[str, float]:
     """What the device can do: bf16 matmul in TFLOP/s, copy in TB/s."""
     on_gpu = jax.default_backend() == "gpu"
@@ -106,21 +217,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=["deit_s", "deit_b", "deit_b_384"])
     parser.add_argument("--video", default="timesformer_jointst_b", help="a model of clips")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.35, 0.5, 0.7])
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 1, 32, 1024])
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 32, 1, 1024])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--ask", nargs="+", default=[""], help="how the names of questions begin")
     flags = parser.parse_args(argv)
     started = time.monotonic()
+    asked = f" --ask {' '.join(map(repr, flags.ask))}" if any(flags.ask) else ""
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.gpu_suite", **common.environment(), "questions": {}
-    }  # fmt: skip
+        "command": f"python -m benchmarks.gpu_suite{asked}",
+        **common.environment(),
+        "questions": {},
+    }
     folder = Path(os.environ.get("OUT", common.RESULTS))
     out = flags.out or folder / f"gpu_suite_{jax.default_backend()}.json"
-
-    def ask(name: str, question: Callable[[], Any]) -> None:
-        seconds = time.monotonic() - started
-        if seconds > 60 * flags.minutes:
-            result["questions"][name] = {"not asked": f"{seconds:.0f} s were over"}
+    for name, question in _questions(flags, out).items():
+        if not name.startswith(tuple(flags.ask)):
+            continue
+        begun = time.monotonic() - started
+        if begun > 60 * flags.minutes:
+            result["questions"][name] = {"not asked": f"{begun:.0f} s were over"}
         else:
             try:
                 result["questions"][name] = question()
@@ -128,45 +244,51 @@ def main(argv: Sequence[str] | None = None) -> None:
                 traceback.print_exc()
                 text = f"{type(error).__name__}: {str(error)[:500]}"
                 result["questions"][name] = {"failed": text}
-        print(f"[{time.monotonic() - started:5.0f} s] {name}", flush=True)
+        took = time.monotonic() - started - begun
+        print(f"[{took:5.0f} s] {name}", flush=True)
         common.write(out, result)
-
-    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    ask("ceilings", lambda: ceilings(flags.rounds))
-    for tokens in (197, 144, 577):
-        ask(
-            f"cudnn attention, {tokens} tokens",
-            lambda tokens=tokens: cudnn_attention(tokens, flags.rounds),
-        )
-    ask("compaction", lambda: compaction(flags.rounds))
-    for batch in flags.batch:
-        for model in flags.models:
-            if batch == 1024 and model != flags.models[0]:
-                continue
-            ask(f"speed {model} {batch}", lambda m=model, b=batch: _speed(m, b, dtype, flags))
-    for share in flags.shares:
-        ask(
-            f"speed {flags.video} 8, {share} kept",
-            lambda share=share: _speed(flags.video, 8, dtype, flags, (share,)),
-        )
-    for remat in (False, True):
-        ask(
-            f"memory {flags.video} 8, remat {remat}",
-            lambda remat=remat: memory.measure(flags.video, 8, remat, dtype),
-        )
-    ask(f"maps {flags.models[0]}", lambda: _maps(flags.models[0], flags.rounds))
-    rows = "64" if dtype == jnp.bfloat16 else "2"
-    cost = [
-        "--model",
-        flags.models[0],
-        "--batch",
-        rows,
-        "--out",
-        f"{out.with_suffix('')}_cost.json",
-    ]
-    ask("train cost", lambda: train_cost.main(cost))
     failed = [name for name, answer in result["questions"].items() if "failed" in (answer or {})]
     print(f"failed: {', '.join(failed) or 'nothing'}")
+
+
+def _questions(flags: argparse.Namespace, out: Path) -> dict[str, Callable[[], Any]]:
+    """All questions by name, those that matter most first: the device may be lent for minutes."""
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    ask: dict[str, Callable[[], Any]] = {"ceilings": lambda: ceilings(flags.rounds)}
+    for tokens in (197, 144, 577):
+        ask[f"cudnn attention, {tokens} tokens"] = functools.partial(
+            cudnn_attention, tokens, flags.rounds
+        )
+    ask["compaction"] = lambda: compaction(flags.rounds)
+    ask["agreement"] = lambda: agreement(flags.models[0])
+    ask["peers"] = lambda: against_peers(flags.models[0], flags.batch[0], flags.rounds, dtype)
+
+    def speed_of(model, batch):
+        ask[f"speed {model} {batch}"] = lambda: _speed(model, batch, dtype, flags)
+
+    def clips_of(share):
+        name = f"speed {flags.video} 8, {share} kept"
+        ask[name] = lambda: _speed(flags.video, 8, dtype, flags, (share,))
+
+    first, *others = flags.models
+    speed_of(first, flags.batch[0])
+    for share in flags.shares[:1]:
+        clips_of(share)
+    rows = "64" if dtype == jnp.bfloat16 else "2"
+    cost = ["--model", first, "--batch", rows, "--out", f"{out.with_suffix('')}_cost.json"]
+    ask["train cost"] = lambda: train_cost.main(cost)
+    for batch in flags.batch[1:]:
+        speed_of(first, batch)
+    for model in others:
+        speed_of(model, flags.batch[0])
+    for remat in (False, True):
+        ask[f"memory {flags.video} 8, remat {remat}"] = functools.partial(
+            memory.measure, flags.video, 8, remat, dtype
+        )
+    for share in flags.shares[1:]:
+        clips_of(share)
+    ask[f"maps {first}"] = lambda: _maps(first, min(5, flags.rounds))
+    return ask
 
 
 def _maps(model: str, rounds: int) -> dict[str, Any]:
@@ -182,9 +304,10 @@ def _speed(
 ) -> dict[str, Any]:
     sample_size = max(64, min(batch, 256))
     work = synthetic(model, sample_size + batch, "uneven", kept, dtype)
-    peer = model if peers.missing() is None and batch in (1, 256) else None
+    first = (model, batch) == (flags.models[0], flags.batch[0])
+    peer = model if first and model in peers.TIMM_NAMES and peers.missing() is None else None
     sample, timed = work.rows(0, sample_size), work.rows(sample_size, sample_size + batch)
-    answer = speed.measure(sample, timed, flags.rounds, peer)
+    answer = speed.measure(sample, timed, flags.rounds, peer, layouts=first)
     print(speed.table(answer), flush=True)
     return answer
 

@@ -46,11 +46,20 @@ class Variant:
 
 
 def measure(
-    sample: Workload, timed: Workload, rounds: int, peer_model: str | None = None
+    sample: Workload,
+    timed: Workload,
+    rounds: int,
+    peer_model: str | None = None,
+    layouts: bool = True,
 ) -> dict[str, Any]:
-    """All variants for one batch; `timed` is the batch, `sample` what the plans are made with."""
+    """All variants for one batch; `timed` is the batch, `sample` what the plans are made with.
+
+    Args:
+      peer_model: timm's counterpart is timed, too.
+      layouts: so is the same layout in every group, beside the planner's mixture.
+    """
     images = jnp.asarray(timed.images)
-    variants = {**_ours(sample, timed, images)}
+    variants = _ours(sample, timed, images, layouts)
     skipped = {}
     if peer_model:
         calls, skipped = peers.callables(
@@ -71,7 +80,9 @@ def measure(
     return _report(timed, variants, timings, errors, skipped)
 
 
-def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Variant]:
+def _ours(
+    sample: Workload, timed: Workload, images: jax.Array, layouts: bool
+) -> dict[str, Variant]:
     module, variables, b = timed.module, timed.variables, len(timed.images)
     half = jnp.dtype(module.backbone.dtype).itemsize == 2
     gpu = jax.default_backend() == "gpu"
@@ -116,14 +127,14 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array) -> dict[str, Var
     shares = timed.counts.mean(0) / module.input_spec.num_patches
     accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
     ask = {"thresholds": sample.thresholds, "images": sample.images}
-    for name, plan in _layouts(sample, b).items():
+    for name, plan in _layouts(sample, b).items() if layouts else ():
         accelerated(name, "ragged", plan=plan, **ask)
     accelerated("ragged, planned", "ragged", **ask)
     return variants
 
 
-def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
-    """The same layout in every group, for comparison with the planner's mixture."""
+def uniform_plan(sample: Workload, b: int, kind: str, rows: int) -> Plan:
+    """The same layout in every group."""
     request = PlanRequest(
         forward=ForwardSpec(sample.module),
         variables=sample.variables,
@@ -131,12 +142,17 @@ def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
         thresholds=sample.thresholds,
         images=sample.images,
     )
+    return planner.uniform_plan(request, kind, rows)
+
+
+def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
+    """The same layout in every group, for comparison with the planner's mixture."""
     few = max(1, b // 8) if jax.default_backend() == "gpu" else min(4, b)
     wanted = {"ragged, one capacity": ("padded", b), "ragged, packed": ("packed", b)}
     if few < b:
         wanted[f"ragged, buckets of {few}"] = ("padded", few)
     return {
-        name: planner.uniform_plan(request, kind, rows)
+        name: uniform_plan(sample, b, kind, rows)
         for name, (kind, rows) in wanted.items()
         if not (kind == "packed" and rows == 1)
     }

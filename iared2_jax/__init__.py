@@ -15,6 +15,7 @@ from iared2_jax.evaluation.compare_maps import compare_maps
 from iared2_jax.fast_inference import accelerate, calibrate
 from iared2_jax.token_reduction.create import create_model
 from iared2_jax.token_reduction.flops import count_flops
+from iared2_jax.versions import version as _version
 from iared2_jax.weights.load import load_model, load_weights
 from iared2_jax.weights.save import save_weights
 
@@ -32,6 +33,8 @@ __all__ = [
     "save_weights",
     "token_reduction",
 ]
+
+__version__ = _version("iared2_jax")
 
 _moved.install()
 

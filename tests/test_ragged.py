@@ -1,6 +1,7 @@
 """Ragged execution gives masked execution's numbers, whatever the counts, shapes and plans."""
 
 import functools
+import importlib.metadata
 import itertools
 import json
 
@@ -25,6 +26,7 @@ from iared2_jax.models import input_spec
 from iared2_jax.models.backbones.cait import CaiT
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.models.token_layouts import packed
+from iared2_jax.report import results
 from iared2_jax.token_reduction.compaction import kept_first, take_tokens
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
 from iared2_jax.token_reduction.selectors import get_selector
@@ -524,6 +526,42 @@ def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
 def test_kernels_are_einsum_on_a_cpu():
     module, variables = model(2)
     assert planner._kernels(request(module, variables, 2)) == ["einsum"]
+
+
+def test_the_faster_attention_kernel_is_planned_with(monkeypatch):
+    module, variables = model(2)
+    ask = request(module, variables, 2)
+    keep = np.ones((4, 2, N), bool)
+    seconds = {"einsum": 2.0, "cudnn": 1.0}
+    timed = []
+
+    def time(request, keep, kernel, group, plans):
+        timed.append((kernel, group, plans))
+        return dict.fromkeys(plans, seconds[kernel])
+
+    monkeypatch.setattr(planner, "_kernels", lambda request: list(seconds))
+    monkeypatch.setattr(planner, "_time_group", time)
+    assert planner._fastest_kernel(ask, keep) == "cudnn"
+    assert {kernel for kernel, *_ in timed} == set(seconds)
+    whole = GroupPlan("padded", 2, ((2 * T, T),))
+    assert all(plans == [whole] for *_, plans in timed)
+
+
+def test_a_checkout_that_is_not_installed_is_accelerated(monkeypatch):
+    """Imported from a folder, as in a notebook, the package has no version."""
+    known = importlib.metadata.version
+
+    def version(name):
+        if name == "iared2_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    module, variables = model(2)
+    key = request(module, variables, 2).key()
+    assert key["versions"]["iared2_jax"] == "not installed"
+    assert key["versions"]["jax"] == results.versions()["jax"] == jax.__version__
+    assert results.versions()["iared2_jax"] == "not installed"
 
 
 # -- The layouts themselves.

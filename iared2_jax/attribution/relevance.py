@@ -23,7 +23,7 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.attention import Similarity, Softmax, WeightedSum
 from iared2_jax.models.backbones.cait import HeadMix
 from iared2_jax.models.backbones.protocol import PARTS
-from iared2_jax.models.layers import Add, Gelu, Mean, Scale, TokenDense
+from iared2_jax.models.layers import Add, Gelu, Mean, Scale, TokenDense, TokenNorm
 from iared2_jax.models.taps import Taps, tap_gradients
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
@@ -155,6 +155,7 @@ RULES: dict[type[nn.Module], Callable[..., tuple[Array, ...]]] = {
     Scale: _identity,
     Mean: _mean,
     nn.LayerNorm: _identity,
+    TokenNorm: _identity,
 }
 
 

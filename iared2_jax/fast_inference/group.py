@@ -41,7 +41,7 @@ def evidence_in_place(
 class _Turns(NamedTuple):
     """Which images a group takes together, and in which shape.
 
-    order [chunks, rows]: the images of each sub-batch; b where there is none.
+    order [chunks, rows]: the images of each sub-batch; b or more where there is none.
     lengths [chunks, rows]: their tokens, prefix included.
     shape_of [chunks]: the first shape that holds each; ascending.
     starts, stops [shapes]: the sub-batches of each shape, which are neighbours.
@@ -63,8 +63,8 @@ def _take_turns(plan: GroupPlan, lengths: Int[Array, " b"], equal_counts: bool) 
     as_they_come = chunks == 1 and plan.blocks == 1
     if not (as_they_come or equal_counts):
         order = jnp.argsort(lengths, stable=True)
-    # Images that fill up the first sub-batch have the index b: never written.
-    order = jnp.concatenate([jnp.full(chunks * rows - b, b), order]).reshape(chunks, rows)
+    # Images that fill up the first sub-batch have indices from b on: never written.
+    order = jnp.concatenate([b + jnp.arange(chunks * rows - b), order]).reshape(chunks, rows)
     lengths = jnp.where(order < b, lengths[jnp.minimum(order, b - 1)], 0)
 
     in_blocks = rearrange(lengths, "c (k r) -> c k r", k=plan.blocks)
@@ -143,7 +143,9 @@ def run_group(
             values = values.astype(buffer.dtype)
             if taken is None:
                 return jax.lax.dynamic_update_slice(buffer, values, (0,) * buffer.ndim)
-            return buffer.at[taken, : values.shape[1]].set(values, mode="drop")
+            # No image is taken twice. Told so, a GPU writes without atomic operations.
+            places = buffer.at[taken, : values.shape[1]]
+            return places.set(values, mode="drop", unique_indices=True)
 
         sources = rows_of(source)[:, : max(shape[1:])]
         x, layout = _enter(rows_of(state["tokens"]), sources, turns.lengths[chunk], plan, shape)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.typing import Array
+from iared2_jax.versions import version
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,7 @@ class PlanRequest:
             "device": self.devices[0].device_kind,
             "cores": os.cpu_count() if self.platform == "cpu" else None,
             "devices": len(self.devices),
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("iared2_jax", "jax", "jaxlib")
-            },
+            "versions": {name: version(name) for name in ("iared2_jax", "jax", "jaxlib")},
         }
 
 

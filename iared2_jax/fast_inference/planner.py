@@ -42,9 +42,7 @@ def plan_groups(request: PlanRequest) -> Plan:
     """
     with jax.default_device(request.devices[0]):
         keep = _keep_of_sample(request)
-        plans = {kernel: _plan_groups(request, keep, kernel) for kernel in _kernels(request)}
-    fastest = min(plans.values(), key=lambda timed: timed[1])
-    return fastest[0]
+        return _plan_groups(request, keep, _fastest_kernel(request, keep))
 
 
 def _keep_of_sample(request: PlanRequest) -> np.ndarray:
@@ -115,6 +113,23 @@ def _kernels(request: PlanRequest) -> list[str]:
         log.warning("cuDNN attention is off by %.3f here and is not used", error)
         return ["einsum"]
     return ["einsum", "cudnn"]
+
+
+def _fastest_kernel(request: PlanRequest, keep: np.ndarray) -> str:
+    """The attention kernel that runs a group of whole padded rows in the least time."""
+    kernels = _kernels(request)
+    if len(kernels) == 1:
+        return kernels[0]
+    group = _most_to_win(request, keep)
+    whole = _laid_out(request, keep, group, ("padded", request.batch_size), 1)
+    return min(kernels, key=lambda name: _time_group(request, keep, name, group, [whole])[whole])
+
+
+def _most_to_win(request: PlanRequest, keep: np.ndarray) -> int:
+    """The group with many tokens, of which images keep different numbers."""
+    counts = keep.sum(-1)
+    work = counts.mean(0) * request.module.group_sizes * (counts.std(0) + 0.1)
+    return int(np.argmax(work)) + 1
 
 
 def _layouts(request: PlanRequest) -> list[tuple[str, int]]:
@@ -195,32 +210,26 @@ def _limits(request: PlanRequest, keep: np.ndarray) -> list[int]:
     return limits
 
 
-def _plan_groups(request: PlanRequest, keep: np.ndarray, kernel: str) -> tuple[Plan, float]:
-    """The fastest candidate of every group, timed alone; and the sum of their seconds."""
+def _plan_groups(request: PlanRequest, keep: np.ndarray, kernel: str) -> Plan:
+    """The fastest candidate of every group, timed alone."""
     groups = range(1, request.module.num_groups + 1)
     time = functools.partial(_time_group, request, keep, kernel)
-    # The group that has most to win: many tokens, of which images keep different numbers.
-    counts = keep.sum(-1)
-    work = counts.mean(0) * request.module.group_sizes * (counts.std(0) + 0.1)
-    first = int(np.argmax(work)) + 1
+    first = _most_to_win(request, keep)
     timed = time(first, _candidates(request, keep, first, limit=3), rounds=1)
     alike = [(plan.kind, plan.rows) for plan in sorted(timed, key=timed.get)[:FINALISTS]]
     limits = _limits(request, keep)
     chosen: list[GroupPlan] = []
-    total = 0.0
     for group in groups:
         seconds = time(group, _candidates(request, keep, group, limits[group - 1], alike))
         best = min(seconds, key=seconds.get)
         chosen.append(_thinned(request, keep, group, best, seconds[best]))
-        total += seconds[best]
-    plan = Plan(
+    return Plan(
         request.batch_size,
         tuple(chosen),
         attention_kernel=kernel,
         switch=_switch(request),
         key=request.key(),
     )
-    return plan, total
 
 
 def _switch(request: PlanRequest) -> bool:

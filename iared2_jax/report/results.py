@@ -1,6 +1,5 @@
 """The evaluation of a finished model: results.json, tables, figures and an HTML report."""
 
-import importlib.metadata
 import logging
 import platform
 import tempfile
@@ -26,6 +25,7 @@ from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.token_reduction.selectors import random_like
 from iared2_jax.training.curriculum import reduces, trains_dense_first
+from iared2_jax.versions import version
 from iared2_jax.weights.save import save_weights
 
 log = logging.getLogger(__name__)
@@ -309,5 +309,4 @@ def _write(
 def versions() -> dict[str, str]:
     """The versions that made a result."""
     packages = ("iared2_jax", "jax", "flax", "optax", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **versions}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
