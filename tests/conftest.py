@@ -4,10 +4,10 @@ import atexit
 import os
 import tempfile
 
-# Before jax is imported anywhere.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+# Before jax is imported anywhere. Commands that a test starts see one device.
+_DEVICES = " --xla_force_host_platform_device_count=8"
+ONE_DEVICE = os.environ.get("XLA_FLAGS", "").replace(_DEVICES, "")
+os.environ["XLA_FLAGS"] = ONE_DEVICE + _DEVICES
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
     # What several tests, workers or commands compile alike, one of them compiles.
@@ -22,6 +22,7 @@ from jaxtyping import install_import_hook
 # Annotated shapes are checked at run time, here and only here.
 install_import_hook("iared2_jax", "typecheck.checked")
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -31,6 +32,7 @@ import ml_collections
 import pytest
 
 from iared2_jax.fast_inference import planner
+from iared2_jax.models import variants
 from iared2_jax.signals import Stop
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,12 @@ ROOT = Path(__file__).parent.parent
 planner.MAX_SHAPES["cpu"] = 6
 planner.FINALISTS = 1
 planner.SECONDS = 0.0
+
+# The demo's model with half its blocks: a block per group, and half the time to trace and compile.
+_MICRO = variants.VARIANTS["vit_micro"]
+variants.VARIANTS["vit_3_blocks"] = dataclasses.replace(
+    _MICRO, backbone=_MICRO.backbone.clone(depth=3), parameters=250_378
+)
 
 # Compiling takes longer than hypothesis allows an example by default.
 hypothesis.settings.register_profile(
@@ -79,9 +87,9 @@ class StopAfter(Stop):
 
 @pytest.fixture
 def tiny_config() -> ml_collections.ConfigDict:
-    """The demo's config, a few steps of every phase, from random weights."""
+    """The demo's config, a few steps of every phase, from random weights, on three blocks."""
     config = load_config("cluttered_mnist", "runlocal")
-    config.weights = ""
+    config.model.name, config.weights = "vit_3_blocks", ""
     config.data.eval_size = 16
     config.model.group_sizes = ()  # equal groups
     return config

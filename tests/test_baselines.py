@@ -112,6 +112,9 @@ def test_a_baseline_is_refused_where_it_makes_no_sense(config):
     pictures.compare.selectors = ("magic",)
     with pytest.raises(UsageError, match=r"config\.compare\.selectors has 'magic'"):
         validate(pictures, 1)
+    pictures.compare.selectors, pictures.curriculum = ("dense",), "interpreters"
+    with pytest.raises(UsageError, match=r"has 'dense', the original fine-tuned .* leaves"):
+        compare.check_comparison(pictures)
     pictures.compare.selectors, pictures.curriculum = ("random",), "supervised"
     with pytest.raises(UsageError, match=r"config\.compare\.selectors sets baselines"):
         validate(pictures, 1)
@@ -158,8 +161,9 @@ def test_the_table_of_a_comparison():
     }
     random = {"reduced": found(0.7, 0.75, [0.36], {}), "segmentation": segmentation}
     attention = {"reduced": found(0.7, 0.75, [0.36], {})}
-    found_ones = {"random": random, "attention_block_1": attention}
+    found_ones = {"random": random, "attention_block_1": attention, "dense": random}
     rows = compare.methods(ours, found_ones, clips=True)
+    assert "mean_iou" not in rows.pop("original_fine_tuned")
     # As in Table 3, whose attention is that of block 1.
     assert list(rows) == ["original", "random", "attention", "iared2"]
     assert list(compare.methods(ours, {"attention_block_0": attention}, True))[1] == (
@@ -196,6 +200,12 @@ def test_a_baseline_has_the_runs_own_recipe(config):
     validate(before, 1)
     build_module(before)
     assert before.reduction.keep_ratios == (1.0, 0.4)
+    # What fine-tuning does by itself.
+    dense = compare.baseline_config(config, "dense", (0.5, 0.4))
+    validate(dense, 1)
+    build_module(dense)
+    assert (dense.reduction.selector, dense.reduction.keep_ratios) == ("random", (1.0, 1.0))
+    assert [p.steps for p in build_phases(dense, build_module(dense))] == [4]
 
 
 def test_a_baseline_is_fine_tuned_only_if_the_run_is(config):

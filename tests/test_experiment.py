@@ -11,7 +11,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, StopAfter, load_config
+from conftest import ONE_DEVICE, ROOT, StopAfter, load_config
 from flax import traverse_util
 
 from iared2_jax import config as config_lib
@@ -142,9 +142,9 @@ def test_old_names_of_options_work_with_a_hint(tmp_path, caplog):
 def weights_run(tmp_path):
     """A config whose weights are a file, and that file."""
     source = tmp_path / "mine.safetensors"
-    save_weights(create_model("vit_micro", seed=3)[1], source, interpreters=False)
+    save_weights(create_model("vit_3_blocks", seed=3)[1], source, interpreters=False)
     config = load_config("cluttered_mnist", "runlocal")
-    config.weights, config.data.eval_size = str(source), 8
+    config.model.name, config.weights, config.data.eval_size = "vit_3_blocks", str(source), 8
     config.eval.figures = config.eval.speed_batch = 0
     config.curriculum, config.model.group_sizes = "interpreters", ()
     return config, source
@@ -163,7 +163,7 @@ def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tm
     train(config, tmp_path / "run")
     # What it was compared with is what it started from.
     original = starting_point(config, build_module(config), tmp_path / "run")
-    expected = create_model("vit_micro", seed=3)[1]["params"]["backbone"]
+    expected = create_model("vit_3_blocks", seed=3)[1]["params"]["backbone"]
     jax.tree.map(np.testing.assert_array_equal, original["params"]["backbone"], expected)
 
 
@@ -191,7 +191,7 @@ def test_a_head_and_then_interpreters_in_one_run(weights_run, tmp_path):
 def test_weights_that_changed_meanwhile_are_not_taken(weights_run, tmp_path):
     config, source = weights_run
     train(config, tmp_path / "run", StopAfter(0))
-    save_weights(create_model("vit_micro", seed=4)[1], source, interpreters=False)
+    save_weights(create_model("vit_3_blocks", seed=4)[1], source, interpreters=False)
     with pytest.raises(UsageError, match="has changed since the run"):
         train(config, tmp_path / "run")
 
@@ -272,7 +272,8 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path):
     arguments = [f"--config={DEMO}", "--config.weights=", "--config.checkpoint_every=1"]
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments, f"--workdir={tmp_path}/run"],
-        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 74, ended.stderr
     assert "Traceback" not in ended.stderr

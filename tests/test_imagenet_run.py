@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ONE_DEVICE, ROOT
 from test_imagenet import write_tars
 
 from iared2_jax import load_model
@@ -32,7 +32,7 @@ def train_and_resume(folder):
         sys.executable, "-m", "iared2_jax.main", "--config=configs/deit_s.py:runlocal",
         f"--workdir={folder}/run", f"--config.data.path={folder}/data", "--config.backbone.steps=3",
     ]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE}
     options = dict(cwd=ROOT, env=environment, text=True, stderr=subprocess.STDOUT)
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as first:

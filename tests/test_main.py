@@ -8,9 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ONE_DEVICE, ROOT
 
 from iared2_jax import main
 from iared2_jax.errors import CheckpointError, Interrupted, NonFiniteError
@@ -18,7 +18,6 @@ from iared2_jax.experiment import run as experiment
 from iared2_jax.experiment.build import dataset_of
 from iared2_jax.experiment.run_directory import adopt_config, locked
 
-ROOT = Path(__file__).parent.parent
 DEMO = "--config=configs/cluttered_mnist.py:runlocal"
 
 
@@ -150,8 +149,9 @@ def workdir(tmp_path, tiny_config):
 def test_a_workdir_with_another_config_is_refused_by_its_first_keys(refusal, workdir, tiny_config):
     before = (workdir / "config.json").read_text()
     line = refusal(
-        DEMO, "--config.weights=", "--config.data.eval_size=16", "--config.model.group_sizes=()",
-        "--config.seed=1", f"--workdir={workdir}",
+        DEMO, "--config.model.name=vit_3_blocks", "--config.weights=",
+        "--config.data.eval_size=16", "--config.model.group_sizes=()", "--config.seed=1",
+        f"--workdir={workdir}",
     )  # fmt: skip
     assert "holds another run's config: seed (0 there, 1 here); give another --workdir" in line
     assert (workdir / "config.json").read_text() == before
@@ -234,7 +234,7 @@ def test_sigterm_saves_and_the_same_command_finishes(tmp_path):
     ]  # fmt: skip
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": ONE_DEVICE,
         "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -5,7 +5,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import ROOT, load_config
+from conftest import ONE_DEVICE, ROOT, load_config
 
 from iared2_jax.config import flatten
 from notebooks.refresh import FOLDER, NAMES, execute, parameters_cell, tags
@@ -69,7 +69,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     work = tmp_path / "work"
     work.mkdir()
     return work

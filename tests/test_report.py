@@ -47,9 +47,9 @@ def evaluated_into(config, workdir, stop=None):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """The tiny config's untrained model, evaluated."""
+    """An untrained model of three blocks, evaluated."""
     config = load_config("cluttered_mnist", "runlocal")
-    config.weights = ""
+    config.model.name, config.model.group_sizes, config.weights = "vit_3_blocks", (), ""
     config.data.eval_size = 20  # not a multiple of the batch: the last one is padded
     workdir = tmp_path_factory.mktemp("run")
     return config, workdir, evaluated_into(config, workdir)
@@ -90,9 +90,9 @@ def test_results_have_the_promised_keys(evaluated):
         assert 0 <= results[model]["top1"] <= results[model]["top5"] <= 1
         assert set(results[model]["flops"]) == {"linear", "full"}
     assert len(results["iared2"]["kept"]) == 3
-    assert results["dense"]["flops"]["full"] == count_flops("vit_micro").full
+    assert results["dense"]["flops"]["full"] == count_flops("vit_3_blocks").full
     assert "top1" in results["random"]
-    maps = {f"group_{g}" for g in (1, 2, 3)} | {f"raw_attention_block_{b}" for b in range(6)}
+    maps = {f"group_{g}" for g in (1, 2, 3)} | {f"raw_attention_block_{b}" for b in range(3)}
     floor = {"random", "center", "all_background"}
     assert set(results["segmentation"]) == maps | floor
     for scores in results["segmentation"].values():
@@ -125,7 +125,7 @@ def test_written_weights_are_the_evaluated_ones(evaluated):
     config, workdir, _ = evaluated
     _, variables = build_model(config)
     tensors, metadata = read_tensors(workdir / "weights.safetensors")
-    assert metadata["create_model"]["name"] == "vit_micro"
+    assert metadata["create_model"]["name"] == "vit_3_blocks"
     kernel = variables["params"]["interpreter_2"]["k"]["kernel"]
     np.testing.assert_array_equal(tensors["interpreters.2.k.weight"].T, kernel)
 

@@ -24,6 +24,9 @@ from iared2_jax.token_reduction.selectors import SELECTORS
 from iared2_jax.training.optimizers import OPTIMIZERS
 from iared2_jax.training.phases import CURRICULA, PHASES, curricula_of, stages
 
+# Of `config.compare.selectors`: the baseline that drops nothing.
+DENSE_BASELINE = "dense"
+
 
 def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     """Refuses a config that cannot mean anything, before anything is compiled.
@@ -54,10 +57,10 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     for key in ("eval.maps", "explain.maps"):
         _check_maps(key, flat[key])
     for selector in config.compare.selectors:
-        if selector not in SELECTORS:
+        if selector not in (*SELECTORS, DENSE_BASELINE):
             raise UsageError(
                 f"config.compare.selectors has {selector!r}, which is unknown"
-                f"{nearest(str(selector), SELECTORS)}"
+                f"{nearest(str(selector), (*SELECTORS, DENSE_BASELINE))}"
             )
 
     for kind in PHASES.values():

@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from iared2_jax.config.checks import DENSE_BASELINE
 from iared2_jax.config.loading import reduction_of
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.errors import UsageError
@@ -24,9 +25,14 @@ log = logging.getLogger(__name__)
 
 Variables = dict[str, Any]
 FOLDER = "baselines"  # below the run's, one folder per selector
+_OF_DENSE = "random"  # the selector of the baseline that drops nothing: its scores never matter
 # Rows that are not called after their selector. "attention" is the paper's baseline, block 1's; the
 # selector of that name, the attention before each group, has a row of its own.
-_ROW_NAMES = {"attention_block_1": "attention", "attention": "attention_before_group"}
+_ROW_NAMES = {
+    "attention_block_1": "attention",
+    "attention": "attention_before_group",
+    DENSE_BASELINE: "original_fine_tuned",
+}
 
 
 def baseline_config(
@@ -39,19 +45,22 @@ def baseline_config(
 
     It fine-tunes for as many steps as all fine-tuning of `config`'s own run together, so not at all
     (mode "eval") if that one only trains interpreters, and keeps at least as many tokens in each
-    group; all of the first, where the selector is the attention before the group.
+    group; all of the first, where the selector is the attention before the group, and all of every
+    group for `DENSE_BASELINE`: what the fine-tuning does by itself.
 
     Args:
       weights: of the dense backbone, if it is not the one that `config` names.
     """
     if selector == "attention":  # there is none before the first block
         keep_ratios = (1.0, *keep_ratios[1:])
+    if selector == DENSE_BASELINE:
+        keep_ratios = (1.0,) * len(keep_ratios)
     baseline = config.copy_and_resolve_references().unlock()
     baseline.name = f"{config.name}, {selector}"
     baseline.mode = "train" if fine_tunes(config) else "eval"
     baseline.curriculum = "selector"
     baseline.weights = config.weights if weights is None else weights
-    baseline.reduction.selector = selector
+    baseline.reduction.selector = _OF_DENSE if selector == DENSE_BASELINE else selector
     baseline.reduction.keep_ratios = keep_ratios
     baseline.compare.selectors = ()
     baseline.backbone.steps *= len(keep_ratios)  # one phase in place of one for each group
@@ -74,6 +83,12 @@ def check_comparison(config: ml_collections.ConfigDict) -> None:
     Raises:
       UsageError: one sentence that names the selector.
     """
+    if DENSE_BASELINE in config.compare.selectors and not fine_tunes(config):
+        raise UsageError(
+            f"config.compare.selectors has {DENSE_BASELINE!r}, the original fine-tuned as long as "
+            f"the run's blocks, but config.curriculum={config.curriculum!r} leaves the blocks as "
+            "they are: leave it out"
+        )
     for selector in config.compare.selectors:
         try:
             build_module(baseline_config(config, selector, (0.5,) * config.model.groups))
@@ -110,8 +125,8 @@ def methods(
     """
     rows = {"original": _row(results, "dense", None, clips)}
     for selector, found in baselines.items():
-        # The attention before each group has no scores before the first.
-        scores = None if selector == "attention" else f"{selector}_group_1"
+        # The attention before each group has no scores before the first; the dense one's are noise.
+        scores = None if selector in ("attention", DENSE_BASELINE) else f"{selector}_group_1"
         rows[row_name(selector)] = _row(found, "reduced", scores, clips)
     rows["iared2"] = _row(results, "iared2", "group_1", clips)
     return rows

@@ -73,6 +73,7 @@ METHODS = {
     "iared2": "IA-RED2",
     "attention": "attention of block 1",
     "attention_before_group": "attention before each group",
+    "original_fine_tuned": "original, fine-tuned as long",
 }
 
 
