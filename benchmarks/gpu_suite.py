@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, maps, memory, peers, speed, train_cost
+from benchmarks import common, kernels, maps, memory, peers, speed, train_cost
 from benchmarks.workload import KEPT, Workload, synthetic
 from iared2_jax import accelerate, count_flops
 from iared2_jax.fast_inference.forward import ForwardSpec
@@ -140,7 +140,8 @@ def _two_shapes(plan: Plan) -> Plan:
 def against_peers(model: str, batch: int, rounds: int, dtype: Any) -> dict[str, Any]:
     """Dense, and ragged in one packed list, beside timm's same weights: one interleaved run.
 
-    Nothing is planned. Milliseconds of one call that is waited for, and of ten calls in a row.
+    Nothing is planned. Milliseconds of one call that is waited for, and of ten calls in a row; and
+    where the two of ours spend them.
     """
     work = synthetic(model, 2 * batch, "uneven", dtype=dtype)
     sample, timed = work.rows(0, batch), work.rows(batch, 2 * batch)
@@ -184,6 +185,9 @@ def against_peers(model: str, batch: int, rounds: int, dtype: Any) -> dict[str, 
         "skipped": skipped,
         "ms": {name: 1e3 * timing.median for name, timing in timings.items()},
         "ms_in_a_row": {name: 1e3 * _in_a_row(call) for name, call in calls.items()},
+        "kernels": {
+            name: kernels.kernel_times(calls[name]) for name in ("dense", "ragged, packed")
+        },
     }
 
 

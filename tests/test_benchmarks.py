@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import budget, common, gpu_suite, policy_gradient, speed
+from benchmarks import budget, common, gpu_suite, kernels, policy_gradient, speed
 from benchmarks.workload import KEPT, drawn_counts, synthetic
 from iared2_jax import create_model, save_weights
 from iared2_jax.fast_inference import BudgetPoint
@@ -61,6 +61,36 @@ def test_the_gpu_suite_answers_everywhere(tmp_path):
     for precision, errors in answers["agreement"].items():
         assert max(errors.values()) < (0.05 if precision == "bfloat16" else 1e-5)
     assert {"interpreter 1, masked", "backbone 3, gathered"} <= set(answers["train cost"]["steps"])
+
+
+def test_kernels_are_counted_once_and_gaps_are_what_lies_between():
+    def kernel(name, start, time, pid=1, tid=7):
+        return {"ph": "X", "name": name, "ts": start, "dur": time, "pid": pid, "tid": tid}
+
+    def lane(pid, tid, name):
+        return {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}}
+
+    events = [
+        {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
+        lane(1, 7, "Stream #7(Compute)"),
+        lane(1, 8, "Stream #8(Memset)"),
+        lane(1, 9, "XLA Ops"),
+        lane(2, 7, "Stream"),
+        kernel("product", 5000, 1000),
+        kernel("norm", 1000, 500),
+        kernel("product", 2000, 1000),
+        kernel("memset", 2500, 1000, tid=8),  # half of it beside the product
+        kernel("product", 1000, 9000, tid=9),
+        kernel("python", 0, 9000, pid=2),
+        {"ph": "C", "name": "counter", "pid": 1},
+    ]
+    found = kernels.summary(events, calls=2)
+    assert found["kernels"] == 2
+    np.testing.assert_allclose(found["busy_ms"], (0.5 + 1.5 + 1) / 2)
+    np.testing.assert_allclose(found["gaps_ms"], (5 - 3) / 2)
+    assert found["by_name"] == [["product", 1.0, 1.0], ["memset", 0.5, 0.5], ["norm", 0.25, 0.5]]
+    assert kernels.summary([], calls=1)["by_name"] == []
 
 
 def test_break_even_is_where_dropping_begins_to_pay():
