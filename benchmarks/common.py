@@ -1,7 +1,6 @@
 """What every benchmark needs: the machine in words, a JSON file, a compiled call."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,18 +11,15 @@ from typing import Any
 
 import jax
 
+from iared2_jax.versions import NOT_INSTALLED, version
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
     """Device, versions, and the settings that move the figures."""
     packages = ("iared2_jax", "jax", "jaxlib", "flax", "numpy", "torch", "timm")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version(), **installed(*packages)}
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -35,6 +31,12 @@ def environment() -> dict[str, Any]:
         },
         "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those that are there."""
+    versions = {package: version(package) for package in packages}
+    return {package: text for package, text in versions.items() if text != NOT_INSTALLED}
 
 
 def _processor() -> str:

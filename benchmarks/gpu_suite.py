@@ -25,10 +25,8 @@ import numpy as np
 
 from benchmarks import common, kernels, maps, memory, peers, speed, train_cost
 from benchmarks.workload import KEPT, Workload, synthetic
-from iared2_jax import accelerate, count_flops
-from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax import accelerate
 from iared2_jax.fast_inference.plan import KINDS, Plan
-from iared2_jax.fast_inference.sub_batches import run_dense
 from iared2_jax.models.attention import attend, attend_cudnn
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.compaction import kept_first, take_tokens
@@ -137,68 +135,15 @@ def _two_shapes(plan: Plan) -> Plan:
     return dataclasses.replace(plan, groups=tuple(groups))
 
 
-def against_peers(model: str, batch: int, rounds: int, dtype: Any) -> dict[str, Any]:
-    """Dense, and ragged in one packed list, beside timm's same weights: one interleaved run.
-
-    Nothing is planned. Milliseconds of one call that is waited for, and of ten calls in a row; and
-    where the two of ours spend them.
-    """
-    work = synthetic(model, 2 * batch, "uneven", dtype=dtype)
-    sample, timed = work.rows(0, batch), work.rows(batch, 2 * batch)
-    images, thresholds = jnp.asarray(timed.images), jnp.asarray(timed.thresholds)
-    kernel = "cudnn" if jax.default_backend() == "gpu" else "einsum"
-    module = ForwardSpec(work.module).with_kernel(kernel).module
-    dense = functools.partial(run_dense, module, batch)
-    plan = speed.uniform_plan(sample, batch, "packed", batch)
-    ask = {"thresholds": sample.thresholds, "images": sample.images}
-    run = accelerate(
-        work.module,
-        work.variables,
-        batch,
-        plan=dataclasses.replace(plan, attention_kernel=kernel),
-        cache_dir=None,
-        **ask,
-    )
-    calls = {
-        "dense": _called(dense, work.variables, images),
-        "ragged, packed": lambda: run(images, thresholds)[0],
-    }
-    expected = np.asarray(module.apply(work.variables, images, thresholds)[0], np.float32)
-    error = np.abs(np.asarray(calls["ragged, packed"](), np.float32) - expected).max()
-    known = model in peers.TIMM_NAMES
-    skipped = {"timm": peers.missing() if known else f"it has no {model}"}
-    if skipped["timm"] is None:
-        kept = [round(float(count)) for count in timed.counts.mean(0)]
-        flops = float(np.mean(count_flops(work.module, tuple(timed.counts.T)).full))
-        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        name = jnp.dtype(dtype).name
-        theirs, skipped = peers.callables(
-            model, timed.variables, timed.images, kept, flops, device=device, dtype=name
-        )
-        calls |= theirs
-    timings = interleaved(calls, rounds)
-    return {
-        "counts": timed.source,
-        "possible": timed.possible,
-        "error": float(error / np.abs(expected).max()),
-        "plan": str(run.plan),
-        "skipped": skipped,
-        "ms": {name: 1e3 * timing.median for name, timing in timings.items()},
-        "ms_in_a_row": {name: 1e3 * _in_a_row(call) for name, call in calls.items()},
-        "kernels": {
-            name: kernels.kernel_times(calls[name]) for name in ("dense", "ragged, packed")
-        },
-    }
-
-
-def _in_a_row(call: Callable[[], Any], times: int = 10) -> float:
-    """Seconds per call where the host does not wait for each: the device's own time."""
+def _on_device(call: Callable[[], Any], times: int = 10) -> dict[str, Any]:
+    """The time of a call where the host does not wait for each, and where the device spends it."""
     jax.block_until_ready(call())
     begun = time.perf_counter()
     for _ in range(times):
         result = call()
     jax.block_until_ready(result)
-    return (time.perf_counter() - begun) / times
+    seconds = (time.perf_counter() - begun) / times
+    return {"in_a_row_ms": 1e3 * seconds, "kernels": kernels.kernel_times(call)}
 
 
 def ceilings(rounds: int) -> dict[str, float]:
@@ -265,32 +210,31 @@ def _questions(flags: argparse.Namespace, out: Path) -> dict[str, Callable[[], A
         )
     ask["compaction"] = lambda: compaction(flags.rounds)
     ask["agreement"] = lambda: agreement(flags.models[0])
-    ask["peers"] = lambda: against_peers(flags.models[0], flags.batch[0], flags.rounds, dtype)
 
-    def speed_of(model, batch):
-        ask[f"speed {model} {batch}"] = lambda: _speed(model, batch, dtype, flags)
-
-    def clips_of(share):
-        name = f"speed {flags.video} 8, {share} kept"
-        ask[name] = lambda: _speed(flags.video, 8, dtype, flags, (share,))
+    def speed_of(model, batch, kept=KEPT, **options):
+        return functools.partial(_speed, model, batch, dtype, flags.rounds, kept, **options)
 
     first, *others = flags.models
-    speed_of(first, flags.batch[0])
-    for share in flags.shares[:1]:
-        clips_of(share)
+    largest, *smaller = flags.batch
+    clips = {
+        f"speed {flags.video} 8, {share} kept": speed_of(flags.video, 8, (share,))
+        for share in flags.shares
+    }
+    ask["peers"] = speed_of(first, largest, quick=True, observe=_on_device)
+    ask[f"speed {first} {largest}"] = speed_of(first, largest)
+    for name in list(clips)[:1]:
+        ask[name] = clips.pop(name)
     rows = "64" if dtype == jnp.bfloat16 else "2"
     cost = ["--model", first, "--batch", rows, "--out", f"{out.with_suffix('')}_cost.json"]
     ask["train cost"] = lambda: train_cost.main(cost)
-    for batch in flags.batch[1:]:
-        speed_of(first, batch)
-    for model in others:
-        speed_of(model, flags.batch[0])
+    sizes = [(first, batch) for batch in smaller] + [(model, largest) for model in others]
+    sizes += [(model, batch) for batch in smaller for model in others if batch < 1024]
+    ask |= {f"speed {model} {batch}": speed_of(model, batch) for model, batch in sizes}
     for remat in (False, True):
         ask[f"memory {flags.video} 8, remat {remat}"] = functools.partial(
             memory.measure, flags.video, 8, remat, dtype
         )
-    for share in flags.shares[1:]:
-        clips_of(share)
+    ask |= clips
     ask[f"maps {first}"] = lambda: _maps(first, min(5, flags.rounds))
     return ask
 
@@ -304,14 +248,15 @@ def _maps(model: str, rounds: int) -> dict[str, Any]:
 
 
 def _speed(
-    model: str, batch: int, dtype: Any, flags: Any, kept: Sequence[float] = KEPT
+    model: str, batch: int, dtype: Any, rounds: int, kept: Sequence[float], **options: Any
 ) -> dict[str, Any]:
+    """`speed.measure` on drawn counts; beside timm for one image, and where `quick`."""
     sample_size = max(64, min(batch, 256))
     work = synthetic(model, sample_size + batch, "uneven", kept, dtype)
-    first = (model, batch) == (flags.models[0], flags.batch[0])
-    peer = model if first and model in peers.TIMM_NAMES and peers.missing() is None else None
+    beside_timm = model in peers.TIMM_NAMES and (options.get("quick") or batch == 1)
+    peer = model if beside_timm and peers.missing() is None else None
     sample, timed = work.rows(0, sample_size), work.rows(sample_size, sample_size + batch)
-    answer = speed.measure(sample, timed, flags.rounds, peer, layouts=first)
+    answer = speed.measure(sample, timed, rounds, peer, **options)
     print(speed.table(answer), flush=True)
     return answer
 

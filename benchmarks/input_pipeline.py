@@ -14,7 +14,6 @@ What is compared where it is installed:
 
 import dataclasses
 import functools
-import importlib.metadata
 import io
 import os
 import tempfile
@@ -362,14 +361,11 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"libjpeg-turbo in pillow": str(features.version("libjpeg_turbo"))}
     names = ("pillow", "grain", "opencv-python-headless", "opencv-python", "simplejpeg")
-    for package in (*names, "torchvision", "tensorflow", "tensorflow-cpu"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {
+        "libjpeg-turbo in pillow": str(features.version("libjpeg_turbo")),
+        **common.installed(*names, "torchvision", "tensorflow", "tensorflow-cpu"),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

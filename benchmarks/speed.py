@@ -50,16 +50,18 @@ def measure(
     timed: Workload,
     rounds: int,
     peer_model: str | None = None,
-    layouts: bool = True,
+    quick: bool = False,
+    observe: Callable[[Callable[[], Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """All variants for one batch; `timed` is the batch, `sample` what the plans are made with.
 
     Args:
       peer_model: timm's counterpart is timed, too.
-      layouts: so is the same layout in every group, beside the planner's mixture.
+      quick: nothing is planned, and few programs are compiled: dense, masked, one packed list.
+      observe: what else to note of a variant's call, beside its time.
     """
     images = jnp.asarray(timed.images)
-    variants = _ours(sample, timed, images, layouts)
+    variants = _ours(sample, timed, images, quick)
     skipped = {}
     if peer_model:
         calls, skipped = peers.callables(
@@ -77,16 +79,18 @@ def measure(
     calls = {name: variant.call for name, variant in variants.items()}
     # 11 rounds of 1 ms say little: more, while they fit into a quarter of a second each.
     timings = interleaved(calls, (rounds, 300), seconds=rounds / 4, primed=planner.QUICK)
-    return _report(timed, variants, timings, errors, skipped)
+    report = _report(timed, variants, timings, errors, skipped)
+    for name, call in calls.items() if observe else ():
+        report["variants"][name] |= observe(call)
+    return report
 
 
-def _ours(
-    sample: Workload, timed: Workload, images: jax.Array, layouts: bool
-) -> dict[str, Variant]:
+def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> dict[str, Variant]:
     module, variables, b = timed.module, timed.variables, len(timed.images)
     half = jnp.dtype(module.backbone.dtype).itemsize == 2
     gpu = jax.default_backend() == "gpu"
     kernels = ["einsum", "cudnn"] if gpu and half else ["einsum"]
+    sizes = sub_batch_sizes(b, jax.default_backend())
     variants: dict[str, Variant] = {}
 
     def add(name, kind, fn, *args):
@@ -94,10 +98,10 @@ def _ours(
         call = functools.partial(program, *args)
         variants[name] = Variant(call, kind, seconds, common.memory(program))
 
-    for kernel in kernels:
+    for kernel in kernels[-1:] if quick else kernels:
         with_this = ForwardSpec(module).with_kernel(kernel).module
         suffix = "" if kernel == "einsum" else f", {kernel}"
-        for rows in sub_batch_sizes(b, jax.default_backend()):
+        for rows in sizes[:1] if quick else sizes:
             name = f"dense{suffix}" if rows == b else f"dense, {rows} at a time{suffix}"
             dense = functools.partial(run_dense, with_this, rows)
             add(name, "dense", dense, variables, images)
@@ -124,16 +128,21 @@ def _ours(
         memory = common.memory(run.compiled)
         variants[name] = Variant(call, kind, seconds, memory, run)
 
-    shares = timed.counts.mean(0) / module.input_spec.num_patches
-    accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
     ask = {"thresholds": sample.thresholds, "images": sample.images}
-    for name, plan in _layouts(sample, b).items() if layouts else ():
-        accelerated(name, "ragged", plan=plan, **ask)
-    accelerated("ragged, planned", "ragged", **ask)
+    layouts = _layouts(sample, b, kernels[-1])
+    for name, plan in layouts.items():
+        if not quick or name == "ragged, packed":
+            accelerated(name, "ragged", plan=plan, **ask)
+    if not quick:
+        shares = timed.counts.mean(0) / module.input_spec.num_patches
+        accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
+        accelerated("ragged, planned", "ragged", **ask)
     return variants
 
 
-def uniform_plan(sample: Workload, b: int, kind: str, rows: int) -> Plan:
+def uniform_plan(
+    sample: Workload, b: int, kind: str, rows: int, attention_kernel: str = "einsum"
+) -> Plan:
     """The same layout in every group."""
     request = PlanRequest(
         forward=ForwardSpec(sample.module),
@@ -142,17 +151,18 @@ def uniform_plan(sample: Workload, b: int, kind: str, rows: int) -> Plan:
         thresholds=sample.thresholds,
         images=sample.images,
     )
-    return planner.uniform_plan(request, kind, rows)
+    plan = planner.uniform_plan(request, kind, rows)
+    return dataclasses.replace(plan, attention_kernel=attention_kernel)
 
 
-def _layouts(sample: Workload, b: int) -> dict[str, Plan]:
+def _layouts(sample: Workload, b: int, attention_kernel: str) -> dict[str, Plan]:
     """The same layout in every group, for comparison with the planner's mixture."""
     few = max(1, b // 8) if jax.default_backend() == "gpu" else min(4, b)
     wanted = {"ragged, one capacity": ("padded", b), "ragged, packed": ("packed", b)}
     if few < b:
         wanted[f"ragged, buckets of {few}"] = ("padded", few)
     return {
-        name: uniform_plan(sample, b, kind, rows)
+        name: uniform_plan(sample, b, kind, rows, attention_kernel)
         for name, (kind, rows) in wanted.items()
         if not (kind == "packed" and rows == 1)
     }
@@ -227,9 +237,9 @@ def _report(timed, variants, timings, errors, skipped) -> dict[str, Any]:
 
 
 def _verdict(rows: dict[str, Any], possible: float, b: int) -> str:
-    planned = rows["ragged, planned"]
-    gain = planned["over_dense"]
-    if "dropping does not pay" in planned["plan"] or gain < 1:
+    ours = rows.get("ragged, planned") or rows["ragged, packed"]
+    gain = ours["over_dense"]
+    if "dropping does not pay" in ours["plan"] or gain < 1:
         return f"batch {b}: dropping does not pay here ({gain:.2f}x the fastest dense)"
     return (
         f"batch {b}: {gain:.2f}x the fastest dense, of {possible:.2f}x possible "

@@ -11,7 +11,6 @@ What is compared where it is installed: `pip install decord torchcodec`.
 """
 
 import functools
-import importlib.metadata
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -145,11 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(as_text((title, rows)))
     for name, reason in skipped.items():
         print(f"  {name}: {reason}")
-    versions = {name: importlib.metadata.version(name) for name in ("av",)}
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.video_input --videos={flags.videos}",
         **common.environment(),
-        **versions,
+        **common.installed("av"),
         "threads": flags.threads,
         "bytes": size,
         "skipped": skipped,
