@@ -4,7 +4,7 @@ Paper: 83.5 -> 82.9 top-1, 9.4 -> 7.5 GFLOPs. It gives no groups: ours are 8, 8,
 CaiT's groups see no CLS token, so each interpreter learns its policy token; the class-attention
 blocks read the patches that survive. They count as part of the head: frozen, as the paper trains
 only what lies within the groups; `--config.backbone.train_head=true` trains them, too.
-Expected: the paper's figures; not run at this scale yet (no ImageNet and no GPU has been at hand).
+Expected: the paper's figures; not run at this scale yet (ImageNet has not been at hand).
 Hardware in the paper: 16 V100, 32 images each; 3 x (10 + 20) epochs; time not known.
 
     python -m iared2_jax.main --config=configs/cait_s24.py --workdir=runs/cait_s24 \

@@ -1,7 +1,7 @@
 """IA-RED² on DeiT-B at 224 px, ImageNet-1k: the paper's Table 2.
 
 Paper: 81.8 -> 80.9 top-1, 1.42x the images per second (V100), about 11.8 of 16.85 linear GFLOPs.
-Expected: the paper's figures; not run at this scale yet (no ImageNet and no GPU has been at hand).
+Expected: the paper's figures; not run at this scale yet (ImageNet has not been at hand).
 Hardware in the paper: 16 V100, 32 images each; 3 x (10 + 20) epochs; time not known.
 
     python -m iared2_jax.main --config=configs/deit_b.py --workdir=runs/deit_b \

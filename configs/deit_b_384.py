@@ -2,7 +2,7 @@
 
 Paper, 384 px: 82.8 -> 81.9 top-1, 87.0 -> 129.6 images/s (1.48x), 49.4 -> 34.7 linear GFLOPs.
 Paper, 224 px: 81.8 -> 80.3 top-1, 316.8 -> 452.5 images/s (1.42x), 16.8 -> 11.8 linear GFLOPs.
-Expected: the paper's figures; not run at this scale yet (no ImageNet and no GPU has been at hand).
+Expected: the paper's figures; not run at this scale yet (ImageNet has not been at hand).
 Hardware in the paper: 16 V100, 32 images each; 3 x 10 epochs; time not known.
 No weight of the backbone changes.
 

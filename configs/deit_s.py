@@ -1,7 +1,7 @@
 """IA-RED² on DeiT-S, ImageNet-1k: the paper's Table 2.
 
 Paper: 79.8 -> 79.1 top-1, 930 -> 1360 images/s (V100), about 2.9 of 4.24 linear GFLOPs.
-Expected: the paper's figures; not run at this scale yet (no ImageNet and no GPU has been at hand).
+Expected: the paper's figures; not run at this scale yet (ImageNet has not been at hand).
 Hardware in the paper: 16 V100, 32 images each; 3 x (10 + 20) epochs; time not known.
 
     python -m iared2_jax.data.imagenet --tars=<official tars> --data_dir=<folder>   # once

@@ -3,7 +3,7 @@
 Paper, error of a clip / of a video: 28.2 / 23.8 dense at 24 clips/s, 35.3 / 29.1 ours at 81 (V100).
 Its baselines at as many clips/s: random 34.3 / 28.2, attention 38.1 / 31.4, temporal difference
 32.3 / 26.9. So in the paper ours loses to random and to temporal difference.
-Expected: the paper's figures; not run at this scale (no Kinetics and no GPU has been at hand).
+Expected: the paper's figures; not run at this scale (Kinetics has not been at hand).
 Hardware in the paper: 8 clips a GPU; 5 + 1 epochs, D = 1; the number of GPUs is not known.
 
     python -m iared2_jax.main --config=configs/timesformer_k400.py --workdir=runs/timesformer_k400 \
