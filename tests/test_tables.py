@@ -17,7 +17,7 @@ from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.tables import __main__ as command
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.presets import PRESETS, TABLES
-from iared2_jax.tables.runs import results_of, seconds_of
+from iared2_jax.tables.runs import missing_runs, results_of, seconds_of
 from iared2_jax.tables.statistics import mean, paired
 from iared2_jax.tables.write import cells, comma_separated, markdown
 
@@ -292,6 +292,61 @@ def test_the_command_makes_what_is_missing_and_writes_the_table(made, tmp_path, 
         assert str(tmp_path) not in text
     assert command.main(arguments) == 0
     assert len(made) == 4  # nothing was made again
+
+
+def test_seeds_are_added_to_a_table_whose_runs_are_elsewhere(made, tmp_path, caplog):
+    out = f"--out={tmp_path}/out"
+    assert command.main([*FLAGS, f"--root={tmp_path}/first", out]) == 0
+    first = json.loads((tmp_path / "out/cutouts/table_4.json").read_text())
+    del made[:]
+    seed_3 = ["--table=4", "--seeds", "3", *FLAGS[4:], out]
+    assert command.main([*seed_3, f"--root={tmp_path}/second", "--add"]) == 0
+    # The head's weights are in no table: what starts from them needs it made again.
+    assert made == ["112px-head", "112px-interpreters-3"]
+    both = json.loads((tmp_path / "out/cutouts/table_4.json").read_text())
+    assert both["rows"][-1]["seeds"] == [1, 2, 3]
+    assert set(both["runs"]) == {*first["runs"], "112px-interpreters-3"}
+    kept = "112px-interpreters-2"
+    assert both["runs"][kept] == first["runs"][kept]
+    # Of other options it holds nothing; and without --add it is not read.
+    here = [*FLAGS, f"--root={tmp_path}/third", out, "--dry-run"]
+    for options, state in (
+        (["--add"], "there"),
+        (["--add", "--config.interpreter.steps=7"], "missing"),
+        ([], "missing"),
+    ):
+        caplog.clear()
+        assert command.main([*here, *options]) == 0
+        assert f"112px-interpreters-1: {state}" in caplog.text
+
+
+def test_a_start_is_made_again_for_what_is_missing_alone():
+    runs = TABLES["4"].runs(PRESETS["cutouts"], [112], [1, 2])
+    names = [run.name for run in runs]
+    head, first, second, speed = names
+
+    def missing(found, here=()):
+        return [run.name for run in missing_runs(runs, {*found, *here}, here)]
+
+    assert missing(names) == []
+    assert missing([head, first, speed]) == [head, second]
+    assert missing([head, first, second]) == [head, first, speed]
+    assert missing([first], here=[head]) == [first, second, speed]
+    assert missing([], here=[head, first]) == [second, speed]
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "there is no"), ("{", "is damaged")])
+def test_a_table_that_cannot_be_added_to_is_named(text, message, tmp_path, capsys):
+    path = tmp_path / "out" / "cutouts" / "table_4.json"
+    if text is not None:
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    folders = [f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    assert command.main([*FLAGS, *folders, "--add"]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_a_table_of_what_is_there_says_what_is_not(made, tmp_path, capsys):

@@ -189,8 +189,6 @@ def finished_results(
 ) -> dict[str, Any] | None:
     """The results in a folder, if they are of this config; None: there are none such.
 
-    What no phase of the curriculum reads may differ.
-
     Args:
       ignored: options that may differ.
     """
@@ -198,7 +196,17 @@ def finished_results(
     if not path.exists():
         return None
     results = json.loads(path.read_text())
-    return None if _differing(config, stored_options(results["config"]), ignored) else results
+    return results if are_of(config, results, ignored) else None
+
+
+def are_of(
+    config: ml_collections.ConfigDict, results: Mapping[str, Any], ignored: Collection[str] = ()
+) -> bool:
+    """Whether results.json's contents are of this config.
+
+    What no phase of the curriculum reads may differ, and the options that are `ignored`.
+    """
+    return not _differing(config, stored_options(results["config"]), ignored)
 
 
 def dense_backbone(

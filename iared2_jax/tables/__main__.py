@@ -5,7 +5,8 @@
 
 Each run has a folder of its own below --root, and is what `iared2_jax.main` would make of the same
 options, which --config.KEY=VALUE adds to. A run that is there is not made again; one that was
-stopped goes on. --dry-run says which runs are missing, and how long they take.
+stopped goes on. --dry-run says which runs are missing, and how long they take. --add keeps the runs
+of the table that is in --out, whose folders may be on another machine, beside those asked for.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from iared2_jax.command import Parser, exit_code
 from iared2_jax.errors import UsageError
@@ -25,16 +27,15 @@ from iared2_jax.tables.runs import (
     Run,
     check_folder,
     make,
+    missing_runs,
     results_of,
     seconds_of,
-    without_paths,
 )
 from iared2_jax.tables.write import markdown, write_table
+from iared2_jax.tables.written import NOTHING, read_table, run_record
 
 log = logging.getLogger("iared2_jax.tables")
 
-# What a run's results.json holds that has a place of its own in the table's.
-_BESIDE_RESULTS = ("config", "versions")
 _SET_BY_TABLES = frozenset({"seed", "curriculum", "mode", "compare.selectors"})
 
 
@@ -55,6 +56,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--finished", action="store_true", help="make no run: tabulate those that are there"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="add to the table in --out, and keep its runs"
+    )
     return parser
 
 
@@ -73,15 +77,22 @@ def tabulate(argv: Sequence[str]) -> None:
             f"--config.{taken[0]} is set by the table itself, for each of its runs: use --seeds "
             "and --table"
         )
-    table = TABLES[flags.table]
-    runs = table.runs(PRESETS[flags.preset], flags.sizes, flags.seeds)
-    root = flags.root / flags.preset
-    found = {run.name: results_of(run, root, given) for run in runs}
-    missing = [run for run in runs if found[run.name] is None]
+    table, config = TABLES[flags.table], PRESETS[flags.preset]
+    root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
+    before = read_table(path) if flags.add else NOTHING
+    sizes = sorted({*before.sizes, *flags.sizes})
+    seeds = sorted({*before.seeds, *flags.seeds})
+    runs = table.runs(config, sizes, seeds)
+    names = {run.name for run in table.runs(config, flags.sizes, flags.seeds)}
+    asked = [run for run in runs if run.name in names]
+
+    here = {run.name: results_of(run, root, given) for run in runs}
+    found = {run.name: here[run.name] or before.results_of(run, root, given) for run in runs}
+    missing = missing_runs(asked, _there(found), _there(here))
     if not flags.finished:
         for run in missing:
             check_folder(run, root, given)
-    for run in runs:
+    for run in asked:
         log.info("%s", _state(run, root, run not in missing))
     log.info("about %.0f minutes on two CPU cores", sum(run.minutes for run in missing))
     if flags.dry_run:
@@ -90,10 +101,11 @@ def tabulate(argv: Sequence[str]) -> None:
         left = sum(later.minutes for later in missing[place - 1 :])
         log.info("run %d of %d, %s; about %.0f minutes left", place, len(missing), run.name, left)
         make(run, root, given)
-        found[run.name] = results_of(run, root, given)
-    there = {name: results for name, results in found.items() if results is not None}
-    rows = table.rows(flags.sizes, flags.seeds, there)
-    command = _published(flags, given)
+        here[run.name] = found[run.name] = results_of(run, root, given)
+
+    there = _there(found)
+    rows = table.rows(sizes, seeds, there)
+    command = _published(flags, sizes, seeds, given)
     lines = [
         f"`{command}`, with the options that say where the data is.",
         "",
@@ -104,23 +116,17 @@ def tabulate(argv: Sequence[str]) -> None:
         "command": command,
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "runs": {
-            name: {
-                "seconds": round(seconds_of(root / name)) or None,
-                "config": without_paths(results["config"]),
-                "versions": results["versions"],
-                "results": {
-                    key: value for key, value in results.items() if key not in _BESIDE_RESULTS
-                },
-            }
+            name: run_record(results, seconds_of(root / name)) if here[name] else before.runs[name]
             for name, results in there.items()
         },
     }
-    folder = flags.out / flags.preset
-    folder.mkdir(parents=True, exist_ok=True)
     page = markdown(table.title, lines, rows, table.columns)
-    name = f"table_{flags.table}"
-    for path in write_table(folder, name, page, rows, table.columns, record):
-        log.info("written: %s", path)
+    for written in write_table(path, page, rows, table.columns, record):
+        log.info("written: %s", written)
+
+
+def _there(found: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    return {name: results for name, results in found.items() if results is not None}
 
 
 def _state(run: Run, root: Path, finished: bool) -> str:
@@ -135,11 +141,15 @@ def _left_out(runs: Sequence[Run], there: dict[str, object]) -> list[str]:
     return ["", f"Not made yet: {', '.join(missing)}."] if missing else []
 
 
-def _published(flags: argparse.Namespace, given: Mapping[str, str]) -> str:
+def _published(
+    flags: argparse.Namespace,
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    given: Mapping[str, str],
+) -> str:
     """The command without what says where things lie on this machine."""
     words = [f"--table={flags.table}", f"--preset={flags.preset}"]
-    for name in ("sizes", "seeds"):
-        words += [f"--{name}", *map(str, getattr(flags, name))]
+    words += ["--sizes", *map(str, sizes), "--seeds", *map(str, seeds)]
     words += [f"--config.{key}={text}" for key, text in given.items() if key not in PATHS]
     return shlex.join(["python", "-m", "iared2_jax.tables", *words])
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import ml_collections
 
 from iared2_jax.config.loading import flatten, load
 from iared2_jax.errors import UsageError, few
-from iared2_jax.experiment.run_directory import differing_options, finished_results
+from iared2_jax.experiment.run_directory import are_of, differing_options
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
@@ -49,12 +49,39 @@ class Run:
 
 def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any] | None:
     """A finished run's results; None if it is missing, unfinished, or of other options."""
+    mode = run.built(root, given).mode
+    path = root / run.name / ("eval" if mode == "eval" else "") / "results.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    return results if finished(run, root, given, results) else None
+
+
+def finished(run: Run, root: Path, given: Mapping[str, str], results: Mapping[str, Any]) -> bool:
+    """Whether the contents of a results.json are of a run's options, and all that it makes."""
     config = run.built(root, given)
-    folder = root / run.name / ("eval" if config.mode == "eval" else "")
     ignored = [key for key in flatten(config) if key in PATHS or key.startswith(run.ignored)]
-    found = finished_results(config, folder, ignored)
     # Baselines come last, and with them the rows of a comparison.
-    return None if found and config.compare.selectors and "methods" not in found else found
+    complete = "methods" in results or not config.compare.selectors
+    return complete and are_of(config, results, ignored)
+
+
+def missing_runs(
+    runs: Sequence[Run], found: Collection[str], with_weights: Collection[str]
+) -> list[Run]:
+    """The runs to be made, in their order: those not found, and what these start from.
+
+    Args:
+      found: names of runs whose results are there.
+      with_weights: those whose weights are there as well.
+    """
+    missing: list[Run] = []
+    starts: set[str] = set()
+    for run in reversed(runs):  # each comes after the one that it starts from
+        if run.name not in (with_weights if run.name in starts else found):
+            missing.insert(0, run)
+            starts.add(run.start)
+    return missing
 
 
 def check_folder(run: Run, root: Path, given: Mapping[str, str]) -> None:
@@ -70,11 +97,6 @@ def check_folder(run: Run, root: Path, given: Mapping[str, str]) -> None:
             f"{folder} was made with other options: {few(differ)}; move it away, or give another "
             "--root"
         )
-
-
-def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A flattened config without the places of its files."""
-    return {key: value for key, value in config.items() if key not in PATHS}
 
 
 def make(run: Run, root: Path, given: Mapping[str, str]) -> None:

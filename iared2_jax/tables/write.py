@@ -61,14 +61,13 @@ def _value(found: Mean | None, place: int) -> str:
 
 
 def write_table(
-    folder: Path,
-    name: str,
+    path: Path,
     page: str,
     rows: Sequence[Row],
     columns: Sequence[Column],
     record: dict[str, Any],
 ) -> list[Path]:
-    """Writes <name>.md, .csv and .json into a folder, and returns where."""
+    """Writes the table as path, which ends in .json, and beside it .csv and .md; returns where."""
     plain = [
         {key: value._asdict() if isinstance(value, Mean) else value for key, value in row.items()}
         for row in rows
@@ -78,9 +77,10 @@ def write_table(
         "csv": comma_separated(rows, columns),
         "json": json.dumps({**record, "rows": plain}, indent=1) + "\n",
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind, text in texts.items():
-        paths.append(folder / f"{name}.{kind}")
+        paths.append(path.with_suffix(f".{kind}"))
         with writing(paths[-1]) as draft:
             draft.write_text(text)
     return paths
