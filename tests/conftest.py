@@ -96,18 +96,21 @@ def tiny_config() -> ml_collections.ConfigDict:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _free_compiled_programs():
-    """Compiled programs of one test file are not kept for the next."""
+def _leaves_jax_as_it_was():
+    """A test file leaves neither compiled programs to the next nor JAX's options changed."""
+    before = dict(jax.config.values)
     yield
     jax.clear_caches()
+    assert dict(jax.config.values) == before
 
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
     """For programs that run once or twice: what takes time is compiling them."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
