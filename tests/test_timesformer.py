@@ -102,7 +102,9 @@ def test_micro_model_drops_in_every_selector():
 # -- The baselines of Table 3.
 
 
-@pytest.mark.parametrize("name", ["random", "attention_block_1", "temporal_difference"])
+@pytest.mark.parametrize(
+    "name", ["random", "attention_block_1", "magnitude", "temporal_difference"]
+)
 def test_a_baseline_keeps_the_same_tokens_in_every_execution(name):
     module, variables = random_model()
     inputs, options = random_clips(4), dict(keep_ratios=(0.6, 0.4), selector=name)
@@ -118,22 +120,25 @@ def test_a_baseline_keeps_the_same_tokens_in_every_execution(name):
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_temporal_difference_is_the_length_of_the_change():
-    """By hand from the pixels: W (x_t - x_{t-1}); a still clip changes in its first frame only."""
+@pytest.mark.parametrize("name", ["magnitude", "temporal_difference"])
+def test_scores_of_the_pixels_are_those_by_hand(name):
+    """||W x_t|| and ||W (x_t - x_{t-1})||; a still clip changes in its first frame only."""
     module, variables = random_model()
     inputs = random_clips(2)
     inputs[1] = inputs[1, :1]
-    options = dict(keep_ratios=(0.5, 0.5), selector="temporal_difference")
+    options = dict(keep_ratios=(0.5, 0.5), selector=name)
     _, out = jax.jit(functools.partial(module.apply, **options))(variables, inputs)
     scores = np.asarray(SPEC.on_grid(out.scores[0]))
     kernel = np.asarray(variables["params"]["backbone"]["patch_embed"]["kernel"])
     for row, column in ((0, 0), (1, 2)):
         patch = inputs[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
         patch = patch.reshape(2, SPEC.frames, -1)
-        change = np.diff(patch, axis=1, prepend=0) @ kernel
-        expected = np.linalg.norm(change, axis=-1)
+        if name == "temporal_difference":
+            patch = np.diff(patch, axis=1, prepend=0)
+        expected = np.linalg.norm(patch @ kernel, axis=-1)
         np.testing.assert_allclose(scores[:, :, row, column], expected, rtol=1e-3, atol=1e-3)
-    assert np.abs(scores[1, 1:]).max() < 1e-3
+    if name == "temporal_difference":
+        assert np.abs(scores[1, 1:]).max() < 1e-3
 
 
 def test_two_pass_attention_is_the_dense_models_map():

@@ -169,7 +169,8 @@ class IARed2(nn.Module):
           selector: what scores the tokens: a name of `selectors.SELECTORS` ("interpreter";
             "attention", the CLS query's mean weights in the block before the group, which needs no
             training and a first ratio of 1; "attention_block_1" and its like, the paper's baseline
-            in two passes; "temporal_difference", of clips; "random"), or a selector of your own.
+            in two passes; "magnitude" of the patch embedding; "temporal_difference", of clips;
+            "random"), or a selector of your own.
           reducer: what becomes of the others: "drop".
           score: the old name of `selector`.
 

@@ -15,6 +15,7 @@ from iared2_jax.token_reduction.selectors.budgets import (
     within_budget,
 )
 from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
+from iared2_jax.token_reduction.selectors.magnitude import Magnitude
 from iared2_jax.token_reduction.selectors.random import Random
 from iared2_jax.token_reduction.selectors.temporal_difference import TemporalDifference
 
@@ -23,6 +24,7 @@ SELECTORS: dict[str, Selector] = {
     "attention": Attention(),
     "random": Random(),
     **{f"attention_block_{block}": Attention(block) for block in range(3)},
+    "magnitude": Magnitude(),
     "temporal_difference": TemporalDifference(),
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "Attention",
     "ByInterpreter",
     "Evidence",
+    "Magnitude",
     "Random",
     "Selector",
     "TemporalDifference",

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 
 from iared2_jax.token_reduction.selectors.base import Selector
+from iared2_jax.token_reduction.selectors.magnitude import of_pixels
 from iared2_jax.typing import Array
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class TemporalDifference(Selector):
     """||e(n, t) - e(n, t - 1)||, e the embedded patch n of frame t; before the first frame, 0.
 
-    e is what the pixels add to the token: without bias, position and time embedding, which say
+    e is what the pixels add to the token (`of_pixels`): bias, position and time embedding say
     nothing of the clip. The paper leaves open whether they count.
     """
 
@@ -27,8 +28,7 @@ class TemporalDifference(Selector):
         self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
     ) -> Float[Array, "b n"]:
         """The length of the change of every patch."""
-        constant = model.embed(jnp.zeros_like(inputs[:1]))
-        pixels = (tokens - constant)[:, model.num_prefix :].astype(jnp.float32)
+        pixels = of_pixels(inputs, tokens, model)
         frames = model.input_spec.frames
         by_time = rearrange(pixels, "b (n t) d -> b n t d", t=frames)
         before = jnp.pad(by_time, ((0, 0), (0, 0), (1, 0), (0, 0)))[:, :, :-1]
