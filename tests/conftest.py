@@ -42,11 +42,16 @@ planner.MAX_SHAPES["cpu"] = 6
 planner.FINALISTS = 1
 planner.SECONDS = 0.0
 
-# The demo's model with half its blocks: a block per group, and half the time to trace and compile.
-_MICRO = variants.VARIANTS["vit_micro"]
-variants.VARIANTS["vit_3_blocks"] = dataclasses.replace(
-    _MICRO, backbone=_MICRO.backbone.clone(depth=3), parameters=250_378
-)
+# Models with a block per group: less to trace and compile where the depth does not matter.
+for _short, _name, _parameters in (
+    ("vit_3_blocks", "vit_micro", 250_378),
+    ("deit_3_blocks", "deit_ti", 1_713_640),
+    ("cait_3_blocks", "cait_xxs24", 2_605_216),
+):
+    _variant = variants.VARIANTS[_name]
+    variants.VARIANTS[_short] = dataclasses.replace(
+        _variant, backbone=_variant.backbone.clone(depth=3), parameters=_parameters, timm=""
+    )
 
 # Compiling takes longer than hypothesis allows an example by default.
 hypothesis.settings.register_profile(

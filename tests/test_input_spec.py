@@ -74,7 +74,7 @@ def test_wrong_inputs_and_values_are_named():
         ({"channels": 4, "image_size": 64}, (64, 64, 4), 16),
     ],
 )
-@pytest.mark.parametrize("name", ["deit_ti", "cait_xxs24"])
+@pytest.mark.parametrize("name", ["deit_3_blocks", "cait_3_blocks"])
 def test_any_variant_at_any_size(name, sizes, shape, patches):
     module = create_module(name, **sizes)
     assert (module.input_spec.shape, module.input_spec.num_patches) == (shape, patches)

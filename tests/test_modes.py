@@ -15,9 +15,9 @@ from iared2_jax.token_reduction.create import create_module, init_variables
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A DeiT-Ti with random weights, as someone else might have saved it."""
+    """A short DeiT-Ti with random weights, as someone else might have saved it."""
     path = tmp_path_factory.mktemp("weights") / "deit_tiny.safetensors"
-    variables = init_variables(create_module("deit_ti", num_classes=3), seed=2)
+    variables = init_variables(create_module("deit_3_blocks", num_classes=3), seed=2)
     iared2_jax.save_weights(variables, path, interpreters=False)
     return path
 
@@ -33,7 +33,7 @@ def pictures(tmp_path):
 
 
 def test_two_lines_explain_a_photograph(checkpoint, pictures):
-    module, variables = iared2_jax.load_model(checkpoint, "deit_ti")
+    module, variables = iared2_jax.load_model(checkpoint, "deit_3_blocks")
     heatmaps = iared2_jax.explain(module, variables, pictures / "astronaut.jpg")
     assert heatmaps.shape == (1, 224, 224)
     assert 0 <= float(heatmaps.min()) < float(heatmaps.max()) <= 1
@@ -43,7 +43,7 @@ def test_two_lines_explain_a_photograph(checkpoint, pictures):
 
 def explain(*arguments):
     return main.run(
-        ["--config=configs/folder.py:model=deit_ti", "--config.mode=explain", *arguments]
+        ["--config=configs/folder.py:model=deit_3_blocks", "--config.mode=explain", *arguments]
     )
 
 
@@ -93,6 +93,10 @@ def test_eval_prints_accuracy_cost_and_confusions(tmp_path, capsys):
         "--config.mode=eval",
         "--config.data.eval_size=200",
         "--config.eval.speed_batch=0",
+        "--config.eval.agreement=False",
+        "--config.eval.figures=0",
+        "--config.eval.page_images=0",
+        "--config.eval.maps=()",
     ]
     assert main.run(arguments) == 0
     out = capsys.readouterr().out
