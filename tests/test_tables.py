@@ -308,16 +308,36 @@ def test_seeds_are_added_to_a_table_whose_runs_are_elsewhere(made, tmp_path, cap
     assert set(both["runs"]) == {*first["runs"], "112px-interpreters-3"}
     kept = "112px-interpreters-2"
     assert both["runs"][kept] == first["runs"][kept]
-    # Of other options it holds nothing; and without --add it is not read.
+    # Without --add it is not read.
     here = [*FLAGS, f"--root={tmp_path}/third", out, "--dry-run"]
-    for options, state in (
-        (["--add"], "there"),
-        (["--add", "--config.interpreter.steps=7"], "missing"),
-        ([], "missing"),
-    ):
+    for options, state in ((["--add"], "there"), ([], "missing")):
         caplog.clear()
         assert command.main([*here, *options]) == 0
         assert f"112px-interpreters-1: {state}" in caplog.text
+
+
+def test_runs_of_another_recipe_are_not_added(made, tmp_path, capsys):
+    out = f"--out={tmp_path}/out"
+    assert command.main([*FLAGS, f"--root={tmp_path}/first", out]) == 0
+    before = (tmp_path / "out/cutouts/table_4.json").read_bytes()
+    del made[:]
+    other = [*FLAGS, f"--root={tmp_path}/second", out, "--add", "--config.interpreter.steps=7"]
+    assert command.main(other) == 2
+    error = capsys.readouterr().err
+    assert "112px-interpreters-1 has other options: interpreter.steps (120 there, 7" in error
+    assert "give another --out" in error
+    assert made == []
+    assert (tmp_path / "out/cutouts/table_4.json").read_bytes() == before
+
+
+def test_what_was_timed_stays_when_an_earlier_seed_is_added(made, tmp_path):
+    out = f"--out={tmp_path}/out"
+    seed_2 = ["--table=4", "--seeds", "2", *FLAGS[4:], f"--root={tmp_path}/first", out]
+    assert command.main(seed_2) == 0
+    seed_1 = ["--table=4", "--seeds", "1", *FLAGS[4:], f"--root={tmp_path}/second", out]
+    assert command.main([*seed_1, "--add"]) == 0
+    record = json.loads((tmp_path / "out/cutouts/table_4.json").read_text())
+    assert {f"112px-interpreters-{seed}-speed" for seed in (1, 2)} <= set(record["runs"])
 
 
 def test_a_start_is_made_again_for_what_is_missing_alone():

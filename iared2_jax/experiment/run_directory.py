@@ -196,17 +196,17 @@ def finished_results(
     if not path.exists():
         return None
     results = json.loads(path.read_text())
-    return results if are_of(config, results, ignored) else None
+    return None if results_differ(config, results["config"], ignored) else results
 
 
-def are_of(
-    config: ml_collections.ConfigDict, results: Mapping[str, Any], ignored: Collection[str] = ()
-) -> bool:
-    """Whether results.json's contents are of this config.
+def results_differ(
+    config: ml_collections.ConfigDict, stored: Mapping[str, Any], ignored: Collection[str] = ()
+) -> list[str]:
+    """The options in which a `stored` config of results is not this one, with both values.
 
     What no phase of the curriculum reads may differ, and the options that are `ignored`.
     """
-    return not _differing(config, stored_options(results["config"]), ignored)
+    return _differing(config, stored_options(stored), ignored)
 
 
 def dense_backbone(

@@ -22,6 +22,7 @@ from iared2_jax.command import Parser, exit_code
 from iared2_jax.errors import UsageError
 from iared2_jax.main import overrides
 from iared2_jax.tables.presets import PRESETS, TABLES
+from iared2_jax.tables.records import NO_TABLE, check_options, read_record, run_record
 from iared2_jax.tables.runs import (
     PATHS,
     Run,
@@ -32,7 +33,6 @@ from iared2_jax.tables.runs import (
     seconds_of,
 )
 from iared2_jax.tables.write import markdown, write_table
-from iared2_jax.tables.written import NOTHING, read_table, run_record
 
 log = logging.getLogger("iared2_jax.tables")
 
@@ -79,16 +79,16 @@ def tabulate(argv: Sequence[str]) -> None:
         )
     table, config = TABLES[flags.table], PRESETS[flags.preset]
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
-    before = read_table(path) if flags.add else NOTHING
+    before = read_record(path) if flags.add else NO_TABLE
     sizes = sorted({*before.sizes, *flags.sizes})
     seeds = sorted({*before.seeds, *flags.seeds})
     runs = table.runs(config, sizes, seeds)
     names = {run.name for run in table.runs(config, flags.sizes, flags.seeds)}
     asked = [run for run in runs if run.name in names]
 
-    here = {run.name: results_of(run, root, given) for run in runs}
-    found = {run.name: here[run.name] or before.results_of(run, root, given) for run in runs}
-    missing = missing_runs(asked, _there(found), _there(here))
+    check_options(before, runs, root, given)
+    here = _found(runs, root, given)
+    missing = missing_runs(asked, {*before.runs, *here}, here)
     if not flags.finished:
         for run in missing:
             check_folder(run, root, given)
@@ -97,13 +97,10 @@ def tabulate(argv: Sequence[str]) -> None:
     log.info("about %.0f minutes on two CPU cores", sum(run.minutes for run in missing))
     if flags.dry_run:
         return
-    for place, run in enumerate([] if flags.finished else missing, 1):
-        left = sum(later.minutes for later in missing[place - 1 :])
-        log.info("run %d of %d, %s; about %.0f minutes left", place, len(missing), run.name, left)
-        make(run, root, given)
-        here[run.name] = found[run.name] = results_of(run, root, given)
-
-    there = _there(found)
+    if not flags.finished:
+        _make(missing, root, given)
+        here = _found(runs, root, given)
+    there = {**before.results(), **here}
     rows = table.rows(sizes, seeds, there)
     command = _published(flags, sizes, seeds, given)
     lines = [
@@ -116,8 +113,8 @@ def tabulate(argv: Sequence[str]) -> None:
         "command": command,
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "runs": {
-            name: run_record(results, seconds_of(root / name)) if here[name] else before.runs[name]
-            for name, results in there.items()
+            **before.runs,
+            **{name: run_record(found, seconds_of(root / name)) for name, found in here.items()},
         },
     }
     page = markdown(table.title, lines, rows, table.columns)
@@ -125,8 +122,17 @@ def tabulate(argv: Sequence[str]) -> None:
         log.info("written: %s", written)
 
 
-def _there(found: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
-    return {name: results for name, results in found.items() if results is not None}
+def _found(runs: Sequence[Run], root: Path, given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The results of the runs whose folders are below `root`, by name."""
+    results = {run.name: results_of(run, root, given) for run in runs}
+    return {name: found for name, found in results.items() if found is not None}
+
+
+def _make(missing: Sequence[Run], root: Path, given: Mapping[str, str]) -> None:
+    for place, run in enumerate(missing, 1):
+        left = sum(later.minutes for later in missing[place - 1 :])
+        log.info("run %d of %d, %s; about %.0f minutes left", place, len(missing), run.name, left)
+        make(run, root, given)
 
 
 def _state(run: Run, root: Path, finished: bool) -> str:

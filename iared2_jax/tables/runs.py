@@ -11,7 +11,11 @@ import ml_collections
 
 from iared2_jax.config.loading import flatten, load
 from iared2_jax.errors import UsageError, few
-from iared2_jax.experiment.run_directory import are_of, differing_options
+from iared2_jax.experiment.run_directory import (
+    differing_options,
+    finished_results,
+    results_differ,
+)
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
@@ -49,21 +53,24 @@ class Run:
 
 def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any] | None:
     """A finished run's results; None if it is missing, unfinished, or of other options."""
-    mode = run.built(root, given).mode
-    path = root / run.name / ("eval" if mode == "eval" else "") / "results.json"
-    if not path.exists():
-        return None
-    results = json.loads(path.read_text())
-    return results if finished(run, root, given, results) else None
-
-
-def finished(run: Run, root: Path, given: Mapping[str, str], results: Mapping[str, Any]) -> bool:
-    """Whether the contents of a results.json are of a run's options, and all that it makes."""
     config = run.built(root, given)
-    ignored = [key for key in flatten(config) if key in PATHS or key.startswith(run.ignored)]
+    folder = root / run.name / ("eval" if config.mode == "eval" else "")
+    found = finished_results(config, folder, _ignored(run, config))
     # Baselines come last, and with them the rows of a comparison.
-    complete = "methods" in results or not config.compare.selectors
-    return complete and are_of(config, results, ignored)
+    return None if found and config.compare.selectors and "methods" not in found else found
+
+
+def differing_results(
+    run: Run, root: Path, given: Mapping[str, str], stored: Mapping[str, Any]
+) -> list[str]:
+    """The options in which a `stored` config of results is not the run's, with both values."""
+    config = run.built(root, given)
+    return results_differ(config, stored, _ignored(run, config))
+
+
+def _ignored(run: Run, config: ml_collections.ConfigDict) -> list[str]:
+    """The options that change nothing of what a run measures."""
+    return [key for key in flatten(config) if key in PATHS or key.startswith(run.ignored)]
 
 
 def missing_runs(

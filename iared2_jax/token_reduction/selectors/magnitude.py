@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from iared2_jax.token_reduction.selectors.base import Selector
+from iared2_jax.token_reduction.selectors.pixels import of_pixels
 from iared2_jax.typing import Array
 
 
@@ -22,14 +23,3 @@ class Magnitude(Selector):
     ) -> Float[Array, "b n"]:
         """The length of every patch's part."""
         return jnp.linalg.norm(of_pixels(inputs, tokens, model), axis=-1)
-
-
-def of_pixels(
-    inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
-) -> Float[Array, "b n d"]:
-    """What the pixels add to the patch tokens, in float32: without bias, position and time.
-
-    For a linear patch embedding, which all backbones here have, W x.
-    """
-    constant = model.embed(jnp.zeros_like(inputs[:1]))
-    return (tokens - constant)[:, model.num_prefix :].astype(jnp.float32)

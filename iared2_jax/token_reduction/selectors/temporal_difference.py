@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 
 from iared2_jax.token_reduction.selectors.base import Selector
-from iared2_jax.token_reduction.selectors.magnitude import of_pixels
+from iared2_jax.token_reduction.selectors.pixels import of_pixels
 from iared2_jax.typing import Array
 
 if TYPE_CHECKING:
