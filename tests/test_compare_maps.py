@@ -30,7 +30,7 @@ from iared2_jax.report.figures import draw_curves, draw_maps
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.token_reduction.selectors import random_like
+from iared2_jax.token_reduction.selectors import first_in_order, random_order
 from tests.test_perturbation import HERE, PATCH, planted
 
 N = 10
@@ -425,7 +425,7 @@ def test_the_network_is_asked_with_what_it_kept_and_with_as_many_others(micro):
     counts = kept.sum(axis=1)
     assert 0 < kept.sum() < np.asarray(out.keep[0]).sum() < kept.size
     shown = answers_when_shown(module, variables, inputs, key, thresholds)
-    (others,) = random_like(key, [counts], 16)
+    others = np.asarray(first_in_order(random_order(key, jnp.asarray(inputs), 16), counts))
     np.testing.assert_array_equal(others.sum(axis=1), counts)  # as many of each image
     expected = {
         "as_trained": trained,
@@ -438,6 +438,10 @@ def test_the_network_is_asked_with_what_it_kept_and_with_as_many_others(micro):
         np.testing.assert_allclose(shown[name], logits, rtol=1e-4, atol=1e-5)
     for name in SHOWN[1:]:
         assert np.abs(shown["as_trained"] - shown[name]).max() > 1e-3
+    # In another batch an image is shown the same patches.
+    turned = answers_when_shown(module, variables, inputs[::-1], key, thresholds)
+    for name in SHOWN:
+        np.testing.assert_allclose(turned[name][::-1], shown[name], rtol=1e-4, atol=1e-5)
 
 
 # -- Figures.

@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Bool, Float
 
 from iared2_jax.token_reduction.model import IARed2, Thresholds
-from iared2_jax.token_reduction.selectors import random_like
+from iared2_jax.token_reduction.selectors import first_in_order, random_order
 from iared2_jax.typing import Array
 
 # What the network is shown, by name. "kept" is what the last group keeps.
@@ -34,12 +34,14 @@ def answers_when_shown(
     those that the last group keeps, all the others, or as many as it keeps, at random.
 
     Args:
-      key: of the random patches. thresholds: keep iff score > threshold.
+      key: of the random patches, which are an image's own in any batch.
+      thresholds: keep iff score > threshold.
     """
     apply = functools.partial(module.apply, variables, inputs)
     logits, out = apply(thresholds)
     kept = out.keep[-1]
-    (random,) = random_like(key, [kept.sum(axis=-1)], module.input_spec.num_patches)
+    order = random_order(key, inputs, module.input_spec.num_patches)
+    random = first_in_order(order, kept.sum(axis=-1))
 
     def shown(patches: Bool[Array, "b n"]) -> Float[Array, "b classes"]:
         """Logits from these patches alone, from the first block to the last."""

@@ -9,6 +9,7 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.selectors.attention import Attention
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
 from iared2_jax.token_reduction.selectors.budgets import (
+    first_in_order,
     keep_counts,
     random_like,
     top_k,
@@ -16,7 +17,7 @@ from iared2_jax.token_reduction.selectors.budgets import (
 )
 from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
 from iared2_jax.token_reduction.selectors.magnitude import Magnitude
-from iared2_jax.token_reduction.selectors.random import Random
+from iared2_jax.token_reduction.selectors.random import Random, random_order
 from iared2_jax.token_reduction.selectors.temporal_difference import TemporalDifference
 
 SELECTORS: dict[str, Selector] = {
@@ -62,9 +63,11 @@ __all__ = [
     "Selector",
     "TemporalDifference",
     "asked_selector",
+    "first_in_order",
     "get_selector",
     "keep_counts",
     "random_like",
+    "random_order",
     "top_k",
     "within_budget",
 ]

@@ -64,5 +64,10 @@ def random_like(
     that a token kept in a group was kept in every group before.
     """
     order = jax.random.uniform(key, (len(counts[0]), num_patches))
+    return [first_in_order(order, count) for count in counts]
+
+
+def first_in_order(order: Float[Array, "b n"], counts: Int[Array, " b"]) -> Bool[Array, "b n"]:
+    """The `counts` patches of each image whose numbers in `order` are lowest."""
     rank = jnp.argsort(jnp.argsort(order, axis=-1), axis=-1)
-    return [rank < count[:, None] for count in counts]
+    return rank < counts[:, None]

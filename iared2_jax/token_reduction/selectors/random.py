@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from iared2_jax.token_reduction.selectors.base import Selector
 from iared2_jax.typing import Array
@@ -25,13 +25,18 @@ class Random(Selector):
         self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
     ) -> Float[Array, "b n"]:
         """The uniform numbers that order an image's patches."""
-        n = model.input_spec.num_patches
-        key = jax.random.key(self.seed)
+        return random_order(jax.random.key(self.seed), inputs, model.input_spec.num_patches)
 
-        def order(image):
-            return jax.random.uniform(jax.random.fold_in(key, fingerprint(image)), (n,))
 
-        return jax.vmap(order)(inputs)
+def random_order(
+    key: PRNGKeyArray, inputs: Float[Array, "b ..."], num_patches: int
+) -> Float[Array, "b n"]:
+    """Uniform numbers for the patches of each image, whichever batch it is in."""
+
+    def of(image: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, fingerprint(image)), (num_patches,))
+
+    return jax.vmap(of)(inputs)
 
 
 def fingerprint(image: Float[Array, "..."]) -> Array:
