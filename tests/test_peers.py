@@ -11,6 +11,8 @@ import pytest
 import iared2_jax
 from benchmarks import peers
 from iared2_jax.errors import UsageError
+from iared2_jax.token_reduction import schedules
+from iared2_jax.token_reduction.create import create_module
 
 torch = pytest.importorskip("torch")
 if peers.missing():
@@ -142,6 +144,23 @@ def test_tome_is_what_the_paper_says():
         expected = slow_tome(vit(), 14)
     assert difference(run(peers.tome_model(vit(), 14))[:1], expected) < 1e-4
     assert difference(dense()[:1], expected) > 0.01
+
+
+def test_our_tome_is_theirs():
+    """The selector "tome", in JAX, and ToMe in PyTorch: r = 14 in each of the twelve blocks."""
+    module = create_module("deit_ti", groups=12)
+    ratios = schedules.constant_number(N, groups=12, number=14)
+    run_ours = jax.jit(
+        lambda variables: module.apply(
+            variables,
+            IMAGES,
+            execution="gathered",
+            capacities=module.slots(ratios, "tome"),
+            keep_ratios=ratios,
+            selector="tome",
+        )[0]
+    )
+    assert difference(run_ours(ours()[1]), run(peers.tome_model(vit(), 14))) < 1e-4
 
 
 def test_tome_r():

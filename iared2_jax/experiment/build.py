@@ -123,11 +123,17 @@ def build_model(config: ml_collections.ConfigDict) -> Model:
 
 
 def load_initial(config: ml_collections.ConfigDict, module: IARed2, source: str) -> dict[str, Any]:
-    """Variables from a weights file; the head may be fresh only where it will be trained."""
+    """Variables from a weights file; the head may be fresh only where it will be trained.
+
+    A selector that reduces tokens within a block asks no interpreter, and has groups of its own.
+    """
     # An interpreter's reward, and an evaluation, need answers that mean something.
     first, _ = stages(config.curriculum, 1)[0]
     fresh_head = config.mode == "train" and not PHASES[first].reduces
-    return load_weights(module, source, seed=config.seed, fresh_head=fresh_head)
+    interpreters = not get_selector(config.reduction.selector).after_attention
+    return load_weights(
+        module, source, seed=config.seed, fresh_head=fresh_head, interpreters=interpreters
+    )
 
 
 def build_phases(config: ml_collections.ConfigDict, module: IARed2) -> list[Phase]:

@@ -17,7 +17,9 @@ from iared2_jax.experiment.build import build_module
 from iared2_jax.experiment.run_directory import finished_results
 from iared2_jax.fast_inference import accelerate
 from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.schedules import PUBLISHED, published_budget
 from iared2_jax.training.phases import PHASES, stages
 from iared2_jax.weights.load import load_model
 
@@ -46,7 +48,8 @@ def baseline_config(
     It fine-tunes for as many steps as all fine-tuning of `config`'s own run together, so not at all
     (mode "eval") if that one only trains interpreters, and keeps at least as many tokens in each
     group; all of the first, where the selector is the attention before the group, and all of every
-    group for `DENSE_BASELINE`: what the fine-tuning does by itself.
+    group for `DENSE_BASELINE`: what the fine-tuning does by itself. EViT and ToMe reduce tokens
+    where their papers do, so that they cost as much (`schedules.published_budget`).
 
     Args:
       weights: of the dense backbone, if it is not the one that `config` names.
@@ -62,6 +65,12 @@ def baseline_config(
     baseline.weights = config.weights if weights is None else weights
     baseline.reduction.selector = _OF_DENSE if selector == DENSE_BASELINE else selector
     baseline.reduction.keep_ratios = keep_ratios
+    if selector in PUBLISHED:
+        module = build_module(config)
+        kept = [ratio * module.input_spec.num_patches for ratio in keep_ratios]
+        share = count_flops(module, kept).linear / count_flops(module).linear
+        groups, baseline.reduction.keep_ratios = published_budget(module, selector, share)
+        baseline.model.groups, baseline.model.group_sizes = groups, ()
     baseline.compare.selectors = ()
     baseline.backbone.steps *= len(keep_ratios)  # one phase in place of one for each group
     baseline.backbone.epochs *= len(keep_ratios)
@@ -125,8 +134,10 @@ def methods(
     """
     rows = {"original": _row(results, "dense", None, clips)}
     for selector, found in baselines.items():
-        # The attention before each group has no scores before the first; the dense one's are noise.
-        scores = None if selector in ("attention", DENSE_BASELINE) else f"{selector}_group_1"
+        # The attention before each group has no scores before the first; the dense one's are noise;
+        # ToMe's say what is like another, and EViT's are the attention of a block without drops.
+        unscored = ("attention", DENSE_BASELINE, *PUBLISHED)
+        scores = None if selector in unscored else f"{selector}_group_1"
         rows[row_name(selector)] = _row(found, "reduced", scores, clips)
     rows["iared2"] = _row(results, "iared2", "group_1", clips)
     return rows

@@ -44,7 +44,8 @@ def accelerate(
 
     How each group runs its survivors is planned by measuring, on this device: one padded array,
     images sorted by count in sub-batches of a few lengths, or one packed list of tokens. Where
-    dropping does not pay, the plan is masked execution, and says so.
+    dropping does not pay, the plan is masked execution, and says so. Selectors that reduce tokens
+    within a block ("evit", "tome") keep equally many of every image: they run gathered.
 
     Args:
       module, variables: e.g. from `create_model` or `load_model`.
@@ -101,6 +102,11 @@ def accelerate(
     programs = folder / "programs" if folder else None
     if plan is not None:
         plan.check(request.batch_size, request.most_tokens)
+        if plan.groups and selector.after_attention:
+            raise UsageError(
+                f"the plan is of ragged groups, but {type(selector).__name__} reduces tokens "
+                "within a block: leave out plan=, and another is made"
+            )
     else:
         plan = plan_request.cached_plan(request, folder)
     if plan is not None:
@@ -117,7 +123,10 @@ def _planned(
 ) -> Accelerated:
     """The model planned by measuring, its plan kept; `sample` says what stood for its inputs."""
     with programs_kept(programs):
-        run = _fastest(request, planner.plan_groups(request))
+        if request.forward.selector.after_attention:
+            run = _fastest_whole(request)
+        else:
+            run = _fastest(request, planner.plan_groups(request))
     if sample:
         run.plan = dataclasses.replace(run.plan, planned_from=sample)
     plan_request.keep_plan(request, run.plan, folder)
@@ -146,22 +155,41 @@ def _fastest(request: PlanRequest, ragged: Plan) -> Accelerated:
     def masked(rows):
         return Accelerated(request, dataclasses.replace(ragged, groups=(), masked_rows=rows))
 
-    def measured():
-        """The seconds that each run takes."""
-        calls = {name: functools.partial(run, images) for name, run in runs.items()}
-        return {name: timing.median for name, timing in planner.timed_together(calls).items()}
-
     whole, *parts = sub_batch_sizes(request.batch_size, request.platform)
     runs = {"ragged": Accelerated(request, ragged), "masked": masked(whole)}
-    images = jax.device_put(planner.example_batch(request), runs["ragged"].sharding)
-    seconds = measured()
+    seconds = _measured(request, runs)
     if seconds["ragged"] > 0.8 * seconds["masked"]:  # close: masks may gain from sub-batches, too
         runs |= {f"masked, {rows} at a time": masked(rows) for rows in parts[:2]}
-        seconds = measured()
+        seconds = _measured(request, runs)
     if request.platform == "cpu" and seconds["ragged"] < planner.QUICK:
         # There, branches take one core for what loops do in two, but less time to be passed by.
         runs["by branches"] = Accelerated(request, dataclasses.replace(ragged, switch=True))
-        seconds = measured()
+        seconds = _measured(request, runs)
+    return _best(runs, seconds)
+
+
+def _fastest_whole(request: PlanRequest) -> Accelerated:
+    """A model that reduces tokens within blocks: all its groups, so many images at a time."""
+    runs = {}
+    for kernel in planner.attention_kernels(request):
+        for rows in sub_batch_sizes(request.batch_size, request.platform):
+            plan = Plan(
+                request.batch_size, masked_rows=rows, attention_kernel=kernel, key=request.key()
+            )
+            runs[f"{rows} at a time, {kernel}"] = Accelerated(request, plan)
+    return _best(runs, _measured(request, runs))
+
+
+def _measured(request: PlanRequest, runs: Mapping[str, Accelerated]) -> dict[str, float]:
+    """The seconds that each run takes for a batch."""
+    sharding = next(iter(runs.values())).sharding
+    images = jax.device_put(planner.example_batch(request), sharding)
+    calls = {name: functools.partial(run, images) for name, run in runs.items()}
+    return {name: timing.median for name, timing in planner.timed_together(calls).items()}
+
+
+def _best(runs: Mapping[str, Accelerated], seconds: dict[str, float]) -> Accelerated:
+    """The fastest of them, what was measured in its plan."""
     best = runs[min(seconds, key=seconds.get)]
     best.plan = dataclasses.replace(best.plan, measured=seconds)
     best.forget_usage()

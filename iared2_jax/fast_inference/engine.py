@@ -63,6 +63,10 @@ class Ragged:
         places = jnp.broadcast_to(jnp.arange(n), (b, n))
         return RaggedState(buffer, alive, places, jnp.zeros(b, jnp.int32))
 
+    def enter(self, group: int, state: RaggedState) -> tuple[RaggedState, list[Array]]:
+        """As it is: selectors that look behind the attention are not run ragged."""
+        return state, []
+
     def evidence(self, group: int, state: RaggedState) -> Evidence:
         """The scores that the group before left in the buffer, or those known from the start."""
         if self._input_scores is not None:

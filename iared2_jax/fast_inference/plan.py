@@ -45,7 +45,8 @@ class Plan:
 
     Attributes:
       batch_size: images per call and device.
-      groups: one `GroupPlan` each; empty: masked execution, because dropping does not pay here.
+      groups: one `GroupPlan` each; empty: masked execution, because dropping does not pay here (or
+        gathered, by a fixed budget of a selector that reduces tokens within a block).
       masked_rows: images at a time of masked execution (it is also what an empty plan runs).
       switch: a group that runs the whole batch at once takes its shape by one branch, not by a loop
         per shape: a GPU waits for the host at each, XLA:CPU runs a branch's elementwise work on one

@@ -90,7 +90,7 @@ def _lengths(request: PlanRequest, keep: np.ndarray, group: int) -> np.ndarray:
     return counts[_draw(request, keep, _BATCHES)]
 
 
-def _kernels(request: PlanRequest) -> list[str]:
+def attention_kernels(request: PlanRequest) -> list[str]:
     """Attention kernels that work here: cuDNN's is tried against the einsum first."""
     half = jnp.dtype(request.module.backbone.dtype).itemsize == 2
     kernels = request.module.backbone.attention_kernels
@@ -117,7 +117,7 @@ def _kernels(request: PlanRequest) -> list[str]:
 
 def _fastest_kernel(request: PlanRequest, keep: np.ndarray) -> str:
     """The attention kernel that runs a group of whole padded rows in the least time."""
-    kernels = _kernels(request)
+    kernels = attention_kernels(request)
     if len(kernels) == 1:
         return kernels[0]
     group = _most_to_win(request, keep)

@@ -23,18 +23,20 @@ def run_masked(
     thresholds: Float[Array, "b D"],
     size: Int[Array, ""],
 ) -> tuple[Float[Array, "b classes"], Output, list[Int[Array, " shapes"]]]:
-    """Masked execution, `plan.masked_rows` images at a time: for where dropping does not pay."""
+    """Masked execution, `plan.masked_rows` images at a time: for where dropping does not pay.
+
+    A fixed budget of a selector that reduces tokens within a block runs gathered: every image has
+    as many tokens as any other, so their slots are full, and there is nothing left to plan.
+    """
     module = forward.with_kernel(plan.attention_kernel).module
+    options = {"keep_ratios": forward.keep_ratios, "selector": forward.selector}
+    if forward.selector.after_attention and forward.equal_counts:
+        slots = module.slots(forward.keep_ratios, forward.selector)
+        options |= {"execution": "gathered", "capacities": slots}
 
     def some(inputs, thresholds):
         """The logits and output of one sub-batch; what `run_ragged` leaves at 0 is 0 here, too."""
-        logits, out = module.apply(
-            variables,
-            inputs,
-            thresholds,
-            keep_ratios=forward.keep_ratios,
-            selector=forward.selector,
-        )
+        logits, out = module.apply(variables, inputs, thresholds, **options)
         entering = [True, *(keep[..., None] for keep in out.keep)]
         of_alive = tuple(
             jnp.where(alive, values, 0)

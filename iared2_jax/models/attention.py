@@ -31,14 +31,29 @@ class Similarity(nn.Module):
 
 
 class Softmax(nn.Module):
-    """Softmax over the valid keys; None: all are."""
+    """Softmax over the valid keys (None: all are), each counted as often as `sizes` says."""
 
     def __call__(
-        self, logits: Float[Array, "s h r c"], valid: Bool[Array, "s c"] | None
+        self,
+        logits: Float[Array, "s h r c"],
+        valid: Bool[Array, "s c"] | None,
+        sizes: Float[Array, "s c"] | None = None,
     ) -> Float[Array, "s h r c"]:
-        if valid is not None:
-            logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
-        return jax.nn.softmax(logits, axis=-1)
+        return jax.nn.softmax(_with_bias(logits, valid, sizes), axis=-1)
+
+
+def _with_bias(
+    logits: Float[Array, "s h r c"],
+    valid: Bool[Array, "s c"] | None,
+    sizes: Float[Array, "s c"] | None,
+) -> Float[Array, "s h r c"]:
+    """The logits plus log(size) of every key, and so low where a key is not valid that it is 0."""
+    # A sum, not a select: XLA:CPU takes 40% longer for the whole attention with a select.
+    if valid is not None:
+        logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
+    if sizes is not None:
+        logits = logits + jnp.log(sizes)[:, None, None, :]
+    return logits
 
 
 class WeightedSum(nn.Module):
@@ -56,23 +71,24 @@ def attend(
     v: Float[Array, "s h c e"],
     valid: Bool[Array, "s c"] | None,
     tap: Tap | None = None,
+    sizes: Float[Array, "s c"] | None = None,
 ) -> tuple[Float[Array, "s h r e"], Float[Array, "s h c"]]:
     """softmax(q k^T / sqrt(e)) v over the valid keys, and the first query's weights (float32).
 
     Args:
       valid: which keys are real; None: all.
       tap: shows the whole weights [s, h, r, c], and returns those to go on with; None: nobody asks.
+      sizes: how many tokens each key stands for, so how often it counts: log(size) is added to its
+        logits (proportional attention, Bolya et al. 2023, Eq. 1); None: each for itself.
     """
     if tap is not None:  # step by step, so that attribution sees each
-        weights = tap(Softmax()(Similarity()(q, k), valid))
+        weights = tap(Softmax()(Similarity()(q, k), valid, sizes))
         return WeightedSum()(weights, v), weights[:, :, 0]
     rows = _queries_at_a_time(*q.shape[:3], k.shape[2])
     if rows < q.shape[2]:
-        return _in_tiles(q, k, v, valid, rows)
+        return _in_tiles(q, k, v, valid, sizes, rows)
     logits = jnp.einsum("shqe,shke->shqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-    if valid is not None:
-        # A sum, not a select: XLA:CPU takes 40% longer for the whole attention with a select.
-        logits = logits + jnp.where(valid, 0.0, MASKED_LOGIT)[:, None, None, :]
+    logits = _with_bias(logits, valid, sizes)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     # Divided by their sum after they met the values: c x e divisions, not c x c.
@@ -93,6 +109,7 @@ def _in_tiles(
     k: Float[Array, "s h c e"],
     v: Float[Array, "s h c e"],
     valid: Bool[Array, "s c"] | None,
+    sizes: Float[Array, "s c"] | None,
     rows: int,
 ) -> tuple[Float[Array, "s h r e"], Float[Array, "s h c"]]:
     """`attend`, about `rows` queries at a time. The loop is over queries: images may be sharded."""
@@ -101,7 +118,7 @@ def _in_tiles(
     rows = -(-count // tiles)
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, tiles * rows - count), (0, 0)))
     parts = rearrange(padded, "s h (t r) e -> t s h r e", t=tiles)
-    y, first = jax.lax.map(lambda part: attend(part, k, v, valid), parts)
+    y, first = jax.lax.map(lambda part: attend(part, k, v, valid, sizes=sizes), parts)
     return rearrange(y, "t s h r e -> s h (t r) e")[:, :, :count], first[0]
 
 

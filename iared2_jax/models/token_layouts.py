@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from iared2_jax.typing import Array
 
 # What attention does with one row per image: (qkv [s, c, 3d], valid, lengths) -> the answers
-# [s, c, d], and the first query's weights [s, heads, c].
+# [s, c, d], and the first query's weights [s, heads, c]. Where tokens stand for several, it gets
+# their sizes [s, c] as a fourth argument.
 Core = Callable[..., tuple[Array, Array]]
 
 
@@ -28,10 +29,12 @@ class Padded(NamedTuple):
 
     valid [s, c]: which tokens are real; None: all of them.
     lengths [s]: how many, if the real ones come first in every row; None: not known.
+    sizes [s, c]: how many tokens each stands for, where some were merged; None: each for itself.
     """
 
     valid: Bool[Array, "s c"] | None = None
     lengths: Int[Array, " s"] | None = None
+    sizes: Float[Array, "s c"] | None = None
 
     def spread(self, x: Float[Array, "s c f"]) -> Float[Array, "s c f"]:
         """The tokens in one row per image: as they are."""
@@ -41,7 +44,9 @@ class Padded(NamedTuple):
         self, qkv: Float[Array, "s c f"], core: Core
     ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
         """Attention as it is."""
-        return core(qkv, self.valid, self.lengths)
+        if self.sizes is None:
+            return core(qkv, self.valid, self.lengths)
+        return core(qkv, self.valid, self.lengths, self.sizes)
 
 
 class Rows(NamedTuple):

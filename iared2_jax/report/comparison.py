@@ -53,7 +53,7 @@ class Comparison:
     @property
     def applied(self) -> dict[str, Any]:
         """What the reduced model is applied with: masked, or gathered where counts are fixed."""
-        slots = self.module.keep_counts(self.reduction["keep_ratios"])
+        slots = self.module.slots(self.reduction["keep_ratios"], self.selector)
         how = {"execution": "gathered", "capacities": slots} if slots else {}
         return {**self.reduction, **how}
 

@@ -74,6 +74,8 @@ METHODS = {
     "attention": "attention of block 1",
     "attention_before_group": "attention before each group",
     "original_fine_tuned": "original, fine-tuned as long",
+    "evit": "EViT",
+    "tome": "ToMe",
 }
 
 

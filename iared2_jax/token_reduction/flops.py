@@ -35,7 +35,8 @@ def count_flops(
     """The cost of one image in which group j's blocks see `kept[j]` patch tokens.
 
     Blocks cost what the backbone's `block_flops` says for kept + prefix tokens, and the choice of
-    tokens what the selector's `flops` says.
+    tokens what the selector's `flops` says. If it looks behind the attention of a group's first
+    block, that attention still sees what the group before kept.
 
     Args:
       model: a variant's name, or a module.
@@ -71,12 +72,17 @@ def count_flops(
     if any((count < 0).any() or (count > n).any() for count in kept):
         raise ValueError(f"kept must be in 0..{n} patch tokens, in every group")
 
+    chooses, entering = get_selector(selector), (np.float64(n), *kept[:-1])
     linear, full = vit.other_flops(kept[-1])
-    for blocks, count in zip(sizes, kept, strict=True):
+    for blocks, count, before in zip(sizes, kept, entering, strict=True):
         block = vit.block_flops(count + vit.num_prefix)
         linear = linear + blocks * block.linear
         full = full + blocks * block.full
+        if chooses.after_attention:
+            first = vit.block_flops(before + vit.num_prefix)
+            more = first.projections - block.projections
+            linear, full = linear + more, full + more + first.attention - block.attention
     if interpreters:
-        choice = get_selector(selector).flops(vit, (np.float64(n), *kept[:-1]))
+        choice = chooses.flops(vit, entering)
         linear, full = linear + choice[0], full + choice[1]
     return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

@@ -35,6 +35,13 @@ class GroupRecord(NamedTuple):
 class Execution(Protocol):
     """How the tokens lie while the groups run. Its `state` has `alive` and `overflow`."""
 
+    def enter(self, group: int, state: Any) -> tuple[Any, Sequence[Array]]:
+        """The state where the selector looks at it, and the CLS attention of what ran till then.
+
+        That is as it is; or, for a selector of `scores_after_attention`, behind the attention of
+        the group's first block.
+        """
+
     def evidence(self, group: int, state: Any) -> Evidence:
         """The selector's word on the tokens that enter the group, where `state.alive` has them."""
 
@@ -42,7 +49,8 @@ class Execution(Protocol):
         """The state with only the kept tokens alive."""
 
     def run_blocks(self, group: int, state: Any) -> tuple[Any, Sequence[Array]]:
-        """The state behind the group's blocks, and each block's CLS attention on the grid."""
+        """The state behind the group's blocks (what `enter` did not run of them), and each one's
+        CLS attention on the grid."""
 
     def on_grid(self, state: Any, values: Array) -> Array:
         """Values per token [b, k, ..] by patch [b, N, ..], 0 where there is none."""
@@ -54,6 +62,7 @@ def run_groups(
     """Runs some groups in turn (counted from 1), and says what happened in each."""
     records = []
     for group in groups:
+        state, first = execution.enter(group, state)
         evidence = execution.evidence(group, state)
         scores = jnp.where(state.alive, evidence.scores, 0.0)
         keep = decide(group, scores, state)
@@ -63,6 +72,7 @@ def run_groups(
         state = execution.reduce(group, state, keep, scores)
         kept = execution.on_grid(state, state.alive)
         state, attention = execution.run_blocks(group, state)
+        attention = [*first, *attention]
         records.append(GroupRecord(seen, kept, logits, state.overflow, attention))
     return state, records
 
@@ -80,18 +90,20 @@ class InPlace(NamedTuple):
     reducer: Reducer
     dense: bool = False
 
+    def enter(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
+        return _enter(self, group, state, None if self.dense else state.alive)
+
     def evidence(self, group: int, state: TokenState) -> Evidence:
         if self.input_scores is not None:
             return Evidence(self.input_scores)
-        return self.selector.token_scores(group, state.x, state.attention, self.model)
+        return _evidence(self, group, state)
 
     def reduce(self, group: int, state: TokenState, keep: Array, scores: Array) -> TokenState:
         prefix = self.model.num_prefix
         return state if self.dense else self.reducer.in_place(state, keep, scores, prefix)
 
     def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
-        alive = None if self.dense else state.alive
-        return _run_blocks(self.model, group, state, alive)
+        return _run_blocks(self, group, state, None if self.dense else state.alive)
 
     def on_grid(self, state: TokenState, values: Array) -> Array:
         return values
@@ -101,7 +113,8 @@ class Compacted(NamedTuple):
     """Survivors move into `capacities[group - 1]` slots at each group's entry, in image order.
 
     keep_best: of too many tokens those with the highest scores; else the first ones, for a caller
-    that looks at the overflow and computes such a batch again.
+    that looks at the overflow and computes such a batch again. full: every slot holds a token, so
+    there is nothing to mask.
     """
 
     model: Any
@@ -110,11 +123,16 @@ class Compacted(NamedTuple):
     reducer: Reducer
     capacities: Sequence[int]
     keep_best: bool = True
+    full: bool = False
+
+    def enter(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
+        new, rows = _enter(self, group, state, None if self.full else state.alive)
+        return new, self._on_patches(state, rows)
 
     def evidence(self, group: int, state: TokenState) -> Evidence:
         if self.input_scores is not None:
             return Evidence(jnp.take_along_axis(self.input_scores, state.origin, axis=1))
-        return self.selector.token_scores(group, state.x, state.attention, self.model)
+        return _evidence(self, group, state)
 
     def reduce(self, group: int, state: TokenState, keep: Array, scores: Array) -> TokenState:
         capacity = self.capacities[group - 1]
@@ -122,9 +140,12 @@ class Compacted(NamedTuple):
         return self.reducer.compacted(state, keep, scores, self.model.num_prefix, capacity)
 
     def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
-        new, rows = _run_blocks(self.model, group, state, state.alive)
+        new, rows = _run_blocks(self, group, state, None if self.full else state.alive)
+        return new, self._on_patches(state, rows)
+
+    def _on_patches(self, state: TokenState, rows: Sequence[Array]) -> list[Array]:
         n = self.model.input_spec.num_patches
-        return new, [to_grid(row, state.origin, n) for row in rows]
+        return [to_grid(row, state.origin, n) for row in rows]
 
     def on_grid(self, state: TokenState, values: Array) -> Array:
         by_patch = to_grid(
@@ -133,9 +154,28 @@ class Compacted(NamedTuple):
         return jnp.moveaxis(by_patch, -1, 1)
 
 
-def _run_blocks(
-    model: Any, group: int, state: TokenState, alive: Bool[Array, "b k"] | None
+def _enter(
+    how: InPlace | Compacted, group: int, state: TokenState, alive: Bool[Array, "b k"] | None
 ) -> tuple[TokenState, list[Array]]:
-    x, rows = model.run_blocks(group, state.x, alive)
-    rows = [row[..., model.num_prefix :] for row in rows]
+    if not how.selector.after_attention:
+        return state, []
+    prefix = how.model.num_prefix
+    x, row, keys = how.model.run_first_attention(group, state.x, alive, state.sizes)
+    row = row[..., prefix:]
+    return state._replace(x=x, attention=row, keys=keys[:, prefix:]), [row]
+
+
+def _evidence(how: InPlace | Compacted, group: int, state: TokenState) -> Evidence:
+    if how.selector.after_attention:
+        return how.selector.scores_after_attention(state, how.model.num_prefix)
+    return how.selector.token_scores(group, state.x, state.attention, how.model)
+
+
+def _run_blocks(
+    how: InPlace | Compacted, group: int, state: TokenState, alive: Bool[Array, "b k"] | None
+) -> tuple[TokenState, list[Array]]:
+    x, rows = how.model.run_blocks(
+        group, state.x, alive, state.sizes, from_mlp=how.selector.after_attention
+    )
+    rows = [row[..., how.model.num_prefix :] for row in rows]
     return state._replace(x=x, attention=rows[-1] if rows else state.attention), rows

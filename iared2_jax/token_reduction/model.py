@@ -1,6 +1,7 @@
 """IA-RED²: a backbone in D groups, each an interpreter and L MSA-FFN blocks (paper, Fig. 2)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,6 +17,7 @@ from iared2_jax.token_reduction.output import Output
 from iared2_jax.token_reduction.reducers import Reducer, get_reducer
 from iared2_jax.token_reduction.selectors import (
     Selector,
+    alive_counts,
     asked_selector,
     get_selector,
     keep_counts,
@@ -110,33 +112,63 @@ class IARed2(nn.Module):
         return self.interpreters[group - 1](x, self.num_prefix)
 
     def run_blocks(
-        self, group: int, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None
+        self,
+        group: int,
+        x: Float[Array, "b t d"],
+        alive: Bool[Array, "b n"] | None,
+        sizes: Float[Array, "b n"] | None = None,
+        from_mlp: bool = False,
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b h t"]]]:
-        """The group's blocks over prefix and alive patches; each block's CLS attention, if any."""
-        layout = EVERY_TOKEN
-        if alive is not None:
-            prefix = jnp.ones((x.shape[0], self.num_prefix), bool)
-            layout = Padded(jnp.concatenate([prefix, alive], axis=1))
-        return self.run_layout(group, x, layout)
+        """The group's blocks over prefix and alive patches; each block's CLS attention, if any.
+
+        Args:
+          alive: None: all are. sizes: how many patches each token stands for; None: one each.
+          from_mlp: `run_first_attention` has been; go on from there.
+        """
+        return self.run_layout(group, x, self._layout(alive, sizes, x.shape[0]), from_mlp)
 
     def run_layout(
-        self, group: int, x: Float[Array, "b t d"], layout: TokenLayout
+        self, group: int, x: Float[Array, "b t d"], layout: TokenLayout, from_mlp: bool = False
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "s h c"]]]:
         """The group's blocks over tokens that lie as `layout` says."""
         first = sum(self.group_sizes[: group - 1])
         attention = []
         for index in range(first, first + self.group_sizes[group - 1]):
+            if from_mlp and index == first:
+                x = self._run(lambda backbone, x: backbone.run_mlp_half(first, x), x)
+                continue
             x = taps.tap(self, f"{taps.BLOCK_INPUT}_{index}", x)
-            x, row = self._run_block(index, x, layout)
+            x, row = self._run(lambda backbone, x, i=index: backbone.run_block(i, x, layout), x)
             if row is not None:
                 attention.append(row)
         return x, attention
 
-    def _run_block(self, index: int, x: Array, layout: TokenLayout) -> tuple[Array, Array | None]:
-        def run(backbone: nn.Module, x: Array) -> tuple[Array, Array | None]:
-            return backbone.run_block(index, x, layout)
+    def run_first_attention(
+        self,
+        group: int,
+        x: Float[Array, "b t d"],
+        alive: Bool[Array, "b n"] | None,
+        sizes: Float[Array, "b n"] | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t"], Float[Array, "b t e"]]:
+        """The group's first block up to its MLP: tokens, CLS attention, and the tokens' keys."""
+        first, layout = sum(self.group_sizes[: group - 1]), self._layout(alive, sizes, x.shape[0])
+        x = taps.tap(self, f"{taps.BLOCK_INPUT}_{first}", x)
+        return self._run(lambda backbone, x: backbone.run_attention_half(first, x, layout), x)
 
-        return (nn.remat(run) if self.remat else run)(self.backbone, x)
+    def _layout(
+        self, alive: Bool[Array, "b n"] | None, sizes: Float[Array, "b n"] | None, batch: int
+    ) -> Padded:
+        """One row per image, the prefix before the patches."""
+        prefix = jnp.ones((batch, self.num_prefix))
+        if alive is not None:
+            alive = jnp.concatenate([prefix.astype(bool), alive], axis=1)
+        if sizes is not None:
+            sizes = jnp.concatenate([prefix, sizes], axis=1)
+        return EVERY_TOKEN if alive is None and sizes is None else Padded(alive, None, sizes)
+
+    def _run(self, part: Callable[..., Any], x: Array) -> Any:
+        """A part of the backbone, computed again for its gradient if `remat` says so."""
+        return (nn.remat(part) if self.remat else part)(self.backbone, x)
 
     # -- The whole model.
 
@@ -149,7 +181,7 @@ class IARed2(nn.Module):
         keep: Sequence[Bool[Array, "b n"] | None] | None = None,
         keep_ratios: Sequence[float] | None = None,
         selector: str | Selector = "interpreter",
-        reducer: str | Reducer = "drop",
+        reducer: str | Reducer | None = None,
         score: str | None = None,
     ) -> tuple[Float[Array, "b classes"], Output]:
         """Logits, and everything that led to them.
@@ -170,8 +202,10 @@ class IARed2(nn.Module):
             "attention", the CLS query's mean weights in the block before the group, which needs no
             training and a first ratio of 1; "attention_block_1" and its like, the paper's baseline
             in two passes; "magnitude" of the patch embedding; "temporal_difference", of clips;
-            "random"), or a selector of your own.
-          reducer: what becomes of the others: "drop".
+            "random"; other papers' "evit" and "tome"), or a selector of your own.
+          reducer: what becomes of the others, a name of `reducers.REDUCERS`: "drop"; "fuse", they
+            become one token, weighted by their scores (EViT); "merge", each is merged into the one
+            it resembles most (ToMe). None: as the selector has it.
           score: the old name of `selector`.
 
         Returns:
@@ -183,12 +217,18 @@ class IARed2(nn.Module):
           ValueError: inputs of another shape or of integers; an unknown execution; thresholds,
             capacities or ratios that do not fit the groups.
         """
-        selector, reducer = asked_selector(selector, score), get_reducer(reducer)
+        selector = asked_selector(selector, score)
+        reducer = get_reducer(selector.reducer if reducer is None else reducer)
         self._check_inputs(inputs)
         self.check_budget(keep_ratios, selector)
+        if reducer.needs_keys and not selector.after_attention:
+            raise ValueError(
+                f"the reducer {type(reducer).__name__} compares the keys of the attention before "
+                f'it, which {type(selector).__name__} does not run: use selector="tome"'
+            )
         capacities = self._check_execution(execution, capacities)
         thresholds = self.per_group(thresholds)
-        counts = self.keep_counts(keep_ratios)
+        counts = self.keep_counts(keep_ratios, reducer)
 
         def decide(group: int, scores: Array, state: TokenState) -> Array:
             """The kept tokens: as given, or by the budget."""
@@ -201,7 +241,8 @@ class IARed2(nn.Module):
         state = all_alive(x, self.input_spec.num_patches)
         known = selector.input_scores(inputs, x, self)
         if execution == "gathered":
-            how = Compacted(self, selector, known, reducer, capacities)
+            full = keep is None and capacities == self.slots(keep_ratios, selector, reducer)
+            how = Compacted(self, selector, known, reducer, capacities, full=full)
         else:
             how = InPlace(self, selector, known, reducer, dense=execution == "dense")
         state, records = run_groups(how, state, range(1, self.num_groups + 1), decide)
@@ -291,11 +332,29 @@ class IARed2(nn.Module):
             )
         return jnp.broadcast_to(values, (*values.shape[:-1], self.num_groups))
 
-    def keep_counts(self, keep_ratios: Sequence[float] | None) -> tuple[int, ...] | None:
+    def keep_counts(
+        self, keep_ratios: Sequence[float] | None, reducer: str | Reducer = "drop"
+    ) -> tuple[int, ...] | None:
         """Tokens that each group keeps under a fixed budget; None: there is none."""
         if keep_ratios is None:
             return None
-        return keep_counts(keep_ratios, self.input_spec.num_patches)
+        extra = get_reducer(reducer).extra_tokens
+        return keep_counts(keep_ratios, self.input_spec.num_patches, extra)
+
+    def slots(
+        self,
+        keep_ratios: Sequence[float] | None,
+        selector: str | Selector = "interpreter",
+        reducer: str | Reducer | None = None,
+    ) -> tuple[int, ...] | None:
+        """Capacities for gathered execution that a fixed budget fills exactly; None: without one.
+
+        What each group keeps, and what the reducer (None: the selector's own) makes of the others.
+        """
+        if keep_ratios is None:
+            return None
+        extra = get_reducer(reducer or get_selector(selector).reducer).extra_tokens
+        return alive_counts(keep_ratios, self.input_spec.num_patches, extra)
 
     def check_budget(self, keep_ratios: Sequence[float] | None, selector: Selector) -> None:
         """Raises a ValueError if `keep_ratios` and `selector` make no sense for this model."""

@@ -1,5 +1,6 @@
 """Training: one loop for every curriculum. The phases say what trains, and how."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from iared2_jax.data.augment import augment_options
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.data.pipeline import mixing, shard_batch, train_batches
-from iared2_jax.errors import NonFiniteError
+from iared2_jax.errors import Interrupted, NonFiniteError
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training.capacities import measure_capacities, recalled
@@ -82,12 +83,20 @@ def train_phases(
         checkpoints.save(step, state, meta)
 
     # -- Train ---------------------------------------------------------------------------------
-    with MetricWriter(workdir, step) as writer, Profile(workdir, config.profile, step) as profile:
+    with (
+        MetricWriter(workdir, step) as writer,
+        Profile(workdir, config.profile, step) as profile,
+        # Raised before a phase's first step, when all that was trained is saved.
+        contextlib.suppress(Interrupted),
+    ):
         while (phase := phase_at(plan, step)) is not None and not stop.requested:
 
-            def batches(example: int, phase: Phase = phase) -> Iterator[Batch]:
+            def batches(example: int, phase: Phase = phase, begun: int = step) -> Iterator[Batch]:
                 """The phase's batches on the devices, from that example of the run on."""
                 for batch in _batches(config, module, phase, dataset, example):
+                    # Features that are cached take minutes. The step of now is meant: B023.
+                    if stop.requested and step == begun:  # noqa: B023
+                        raise Interrupted("stopped by a signal before the phase's first step")
                     yield shard_batch(batch, rows)
 
             capacities = _capacities(config, workdir, module, state.params, phase, batches)

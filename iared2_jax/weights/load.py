@@ -45,6 +45,7 @@ def load_weights(
     seed: int = 0,
     fresh_head: bool = True,
     ema: bool | None = None,
+    interpreters: bool = True,
 ) -> dict[str, Any]:
     """Variables for `module` with the weights of a file, whoever wrote it.
 
@@ -64,6 +65,8 @@ def load_weights(
       fresh_head: whether the head may be left fresh, with a warning, where the file has none or one
         for other classes; else that is an error.
       ema: see `weights.files.read_tensors`.
+      interpreters: whether to take interpreters that the file has; without, its groups need not be
+        this model's.
 
     Returns:
       {"params": ..}, float32.
@@ -80,6 +83,8 @@ def load_weights(
     """
     tensors, metadata = read_tensors(source, ema)
     tensors = taken_apart(tensors)
+    if not interpreters:
+        tensors = {name: t for name, t in tensors.items() if not has_interpreters([name])}
     layout = _layout_of(source, tensors)
     if layout is None:
         raise UsageError(

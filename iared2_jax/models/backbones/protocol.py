@@ -86,6 +86,11 @@ class Backbone(Protocol):
         alive: which patch tokens of `x` survive, None: all; what lies in the others is not read.
         """
 
+    # Optional: `run_attention_half(index, x, layout)` and `run_mlp_half(index, x)`, a block in two
+    # steps, for selectors that reduce tokens between them (EViT, ToMe). The first also returns the
+    # CLS query's attention and every token's key, the mean over the heads [b, t, e]; its attention
+    # must count a key as often as the layout's `sizes` say.
+
     # Optional: `classify_features(features)`, the logits of what `classify` returns second; a head
     # can then be trained on cached features (config.supervised.cached_examples).
 

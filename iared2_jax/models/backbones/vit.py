@@ -29,7 +29,10 @@ from iared2_jax.typing import Array
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the valid keys; also returns the CLS query's attention."""
+    """Multi-head self-attention over the valid keys.
+
+    Also returns the CLS query's attention, and every token's key, the mean over the heads.
+    """
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
@@ -38,32 +41,38 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"], layout: TokenLayout
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"], Float[Array, "b n e"]]:
         d = x.shape[-1]
         x = taps.tap(self, taps.ATTENTION_INPUT, x)
         qkv = TokenDense(3 * d, self.dtype, name="qkv")(x)
         y, attention = layout.attend(qkv, self._attend_rows)
-        return TokenDense(d, self.dtype, name="proj")(y), attention
+        keys = rearrange(qkv[..., d : 2 * d], "b n (h e) -> b n h e", h=self.num_heads).mean(2)
+        return TokenDense(d, self.dtype, name="proj")(y), attention, keys
 
     def _attend_rows(
         self,
         qkv: Float[Array, "s c f"],
         valid: Bool[Array, "s c"] | None,
         lengths: Int[Array, " s"] | None,
+        sizes: Float[Array, "s c"] | None = None,
     ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
         q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
+        # Sizes and scattered valid keys would reach cuDNN as a bias that skips nothing.
+        fused = sizes is None and (valid is None or lengths is not None)
         if taps.asked(self, taps.ATTENTION):
             show = functools.partial(taps.tap, self, taps.ATTENTION)
-            y, attention = attend(q, k, v, valid, show)
-        elif self.kernel == "cudnn" and (valid is None or lengths is not None):
+            y, attention = attend(q, k, v, valid, show, sizes)
+        elif self.kernel == "cudnn" and fused:
             y, attention = attend_cudnn(q, k, v, lengths)
-        else:  # scattered valid keys would reach cuDNN as a bias that skips nothing
-            y, attention = attend(q, k, v, valid)
+        else:
+            y, attention = attend(q, k, v, valid, sizes=sizes)
         return rearrange(y, "s h c e -> s c (h e)"), attention
 
 
 class Block(nn.Module):
     """One MSA-FFN block, pre-norm, both halves residual.
+
+    The halves can be run one by one, for what happens to the tokens between them.
 
     layer_scale: what each half is multiplied by at first, channel by channel; None: by nothing.
     """
@@ -74,19 +83,34 @@ class Block(nn.Module):
     attention_kernel: str = "einsum"
     layer_scale: float | None = None
 
-    @nn.compact
+    def setup(self):
+        """Submodules by the names that files of weights have for them."""
+        self.norm1, self.norm2 = layer_norm(self.dtype), layer_norm(self.dtype)
+        self.attn = Attention(self.num_heads, self.dtype, self.attention_kernel)
+        self.mlp = Mlp(self.mlp_ratio, self.dtype)
+        if self.layer_scale is not None:
+            self.ls1, self.ls2 = LayerScale(self.layer_scale), LayerScale(self.layer_scale)
+        self.add = Add()
+
     def __call__(
         self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
     ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
-        y, attention = Attention(self.num_heads, self.dtype, self.attention_kernel, name="attn")(
-            layer_norm(self.dtype, "norm1")(x), layout
-        )
-        x = Add()(x, self._scaled(y, "ls1"))
-        y = Mlp(self.mlp_ratio, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
-        return Add()(x, self._scaled(y, "ls2")), attention
+        x, attention, _ = self.attention_half(x, layout)
+        return self.mlp_half(x), attention
 
-    def _scaled(self, y: Float[Array, "b n d"], name: str) -> Float[Array, "b n d"]:
-        return y if self.layer_scale is None else LayerScale(self.layer_scale, name=name)(y)
+    def attention_half(
+        self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"], Float[Array, "b n e"]]:
+        """x + MSA(LN x), the CLS query's attention, and every token's key."""
+        y, attention, keys = self.attn(self.norm1(x), layout)
+        y = y if self.layer_scale is None else self.ls1(y)
+        return self.add(x, y), attention, keys
+
+    def mlp_half(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """x + MLP(LN x)."""
+        y = self.mlp(self.norm2(x))
+        y = y if self.layer_scale is None else self.ls2(y)
+        return self.add(x, y)
 
 
 POOLS = ("cls", "cls_mean")
@@ -216,6 +240,16 @@ class ViT(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"]]:
         """Block `index` (0-based, as the paper's Block_0) over the tokens that `layout` has."""
         return self.blocks[index](x, layout)
+
+    def run_attention_half(
+        self, index: int, x: Float[Array, "b t d"], layout: TokenLayout = EVERY_TOKEN
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"], Float[Array, "b t e"]]:
+        """Block `index` up to its MLP: tokens, the CLS query's attention, and the tokens' keys."""
+        return self.blocks[index].attention_half(x, layout)
+
+    def run_mlp_half(self, index: int, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The MLP of block `index`."""
+        return self.blocks[index].mlp_half(x)
 
     def classify(
         self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None = None

@@ -3,8 +3,10 @@
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.reducers.base import Reducer
 from iared2_jax.token_reduction.reducers.drop import Drop
+from iared2_jax.token_reduction.reducers.fuse import Fuse
+from iared2_jax.token_reduction.reducers.merge import Merge
 
-REDUCERS: dict[str, Reducer] = {"drop": Drop()}
+REDUCERS: dict[str, Reducer] = {"drop": Drop(), "fuse": Fuse(), "merge": Merge()}
 
 
 def get_reducer(reducer: str | Reducer) -> Reducer:
@@ -20,4 +22,4 @@ def get_reducer(reducer: str | Reducer) -> Reducer:
     return REDUCERS[reducer]
 
 
-__all__ = ["REDUCERS", "Drop", "Reducer", "get_reducer"]
+__all__ = ["REDUCERS", "Drop", "Fuse", "Merge", "Reducer", "get_reducer"]

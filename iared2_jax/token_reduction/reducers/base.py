@@ -14,7 +14,15 @@ class Reducer(Protocol):
 
     Both methods must lead to the same logits, as long as no token overflows.
     Compiled ragged execution moves kept tokens itself: it drops the others.
+
+    Attributes:
+      extra_tokens: how many tokens it makes of those that a group does not keep.
+      needs_keys: whether it compares the attention's keys, so that it can only follow a selector
+        that looks behind the attention.
     """
+
+    extra_tokens: int = 0
+    needs_keys: bool = False
 
     def in_place(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from iared2_jax.token_reduction.compaction import kept_first, take_patches
+from iared2_jax.token_reduction.reducers.base import Reducer
 from iared2_jax.token_reduction.selectors.budgets import top_k
 from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Drop:
+class Drop(Reducer):
     """Drops what is not kept: as masked keys in place, or by moving the others together."""
 
     def in_place(

@@ -9,16 +9,19 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction.selectors.attention import Attention
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
 from iared2_jax.token_reduction.selectors.budgets import (
+    alive_counts,
     first_in_order,
     keep_counts,
     random_like,
     top_k,
     within_budget,
 )
+from iared2_jax.token_reduction.selectors.evit import EViT
 from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
 from iared2_jax.token_reduction.selectors.magnitude import Magnitude
 from iared2_jax.token_reduction.selectors.random import Random, random_order
 from iared2_jax.token_reduction.selectors.temporal_difference import TemporalDifference
+from iared2_jax.token_reduction.selectors.tome import ToMe
 
 SELECTORS: dict[str, Selector] = {
     "interpreter": ByInterpreter(),
@@ -27,6 +30,8 @@ SELECTORS: dict[str, Selector] = {
     **{f"attention_block_{block}": Attention(block) for block in range(3)},
     "magnitude": Magnitude(),
     "temporal_difference": TemporalDifference(),
+    "evit": EViT(),
+    "tome": ToMe(),
 }
 
 
@@ -57,11 +62,14 @@ __all__ = [
     "SELECTORS",
     "Attention",
     "ByInterpreter",
+    "EViT",
     "Evidence",
     "Magnitude",
     "Random",
     "Selector",
     "TemporalDifference",
+    "ToMe",
+    "alive_counts",
     "asked_selector",
     "first_in_order",
     "get_selector",

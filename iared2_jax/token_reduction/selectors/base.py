@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from iared2_jax.models.backbones.protocol import Backbone
+from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Evidence(NamedTuple):
 
 
 class Selector:
-    """What scores the tokens that enter a group; a subclass overrides one of the two methods.
+    """What scores the tokens that enter a group; a subclass overrides one of the three methods.
 
     Selectors are compared and hashed (a compiled program belongs to one), so they are frozen
     dataclasses. `model` is something with the methods of `IARed2`: the module, or its stand-in in
@@ -34,14 +35,21 @@ class Selector:
     Attributes:
       probabilities: whether scores lie in [0, 1] and mean how sure it is that a token is needed. If
         not, no threshold makes sense, and a budget (`keep_ratios`) must say how many tokens stay.
+      reducer: what becomes of the tokens that do not stay, where the caller names nothing else.
     """
 
     probabilities: bool = False
+    reducer: str = "drop"
 
     @property
     def scores_inputs(self) -> bool:
         """Whether this selector has `input_scores`."""
         return type(self).input_scores is not Selector.input_scores
+
+    @property
+    def after_attention(self) -> bool:
+        """Whether it has `scores_after_attention`: then tokens go before the first block's MLP."""
+        return type(self).scores_after_attention is not Selector.scores_after_attention
 
     def input_scores(
         self, inputs: Float[Array, "b ..."], tokens: Float[Array, "b t d"], model: Any
@@ -66,7 +74,19 @@ class Selector:
           x: tokens, prefix first; rows may hold fewer than N patches, and padding.
           attention: the CLS query's weights in the block before; None before the first.
         """
-        raise TypeError(f"{type(self).__name__} has neither input_scores nor token_scores")
+        raise TypeError(
+            f"{type(self).__name__} has none of input_scores, token_scores, scores_after_attention"
+        )
+
+    def scores_after_attention(self, state: TokenState, num_prefix: int) -> Evidence:
+        """Scores of the patch tokens between attention and MLP of the group's first block.
+
+        What they do not keep has been through that attention, and goes before that MLP.
+
+        Args:
+          state: the tokens there, with that attention's CLS weights and keys.
+        """
+        raise TypeError(f"{type(self).__name__} has no scores_after_attention")
 
     def flops(
         self, backbone: Backbone, entering: Sequence[ArrayLike]
@@ -84,6 +104,11 @@ class Selector:
         Raises:
           ValueError: one sentence.
         """
+        if self.after_attention and not hasattr(module.backbone, "run_attention_half"):
+            raise ValueError(
+                f"the selector {type(self).__name__} looks between attention and MLP, where the "
+                f"blocks of {type(module.backbone).__name__} cannot be stopped"
+            )
         if not self.probabilities and keep_ratios is None:
             raise ValueError(
                 f"the selector {type(self).__name__} needs keep_ratios: its scores are no "

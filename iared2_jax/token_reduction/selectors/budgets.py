@@ -1,6 +1,5 @@
 """Budgets: how many of a group's tokens stay, by a threshold, a share, or counts that are given."""
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,15 +29,41 @@ def within_budget(
     return top_k(scores, alive, counts[group - 1])
 
 
-def keep_counts(keep_ratios: Sequence[float], num_patches: int) -> tuple[int, ...]:
-    """Tokens that each group keeps: ceil(ratio * N), and no more than the group before.
+def keep_counts(
+    keep_ratios: Sequence[float], num_patches: int, extra_tokens: int = 0
+) -> tuple[int, ...]:
+    """Tokens that each group keeps: ceil(ratio * N), or all that it is handed, if that is no more.
+
+    Args:
+      extra_tokens: what the reducer makes of the others, for the next group to be handed.
 
     Example:
-      >>> keep_counts((1, 0.7, 0.9), 196)
-      (196, 138, 138)
+      >>> keep_counts((1, 0.7, 0.9), 196), keep_counts((1, 0.7, 0.9), 196, extra_tokens=1)
+      ((196, 138, 138), (196, 138, 139))
     """
-    counts = [math.ceil(round(ratio * num_patches, 6)) for ratio in keep_ratios]
-    return tuple(itertools.accumulate(counts, min))
+    counts, alive = [], num_patches
+    for ratio in keep_ratios:
+        count = math.ceil(round(ratio * num_patches, 6))
+        fewer = count + extra_tokens < alive
+        counts.append(count if fewer else alive)
+        alive = count + extra_tokens if fewer else alive
+    return tuple(counts)
+
+
+def alive_counts(
+    keep_ratios: Sequence[float], num_patches: int, extra_tokens: int = 0
+) -> tuple[int, ...]:
+    """Tokens that each group's blocks see: what it keeps, and what is made of the others.
+
+    Example:
+      >>> alive_counts((1, 0.7, 0.5), 196), alive_counts((1, 0.7, 0.5), 196, extra_tokens=1)
+      ((196, 138, 98), (196, 139, 99))
+    """
+    alive, counts = num_patches, []
+    for count in keep_counts(keep_ratios, num_patches, extra_tokens):
+        alive = count + extra_tokens if count < alive else alive
+        counts.append(alive)
+    return tuple(counts)
 
 
 def top_k(scores: Float[Array, "b n"], alive: Bool[Array, "b n"], count: int) -> Bool[Array, "b n"]:

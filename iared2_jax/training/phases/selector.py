@@ -32,7 +32,7 @@ class SelectorPhase(BackbonePhase):
     ) -> tuple[Array, Metrics]:
         """With a fixed budget the counts are known, so dropped tokens are always gathered away."""
         module, phase = context.module, context.phase
-        slots = context.capacities or module.keep_counts(phase.keep_ratios)
+        slots = context.capacities or module.slots(phase.keep_ratios, phase.selector)
         logits, out = module.apply(
             {"params": params},
             batch["input"],
