@@ -16,15 +16,16 @@ from iared2_jax.config.checks import validate
 from iared2_jax.data import moving_mnist
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment import compare
-from iared2_jax.experiment.build import build_module, build_phases
+from iared2_jax.experiment.build import build_module, build_phases, load_initial
 from iared2_jax.experiment.run import train_and_evaluate
 from iared2_jax.report import results as run_results
 from iared2_jax.report import tables
-from iared2_jax.token_reduction.create import init_variables
+from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.training.optimizers import part_of
 from iared2_jax.training.phases import PhaseContext
 from iared2_jax.training.step import _fitting_gradients, _gradients
+from iared2_jax.weights.save import save_weights
 
 
 @pytest.fixture
@@ -200,7 +201,28 @@ def test_a_baseline_has_the_runs_own_recipe(config):
     validate(before, 1)
     build_module(before)
     assert before.reduction.keep_ratios == (1.0, 0.4)
-    # What fine-tuning does by itself.
+
+
+def test_evit_and_tome_have_groups_of_their_own(tmp_path):
+    """Weights of another grouping start them, and their steps are those of the run."""
+    config = load_config("cluttered_mnist", "runlocal")
+    config.curriculum, config.model.groups, config.model.group_sizes = "iared2", 2, ()
+    three, weights = create_module("vit_micro", groups=3), tmp_path / "weights.safetensors"
+    variables = init_variables(three, 1)
+    save_weights(variables, weights, {"create_model": {"name": "vit_micro", "groups": 3}})
+    for selector, groups in (("evit", 3), ("tome", 6)):
+        peer = compare.baseline_config(config, selector, (0.8, 0.7), str(weights))
+        validate(peer, 1)
+        module = build_module(peer)
+        assert module.num_groups == groups == len(peer.reduction.keep_ratios)
+        assert [p.steps for p in build_phases(peer, module)] == [2 * config.backbone.steps]
+        loaded = load_initial(peer, module, peer.weights)["params"]["backbone"]
+        jax.tree.map(np.testing.assert_array_equal, loaded, variables["params"]["backbone"])
+
+
+def test_what_fine_tuning_does_by_itself(config):
+    config.curriculum, config.reduction.selector = "iared2", "interpreter"
+    config.model.groups, config.reduction.keep_ratios = 2, ()
     dense = compare.baseline_config(config, "dense", (0.5, 0.4))
     validate(dense, 1)
     build_module(dense)
@@ -230,10 +252,10 @@ def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config
     tiny_config.eval.speed_batch = tiny_config.eval.figures = 0
     tiny_config.eval.maps = ()
     tiny_config.eval.agreement = False
-    tiny_config.compare.selectors = ("random",)
+    tiny_config.compare.selectors = ("random", "tome")
     train_and_evaluate(tiny_config, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["methods"]) == ["original", "random", "iared2"]
+    assert list(results["methods"]) == ["original", "random", "tome", "iared2"]
     assert "agreement" not in results
     assert len(measured) == 1  # all start from the same dense model
     for key in ("top1", "top5"):
@@ -248,6 +270,11 @@ def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config
     for name in backbone:
         np.testing.assert_array_equal(ours[name], theirs[name])
     assert results["methods"]["random"]["kept"] >= results["methods"]["iared2"]["kept"]
+    # ToMe reduces in every block, for the same cost.
+    module, _ = iared2_jax.load_model(tmp_path / "baselines" / "tome" / "weights.safetensors")
+    assert module.group_sizes == (1,) * module.backbone.depth
+    costs = {name: row["flops"]["linear"] for name, row in results["methods"].items()}
+    assert abs(costs["tome"] - costs["iared2"]) < 0.02 * costs["original"]
 
 
 @pytest.mark.slow

@@ -301,18 +301,16 @@ def test_flops_by_hand():
 
 def test_schedules_reach_a_cost():
     module = create_module("deit_s", groups=12)
-    dense = count_flops(module).linear
     for selector, expected in (("evit", 4), ("tome", 12)):
         groups, ratios = schedules.published_budget(module, selector, 0.7)
         assert groups == expected
         own = create_module("deit_s", groups=groups)
-        share = schedules.flops_of(own, ratios, selector).linear / dense
-        assert share == pytest.approx(0.7, abs=0.005)
+        assert schedules.linear_share(own, ratios, selector) == pytest.approx(0.7, abs=0.005)
+    # EViT's first group keeps all.
+    groups, ratios = schedules.published_budget(module, "evit", 0.1)
+    own = create_module("deit_s", groups=groups)
+    assert own.slots(ratios, "evit") == (196, 2, 2, 2)
     assert schedules.constant_number(10, 4, 1.5) == (0.8, 0.7, 0.5, 0.4)
-    with pytest.raises(UsageError, match=r"cannot reach 10\.0% of the linear FLOPs"):
-        schedules.at_linear_flops(
-            module, "tome", lambda s: schedules.constant_number(196, 12, round(13 * s)), 0.1
-        )
     for bad in (
         lambda: schedules.constant_number(196, 12, -1),
         lambda: schedules.constant_rate(196, 4, 0.0),

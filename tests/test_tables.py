@@ -64,7 +64,8 @@ def fabricated(seed):
     half = {kind: value / 2 for kind, value in flops.items()}
     ours = 21 - seed / 10
     return {
-        "dense": {"flops": flops},
+        "dense": {"top1": 0.8, "flops": flops},
+        "iared2": {"top1": 1 - ours / 100, "kept": [1.0, 0.5 + seed / 10], "flops": half},
         "methods": {
             "original": {"top1_error": 20.0, "flops": flops, "kept_per_group": [1.0]},
             "random": {"top1_error": ours + 10, "flops": half, "kept_per_group": [1.0, 0.6]},
@@ -180,6 +181,25 @@ def test_speed_is_left_out_without_the_run_that_was_timed():
     assert all("images_per_s" not in row for row in rows)
 
 
+def test_peers_are_set_beside_ours_whichever_is_there():
+    """Training-free selectors have no seeds, and each its own share of the FLOPs."""
+    ours = {f"112px-interpreters-{seed}": fabricated(seed) for seed in (1, 2)}
+    dense = ours["112px-interpreters-1"]["dense"]
+    tome = {
+        "dense": dense,
+        "reduced": {"top1": 0.5, "kept": [0.9, 0.4], "flops": {"linear": 70.0, "full": 65.0}},
+    }
+    found = TABLES["peers"].rows([112], [1, 2, 3], {**ours, "112px-tome-70": tome})
+    assert [row["method"] for row in found] == ["original", "ToMe", "IA-RED2"]
+    assert [row["seeds"] for row in found] == [[None], [None], [1, 2]]
+    peer = found[1]
+    assert peer["kept"].value == pytest.approx(40)
+    assert peer["lost"].value == pytest.approx(100 * (dense["top1"] - 0.5))
+    assert peer["linear_flops"].value == pytest.approx(7000 / dense["flops"]["linear"])
+    alone = TABLES["peers"].rows([112], [1], {"112px-tome-70": tome})
+    assert [row["method"] for row in alone] == ["original", "ToMe"]
+
+
 # -- Runs.
 
 
@@ -189,7 +209,7 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     """Every option is one, and a run that starts from another takes its weights."""
     runs = TABLES[table].runs(PRESETS[preset], [112, 168], [1, 2])
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) == 2 * 4
+    assert len(set(names)) == len(names) == 2 * (15 if table == "peers" else 4)
     for place, run in enumerate(runs):
         config = run.built(tmp_path, GIVEN)
         assert config.data.path == "/objects"
@@ -308,6 +328,20 @@ def test_seeds_are_added_to_a_table_whose_runs_are_elsewhere(made, tmp_path, cap
     assert set(both["runs"]) == {*first["runs"], "112px-interpreters-3"}
     kept = "112px-interpreters-2"
     assert both["runs"][kept] == first["runs"][kept]
+    # Another table takes what it needs of it; this one has no run that has to be timed.
+    caplog.clear()
+    peers = [
+        "--table=peers",
+        *FLAGS[1:],
+        f"--root={tmp_path}/third",
+        out,
+        "--dry-run",
+        "--use",
+        "4",
+    ]
+    assert command.main(peers) == 0
+    assert "112px-interpreters-2: there" in caplog.text
+    assert "112px-tome-70: missing" in caplog.text
     # Without --add it is not read.
     here = [*FLAGS, f"--root={tmp_path}/third", out, "--dry-run"]
     for options, state in ((["--add"], "there"), ([], "missing")):

@@ -19,7 +19,7 @@ from iared2_jax.fast_inference import accelerate
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.token_reduction.schedules import PUBLISHED, published_budget
+from iared2_jax.token_reduction.schedules import PUBLISHED, linear_share, published_budget
 from iared2_jax.training.phases import PHASES, stages
 from iared2_jax.weights.load import load_model
 
@@ -69,8 +69,16 @@ def baseline_config(
         module = build_module(config)
         kept = [ratio * module.input_spec.num_patches for ratio in keep_ratios]
         share = count_flops(module, kept).linear / count_flops(module).linear
-        groups, baseline.reduction.keep_ratios = published_budget(module, selector, share)
+        groups, ratios = published_budget(module, selector, share)
         baseline.model.groups, baseline.model.group_sizes = groups, ()
+        baseline.reduction.keep_ratios = ratios
+        if (cheapest := linear_share(build_module(baseline), ratios, selector)) > share + 0.01:
+            log.warning(
+                "%s cannot be as cheap as the run here: %.1f%% of the linear FLOPs, not %.1f%%",
+                selector,
+                100 * cheapest,
+                100 * share,
+            )
     baseline.compare.selectors = ()
     baseline.backbone.steps *= len(keep_ratios)  # one phase in place of one for each group
     baseline.backbone.epochs *= len(keep_ratios)

@@ -6,7 +6,8 @@
 Each run has a folder of its own below --root, and is what `iared2_jax.main` would make of the same
 options, which --config.KEY=VALUE adds to. A run that is there is not made again; one that was
 stopped goes on. --dry-run says which runs are missing, and how long they take. --add keeps the runs
-of the table that is in --out, whose folders may be on another machine, beside those asked for.
+of the table that is in --out, whose folders may be on another machine, beside those asked for;
+--use=4 takes what it needs of another table there.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--table", required=True, choices=TABLES, help="its number in the paper")
+    parser.add_argument(
+        "--table", required=True, choices=TABLES, help="its number in the paper, or peers"
+    )
     parser.add_argument("--preset", default="cutouts", choices=PRESETS, help="on which data")
     parser.add_argument("--sizes", type=int, nargs="+", default=[112], help="of the images, px")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -58,6 +61,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--add", action="store_true", help="add to the table in --out, and keep its runs"
+    )
+    parser.add_argument(
+        "--use", nargs="+", default=[], choices=TABLES, help="take runs of these tables in --out"
     )
     return parser
 
@@ -80,9 +86,12 @@ def tabulate(argv: Sequence[str]) -> None:
     table, config = TABLES[flags.table], PRESETS[flags.preset]
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
     before = read_record(path) if flags.add else NO_TABLE
+    others = [read_record(path.with_name(f"table_{name}.json"), "--use") for name in flags.use]
     sizes = sorted({*before.sizes, *flags.sizes})
     seeds = sorted({*before.seeds, *flags.seeds})
     runs = table.runs(config, sizes, seeds)
+    for other in others:
+        before = before.with_runs_of(other, {run.name for run in runs})
     names = {run.name for run in table.runs(config, flags.sizes, flags.seeds)}
     asked = [run for run in runs if run.name in names]
 

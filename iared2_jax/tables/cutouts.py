@@ -13,7 +13,7 @@ from iared2_jax.tables.table import ConfigOfSize, Results
 
 HEAD_SEED = 0
 # A head is trained before there are interpreters.
-_OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
+OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
 # Baselines beside every run: the paper's, and what EViT and others drop by. Where blocks are
 # fine-tuned, also the original fine-tuned as long: the head's trunk has never seen these scenes.
 SELECTORS = {
@@ -46,7 +46,7 @@ def head_run(config: ConfigOfSize, size: int) -> Run:
         head_name(size),
         config(size),
         options,
-        ignored=_OF_INTERPRETERS,
+        ignored=OF_INTERPRETERS,
         minutes=minutes(7, size),
     )
 
@@ -121,7 +121,7 @@ def maps_run(config: ConfigOfSize, size: int) -> Run:
         config(size),
         options,
         start=head_name(size),
-        ignored=_OF_INTERPRETERS,
+        ignored=OF_INTERPRETERS,
         minutes=minutes(25, size),
     )
 
@@ -142,6 +142,14 @@ def head_and_seeds(
     return [head_run(config, size), *(reducing_run(config, curriculum, size, s) for s in seeds)]
 
 
+def seeds_there(
+    curriculum: str, size: int, seeds: Sequence[int], results: Results
+) -> dict[int, Mapping[str, Any]]:
+    """The results of those seeds' runs that are there, if any."""
+    names = {seed: reducing_name(curriculum, size, seed) for seed in seeds}
+    return {seed: results[name] for seed, name in names.items() if name in results}
+
+
 def finished_seeds(
     curriculum: str, size: int, seeds: Sequence[int], results: Results
 ) -> dict[int, Mapping[str, Any]]:
@@ -150,8 +158,7 @@ def finished_seeds(
     Raises:
       UsageError: there are none.
     """
-    names = {seed: reducing_name(curriculum, size, seed) for seed in seeds}
-    found = {seed: results[name] for seed, name in names.items() if name in results}
+    found = seeds_there(curriculum, size, seeds, results)
     if not found:
         raise UsageError(
             f"no run of {size} px is finished yet, so there is nothing to tabulate: leave out "

@@ -1,7 +1,7 @@
 """What a written table records of its runs: enough to add others to them on another machine."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,11 @@ class TableRecord(NamedTuple):
     runs: Mapping[str, Mapping[str, Any]]
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
+
+    def with_runs_of(self, other: "TableRecord", names: Collection[str]) -> "TableRecord":
+        """Also the runs of another table that are among `names`; its own go before them."""
+        shared = {name: run for name, run in other.runs.items() if name in names}
+        return self._replace(runs={**shared, **self.runs})
 
     def results(self) -> dict[str, dict[str, Any]]:
         """What each run's results.json held, by name; the places of files aside."""
@@ -44,8 +49,11 @@ def run_record(results: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
-def read_record(path: Path) -> TableRecord:
+def read_record(path: Path, flag: str = "--add") -> TableRecord:
     """The record in a table's JSON file.
+
+    Args:
+      flag: that asks for it, for messages.
 
     Raises:
       UsageError: there is no such file, or it is none that `python -m iared2_jax.tables` wrote.
@@ -61,9 +69,11 @@ def read_record(path: Path) -> TableRecord:
         )
         record.results()
     except FileNotFoundError as error:
-        raise UsageError(f"--add: there is no {path} to add to: leave --add out") from error
+        raise UsageError(f"{flag}: there is no {path}: leave {flag} out") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--add: {path} is damaged: bring it back, or leave --add out") from error
+        raise UsageError(
+            f"{flag}: {path} is damaged: bring it back, or leave {flag} out"
+        ) from error
     return record
 
 
@@ -80,6 +90,6 @@ def check_options(
             continue
         if differ := differing_results(run, root, given, record.runs[run.name]["config"]):
             raise UsageError(
-                f"--add: in the table that is there, {run.name} has other options: {few(differ)}; "
-                "give another --out"
+                f"in the table that is there, {run.name} has other options: {few(differ)}; "
+                "give another --out, or leave --add and --use out"
             )
