@@ -30,8 +30,10 @@ from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
 from iared2_jax.models.variants import get_variant
-from iared2_jax.report.tables import as_text
+from iared2_jax.report.tables import METHODS, as_text
 from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.create import split_into_groups
+from iared2_jax.token_reduction.schedules import PUBLISHED, flops_of, published_budget
 
 
 @dataclasses.dataclass
@@ -39,7 +41,8 @@ class Variant:
     """One way to run the batch, ready to be called."""
 
     call: Callable[[], Any]
-    kind: str  # dense | masked | fixed | ragged | peer
+    kind: str  # dense | masked | fixed | ragged | selector | peer
+    linear: float | None = None  # linear multiply-accumulates per image, where not the ragged ones'
     compile_seconds: float | None = None
     memory_bytes: int | None = None
     run: Accelerated | None = None
@@ -96,7 +99,7 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> 
     def add(name, kind, fn, *args):
         program, seconds = common.compiled(fn, *args)
         call = functools.partial(program, *args)
-        variants[name] = Variant(call, kind, seconds, common.memory(program))
+        variants[name] = Variant(call, kind, None, seconds, common.memory(program))
 
     for kernel in kernels[-1:] if quick else kernels:
         with_this = ForwardSpec(module).with_kernel(kernel).module
@@ -114,19 +117,19 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> 
         jnp.asarray(timed.thresholds),
     )
 
-    def accelerated(name, kind, **options):
+    def accelerated(name, kind, module=module, linear=None, **options):
         start = time.perf_counter()
         run = accelerate(module, variables, b, cache_dir=None, **options)
         seconds = time.perf_counter() - start
 
         # With the thresholds of the timed images.
-        given = None if kind == "fixed" else jnp.asarray(timed.thresholds)
+        given = jnp.asarray(timed.thresholds) if kind == "ragged" else None
 
         def call():
             return run(images, given)[0]
 
         memory = common.memory(run.compiled)
-        variants[name] = Variant(call, kind, seconds, memory, run)
+        variants[name] = Variant(call, kind, linear, seconds, memory, run)
 
     ask = {"thresholds": sample.thresholds, "images": sample.images}
     layouts = _layouts(sample, b, kernels[-1])
@@ -137,6 +140,14 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> 
         shares = timed.counts.mean(0) / module.input_spec.num_patches
         accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
         accelerated("ragged, planned", "ragged", **ask)
+        linear = float(np.mean(count_flops(module, tuple(timed.counts.T)).linear))
+        for selector in PUBLISHED if hasattr(module.backbone, "run_attention_half") else ():
+            share = linear / count_flops(module).linear
+            groups, ratios = published_budget(module, selector, share)
+            own = module.clone(group_sizes=split_into_groups(module.backbone.depth, groups))
+            cost = flops_of(own, ratios, selector).linear
+            ask = {"keep_ratios": ratios, "selector": selector}
+            accelerated(f"{METHODS[selector]} in JAX", "selector", own, cost, **ask)
     return variants
 
 
@@ -209,9 +220,12 @@ def _report(timed, variants, timings, errors, skipped) -> dict[str, Any]:
             "compile_seconds": variant.compile_seconds,
             "memory_bytes": variant.memory_bytes,
         }
+        if variant.linear is not None:
+            row["linear_flops"] = variant.linear
+        if variant.run is not None:
+            row["plan"] = str(variant.run.plan)
         if variant.kind in ("ragged", "fixed"):
             row["of_possible"] = speed_up / timed.possible
-            row["plan"] = str(variant.run.plan)
         if variant.kind == "ragged":
             row["error"] = errors[name]
             row["shapes"] = sum(len(group.shapes) for group in variant.run.plan.groups)

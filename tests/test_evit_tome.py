@@ -172,6 +172,8 @@ def test_accelerated_is_the_same_and_takes_any_number(selector):
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
     assert not fast.plan.groups
     assert fast.plan.measured
+    assert "gathered" in str(fast.plan)
+    assert "does not pay" not in str(fast.plan)
     assert [keep.sum(-1).tolist() for keep in out.keep] == [
         [count] * 3 for count in module.slots(ratios, selector)
     ]

@@ -169,12 +169,20 @@ def _fastest(request: PlanRequest, ragged: Plan) -> Accelerated:
 
 
 def _fastest_whole(request: PlanRequest) -> Accelerated:
-    """A model that reduces tokens within blocks: all its groups, so many images at a time."""
-    runs = {}
+    """A model that reduces tokens within blocks: all its groups, so many images at a time.
+
+    By a fixed budget it runs gathered: every image has as many tokens as any other, so all slots
+    are full, and there is nothing else to plan.
+    """
+    runs, execution = {}, "gathered" if request.forward.equal_counts else "masked"
     for kernel in planner.attention_kernels(request):
         for rows in sub_batch_sizes(request.batch_size, request.platform):
             plan = Plan(
-                request.batch_size, masked_rows=rows, attention_kernel=kernel, key=request.key()
+                request.batch_size,
+                masked_rows=rows,
+                execution=execution,
+                attention_kernel=kernel,
+                key=request.key(),
             )
             runs[f"{rows} at a time, {kernel}"] = Accelerated(request, plan)
     return _best(runs, _measured(request, runs))

@@ -18,7 +18,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference.engine import run_ragged
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.fast_inference.plan_request import PlanRequest
-from iared2_jax.fast_inference.sub_batches import run_masked
+from iared2_jax.fast_inference.sub_batches import run_whole
 from iared2_jax.token_reduction.model import Thresholds
 from iared2_jax.token_reduction.output import Output
 from iared2_jax.typing import Array
@@ -95,7 +95,7 @@ class Accelerated:
         nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
         self._overflow = (nothing,) * self._num_groups
         self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
-        execute = run_ragged if plan.groups else run_masked
+        execute = run_ragged if plan.groups else run_whole
 
         def forward(variables, images, thresholds, size):
             """One device's share: it counts its own rows, and takes its own turns."""

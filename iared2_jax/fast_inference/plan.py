@@ -45,9 +45,10 @@ class Plan:
 
     Attributes:
       batch_size: images per call and device.
-      groups: one `GroupPlan` each; empty: masked execution, because dropping does not pay here (or
-        gathered, by a fixed budget of a selector that reduces tokens within a block).
-      masked_rows: images at a time of masked execution (it is also what an empty plan runs).
+      groups: one `GroupPlan` each; empty: the model as a whole runs by `execution`.
+      masked_rows: images at a time of a model that runs as a whole.
+      execution: "masked", because dropping does not pay here; "gathered", of a selector that
+        reduces tokens within a block, whose fixed budget fills every slot.
       switch: a group that runs the whole batch at once takes its shape by one branch, not by a loop
         per shape: a GPU waits for the host at each, XLA:CPU runs a branch's elementwise work on one
         core.
@@ -60,6 +61,7 @@ class Plan:
     batch_size: int
     groups: tuple[GroupPlan, ...] = ()
     masked_rows: int = 0
+    execution: str = "masked"
     attention_kernel: str = "einsum"
     switch: bool = False
     key: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -134,9 +136,8 @@ class Plan:
     def __str__(self) -> str:
         head = f"batches of {self.batch_size}, attention by {self.attention_kernel}"
         if not self.groups:
-            lines = [
-                f"{head}: dropping does not pay here; masked, {self.masked_rows} images at a time"
-            ]
+            why = "dropping does not pay here; " if self.execution == "masked" else ""
+            lines = [f"{head}: {why}{self.execution}, {self.masked_rows} images at a time"]
         else:
             lines = [head]
             for number, group in enumerate(self.groups, start=1):

@@ -1,4 +1,4 @@
-"""Masked and dense execution, some images at a time: what ragged execution is compared with."""
+"""A model that runs as a whole, some images at a time: what ragged execution is compared with."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from iared2_jax.token_reduction.output import Output
 from iared2_jax.typing import Array
 
 
-def run_masked(
+def run_whole(
     forward: ForwardSpec,
     plan: Plan,
     variables: Mapping[str, Any],
@@ -23,14 +23,10 @@ def run_masked(
     thresholds: Float[Array, "b D"],
     size: Int[Array, ""],
 ) -> tuple[Float[Array, "b classes"], Output, list[Int[Array, " shapes"]]]:
-    """Masked execution, `plan.masked_rows` images at a time: for where dropping does not pay.
-
-    A fixed budget of a selector that reduces tokens within a block runs gathered: every image has
-    as many tokens as any other, so their slots are full, and there is nothing left to plan.
-    """
+    """Masked or gathered execution, as the plan says, `plan.masked_rows` images at a time."""
     module = forward.with_kernel(plan.attention_kernel).module
     options = {"keep_ratios": forward.keep_ratios, "selector": forward.selector}
-    if forward.selector.after_attention and forward.equal_counts:
+    if plan.execution == "gathered":
         slots = module.slots(forward.keep_ratios, forward.selector)
         options |= {"execution": "gathered", "capacities": slots}
 
