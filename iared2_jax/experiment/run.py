@@ -230,7 +230,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str
     module, folder = _checked_module(config), Path(workdir) / "eval"
     variables = load_initial(config, module, config.weights)
     tensors, dataset = read_tensors(config.weights)[0], dataset_of(config)
-    warn_if_untrained(config.weights, tensors)
+    if config.reduction.selector == "interpreter":
+        warn_if_untrained(config.weights, tensors)
     with Stop() as stop, locked(folder):
         results = evaluate_run(
             config,

@@ -1,0 +1,135 @@
+"""Accuracy over FLOPs by dropping tokens, by pruning weights, and by both (paper, Fig. 5)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iared2_jax.data.inputs import Images, as_inputs, check_labels, refuse_non_finite
+from iared2_jax.token_reduction.flops import count_flops
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.typing import Array
+from iared2_jax.weights.pruning import nonzero_shares, prune
+
+# From tokens kept in all groups, and weights set to 0, to what that gives.
+Measure = Callable[[float, float], "PruningPoint"]
+
+
+class PruningPoint(NamedTuple):
+    """What one setting gives, on the images it was measured with.
+
+    threshold: of all groups; `KEEP_ALL` drops no token. share: of the blocks' weights that are 0.
+    linear: mean linear multiply-accumulates per image, of weights that are not 0. accuracy: share
+    of right answers.
+    """
+
+    threshold: float
+    share: float
+    linear: float
+    accuracy: float
+
+
+def pruned_linear_flops(
+    module: IARed2, kept: Sequence[Any], nonzero: Mapping[int, float]
+) -> float | np.ndarray:
+    """Linear multiply-accumulates per image, where a weight of 0 costs nothing.
+
+    The sum over blocks of (tokens) (weights that are not 0), and all else as `count_flops` has it.
+
+    Args:
+      kept: patch tokens in each group, numbers or arrays. nonzero: see `nonzero_shares`.
+    """
+    vit, block = module.backbone, 0
+    saved = 0.0
+    for size, count in zip(module.group_sizes, kept, strict=True):
+        cost = vit.block_flops(np.asarray(count, np.float64) + vit.num_prefix).linear
+        for _ in range(size):
+            saved = saved + (1 - nonzero[block]) * cost
+            block += 1
+    return np.asarray(count_flops(module, tuple(kept), interpreters=False).linear) - saved
+
+
+def measure_fn(
+    module: IARed2,
+    variables: Mapping[str, Any],
+    images: Images,
+    labels: Sequence[int] | Array,
+    scope: str = "layer",
+    batch_size: int = 100,
+) -> tuple[Measure, np.ndarray]:
+    """The function that measures a setting, and all scores there are, for thresholds to choose.
+
+    Args:
+      images: see `data.inputs.as_inputs`. labels: the right answers. scope: see `prune`.
+
+    Raises:
+      UsageError: images that are not finite, labels that are no classes of the model.
+    """
+    images = np.asarray(as_inputs(images, module.input_spec), np.float32)
+    refuse_non_finite(images)
+    labels = check_labels(labels, len(images), module.backbone.num_classes)
+    size = min(batch_size, len(images))
+    rows = np.arange(-(-len(images) // size) * size) % len(images)
+
+    @jax.jit
+    def forward(variables, images, threshold):
+        logits, out = module.apply(variables, images, threshold)
+        return logits.argmax(-1), jnp.stack(out.keep, 1).sum(-1), jnp.stack(out.scores, 1)
+
+    def run(variables: Mapping[str, Any], threshold: float) -> list[np.ndarray]:
+        """Answers, tokens kept and scores of every image."""
+        parts = [forward(variables, images[part], threshold) for part in rows.reshape(-1, size)]
+        return [
+            np.concatenate(list(map(np.asarray, x)))[: len(images)]
+            for x in zip(*parts, strict=True)
+        ]
+
+    pruned: dict[float, Mapping[str, Any]] = {}  # a greedy search asks for each share twice
+
+    def measure(threshold: float, share: float) -> PruningPoint:
+        """One setting."""
+        if share not in pruned:
+            pruned[share] = prune(variables, share, scope)
+        answers, counts, _ = run(pruned[share], threshold)
+        cost = pruned_linear_flops(module, tuple(counts.T), nonzero_shares(pruned[share]))
+        accuracy = float((answers == labels).mean())
+        return PruningPoint(threshold, share, float(np.mean(cost)), accuracy)
+
+    scores = run(variables, KEEP_ALL)[2]
+    return measure, scores[scores > 0]
+
+
+def pruning_curves(
+    measure: Measure, thresholds: Sequence[float], shares: Sequence[float]
+) -> dict[str, list[PruningPoint]]:
+    """Dropping alone ("tokens"), pruning alone ("weights"), and both, dearest first.
+
+    Both: from nothing dropped and nothing pruned on, the next threshold or the next share,
+    whichever loses less accuracy for the FLOPs that it saves, until there is no next of either.
+
+    Args:
+      thresholds, shares: ascending; `KEEP_ALL` and 0 come before them.
+    """
+    dropped, removed = [KEEP_ALL, *thresholds], [0.0, *shares]
+    start = measure(KEEP_ALL, 0.0)
+    tokens = [start, *(measure(threshold, 0.0) for threshold in thresholds)]
+    weights = [start, *(measure(KEEP_ALL, share) for share in shares)]
+    both, token_step, weight_step = [start], 0, 0
+    while token_step < len(thresholds) or weight_step < len(shares):
+        steps = []
+        if token_step < len(thresholds):
+            steps.append((token_step + 1, weight_step))
+        if weight_step < len(shares):
+            steps.append((token_step, weight_step + 1))
+        found = {step: measure(dropped[step[0]], removed[step[1]]) for step in steps}
+        token_step, weight_step = min(found, key=lambda step: _price(both[-1], found[step]))
+        both.append(found[token_step, weight_step])
+    return {"tokens": tokens, "weights": weights, "both": both}
+
+
+def _price(before: PruningPoint, after: PruningPoint) -> float:
+    """The accuracy that a step loses per multiply-accumulate that it saves."""
+    saved = before.linear - after.linear
+    return (before.accuracy - after.accuracy) / saved if saved > 0 else np.inf
