@@ -82,7 +82,8 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         raise UsageError(
             f"config.model.image_size, patch_size, channels and num_frames make no input: {error}"
         ) from error
-    sizes = split_into_groups(get_variant(config.model.name).backbone.depth, groups)
+    depth = config.model.depth or get_variant(config.model.name).backbone.depth
+    sizes = split_into_groups(depth, groups)
     if config.data.name not in MADE and not config.data.path and config.mode != "explain":
         raise UsageError(
             f"config.data.name={config.data.name!r} needs config.data.path=<where its files are>"

@@ -27,6 +27,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.name = "deit_s"  # see models.variants.VARIANTS
     config.model.num_classes = 1000  # 0: as many as the data has
+    config.model.depth = 0  # blocks, e.g. 8 of a student; 0: the variant's own
     # Of its inputs, px: (height, width); () and 0: the variant's own.
     config.model.image_size = ()
     config.model.patch_size = ()
@@ -77,6 +78,7 @@ def default_config() -> ml_collections.ConfigDict:
     #   selector      all blocks, under the tokens that reduction.selector keeps: a baseline
     #   supervised    the backbone alone, dense: how a backbone is trained at first; or only its
     #                 head, on a published trunk (config.supervised.train_trunk=False)
+    #   distillation  the backbone alone, by the answers of config.distillation.teacher
     config.curriculum = "iared2"
     # config.interpreter, config.backbone, config.supervised: each kind of phase declares its own
     # options, with their defaults, in training/phases/<kind>.py.

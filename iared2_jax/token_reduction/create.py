@@ -50,6 +50,7 @@ def create_module(
     channels: int | None = None,
     num_frames: int | None = None,
     remat: bool = False,
+    depth: int | None = None,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
@@ -75,7 +76,10 @@ def create_module(
             f"interpreter_heads={interpreter['interpreter_heads']} does not divide the width "
             f"{backbone.embed_dim} of {name}"
         )
+    if depth is not None and depth < 1:
+        raise UsageError(f"depth={depth} must be at least 1 block")
     changes = {"num_classes": backbone.num_classes if num_classes is None else num_classes}
+    changes |= {} if depth is None else {"depth": depth}
     spec = resized(backbone.input_spec, image_size, patch_size, channels, num_frames)
     if spec != backbone.input_spec:
         changes["input_spec"] = spec
@@ -101,6 +105,7 @@ def create_model(
     channels: int | None = None,
     num_frames: int | None = None,
     remat: bool = False,
+    depth: int | None = None,
     **interpreter: Any,
 ) -> tuple[IARed2, dict[str, Any]]:
     """A named backbone with its interpreters, freshly initialised.
@@ -117,6 +122,7 @@ def create_model(
       num_frames: of a clip, for models that take clips; None: the variant's own.
       channels: of the inputs; another number than the variant's gets the mean of its norm.
       remat: gradient checkpointing: less memory in training, about a third more work.
+      depth: how many blocks; None: the variant's own.
       **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`).
 
     Returns:
@@ -142,6 +148,7 @@ def create_model(
         channels,
         num_frames,
         remat,
+        depth,
         **interpreter,
     )
     return module, init_variables(module, seed)

@@ -316,6 +316,15 @@ class IARed2(nn.Module):
             raise ValueError(f"{type(self.backbone).__name__} has no method `classify_features`")
         return self.backbone.classify_features(features)
 
+    def dense_heads(
+        self, inputs: Float[Array, "b ..."]
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
+        """Of a distilled backbone, dense: the logits of CLS and of the distillation token."""
+        x = self.backbone.embed(inputs)
+        for group in range(1, self.num_groups + 1):
+            x, _ = self.run_blocks(group, x, None)
+        return self.backbone.head_logits(x)
+
     # -- What is asked, checked.
 
     def per_group(self, thresholds: Thresholds) -> Float[Array, "... D"]:

@@ -326,6 +326,25 @@ def load_model(
       >>> module.backbone.embed_dim
       96
     """
+    module, variables, tensors = _load_model(source, name, **options)
+    warn_if_untrained(source, tensors)
+    return module, variables
+
+
+def load_dense_model(source: str | Path) -> tuple[IARed2, dict[str, Any]]:
+    """As `load_model`, for who runs it dense: that it has no interpreters is not worth a warning.
+
+    Raises:
+      UsageError: as `load_model`.
+    """
+    module, variables, _ = _load_model(source)
+    return module, variables
+
+
+def _load_model(
+    source: str | Path, name: str | None = None, **options: Any
+) -> tuple[IARed2, dict[str, Any], Mapping[str, np.ndarray]]:
+    """Module and variables, and the tensors in the file."""
     ema = options.pop("ema", None)
     tensors, metadata = read_tensors(source, ema)
     tensors = taken_apart(tensors)
@@ -348,9 +367,7 @@ def load_model(
             f"{source} says that it is {known_name!r} with {known}, which cannot be made: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    variables = load_weights(module, source, seed=seed, ema=ema)
-    warn_if_untrained(source, tensors)
-    return module, variables
+    return module, load_weights(module, source, seed=seed, ema=ema), tensors
 
 
 def warn_if_untrained(source: str | Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -267,6 +267,13 @@ class ViT(nn.Module):
             logits = self.scale(self.add(logits, self.head_dist(x[:, 1])), 0.5)
         return logits, x[:, 0], []
 
+    def head_logits(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
+        """Of a distilled model: the logits of CLS' head, and of the distillation token's."""
+        x = self.norm(x[:, : self._num_read]).astype(jnp.float32)
+        return self.head(x[:, 0]), self.head_dist(x[:, 1])
+
     def classify_features(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
         """The logits of what `classify` says the head reads.
 

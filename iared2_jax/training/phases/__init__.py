@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from iared2_jax.training.phases.backbone import BackbonePhase
 from iared2_jax.training.phases.base import Batch, Metrics, Params, Phase, PhaseContext, PhaseKind
+from iared2_jax.training.phases.distillation import DistillationPhase
 from iared2_jax.training.phases.interpreter import InterpreterPhase
 from iared2_jax.training.phases.selector import SelectorPhase
 from iared2_jax.training.phases.supervised import SupervisedPhase
@@ -16,6 +17,7 @@ PHASES: dict[str, PhaseKind] = {
     "backbone": BackbonePhase(),
     "selector": SelectorPhase(),
     "supervised": SupervisedPhase(),
+    "distillation": DistillationPhase(),
 }
 
 
@@ -39,12 +41,18 @@ def _supervised(num_groups: int) -> list[tuple[str, int]]:
     return [("supervised", 0)]
 
 
+def _distillation(num_groups: int) -> list[tuple[str, int]]:
+    """The backbone alone, dense, by a teacher's answers: the paper's teacher-student row."""
+    return [("distillation", 0)]
+
+
 # By the name in config.curriculum: a number of groups to kinds of phases and their groups.
 CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
     "iared2": _iared2,
     "interpreters": _interpreters,
     "selector": _selector,
     "supervised": _supervised,
+    "distillation": _distillation,
 }
 
 
@@ -64,6 +72,7 @@ __all__ = [
     "PHASES",
     "BackbonePhase",
     "Batch",
+    "DistillationPhase",
     "InterpreterPhase",
     "Metrics",
     "Params",

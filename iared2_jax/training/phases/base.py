@@ -197,6 +197,12 @@ class PhaseContext:
     extra: Any = dataclasses.field(default_factory=dict)
 
 
+def whole_backbone(num_groups: int) -> frozenset[Part]:
+    """Every part of a backbone in so many groups; of the interpreters none."""
+    blocks = {("blocks", number) for number in range(1, num_groups + 1)}
+    return frozenset({*blocks, ("embedding", 0), ("classifier", 0), ("head", 0)})
+
+
 def cross_entropy(logits: Array, batch: Batch, smoothing: float) -> tuple[Array, Metrics]:
     """Mean cross-entropy against the batch's targets, or its smoothed labels; the accuracy."""
     labels = batch["label"]

@@ -21,6 +21,7 @@ from iared2_jax.training.phases.base import (
     PhaseKind,
     cross_entropy,
     phase_options,
+    whole_backbone,
 )
 from iared2_jax.typing import Array
 
@@ -64,8 +65,7 @@ class SupervisedPhase(PhaseKind):
     ) -> frozenset[Part]:
         if not options.train_trunk:
             return frozenset({("head", 0)})
-        blocks = {("blocks", number) for number in range(1, num_groups + 1)}
-        return frozenset({*blocks, ("embedding", 0), ("classifier", 0), ("head", 0)})
+        return whole_backbone(num_groups)
 
     def fixed_groups(self, group: int) -> int:
         return 0
