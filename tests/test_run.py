@@ -26,6 +26,7 @@ from iared2_jax.experiment.run import train
 from iared2_jax.models import input_spec, variants
 from iared2_jax.models.backbones.vit import ViT
 from iared2_jax.signals import Stop
+from iared2_jax.training import loop
 from iared2_jax.training.checkpoints import RunCheckpoints
 from iared2_jax.training.monitoring import MetricWriter, Profile, Window
 from iared2_jax.training.phases import PHASES, SupervisedPhase
@@ -168,6 +169,24 @@ def test_a_run_asked_to_stop_at_once_takes_no_step(tmp_path):
     stop = Stop()
     stop.request()
     assert int(train(nano_config(), tmp_path, stop).step) == 0
+
+
+def test_a_signal_ends_the_caching_of_features(tmp_path, monkeypatch):
+    """Features of a published model's head take minutes; the same call then begins anew."""
+    config = supervised_config(train_trunk=False, cached_examples=64, steps=2)
+    stop, seen, batches = Stop(), [], loop._batches
+
+    def stopped_at_the_second(*arguments):
+        for number, batch in enumerate(batches(*arguments)):
+            seen.append(number)
+            if number == 1 and not stop.requested:
+                stop.request()
+            yield batch
+
+    monkeypatch.setattr(loop, "_batches", stopped_at_the_second)
+    assert int(train(config, tmp_path, stop).step) == 0
+    assert seen == [0, 1]
+    assert int(train(config, tmp_path, Stop()).step) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
