@@ -200,6 +200,27 @@ def test_peers_are_set_beside_ours_whichever_is_there():
     assert [row["method"] for row in alone] == ["original", "ToMe"]
 
 
+def test_what_is_dropped_at_the_input_is_a_row_for_each_selector():
+    def run(top1, mean_iou):
+        return {
+            "dense": {"top1": 0.8, "flops": {"linear": 100.0, "full": 200.0}},
+            "reduced": {"top1": top1, "flops": {"linear": 78.0, "full": 150.0}},
+            "segmentation": {"attention_block_1_group_1": {"mean_iou": mean_iou}},
+        }
+
+    names = [f"112px-input-attention_block_1-{seed}" for seed in (1, 2)]
+    found = dict(zip(names, (run(0.7, 0.3), run(0.72, 0.3)), strict=True))
+    rows = TABLES["5"].rows([112], [1, 2, 3], found)
+    assert [row["method"] for row in rows] == ["original", "attention of block 1, two passes"]
+    ours = rows[1]
+    assert ours["seeds"] == [1, 2]
+    assert ours["lost"].values == pytest.approx((10, 8))
+    assert ours["linear_flops"].value == pytest.approx(78)
+    assert ours["mean_iou"].value == pytest.approx(30)
+    assert "mean_iou" not in rows[0]
+    assert TABLES["5"].rows([112], [1], {}) == []
+
+
 # -- Runs.
 
 
@@ -209,7 +230,8 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     """Every option is one, and a run that starts from another takes its weights."""
     runs = TABLES[table].runs(PRESETS[preset], [112, 168], [1, 2])
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) == 2 * (15 if table == "peers" else 4)
+    per_size = {"peers": 1 + 2 + 4 * 3, "5": 1 + 2 * 5}.get(table, 4)
+    assert len(set(names)) == len(names) == 2 * per_size
     for place, run in enumerate(runs):
         config = run.built(tmp_path, GIVEN)
         assert config.data.path == "/objects"

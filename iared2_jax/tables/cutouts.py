@@ -126,6 +126,15 @@ def maps_run(config: ConfigOfSize, size: int) -> Run:
     )
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises a UsageError if a seed is the head's."""
+    if HEAD_SEED in seeds:
+        raise UsageError(
+            f"--seeds {HEAD_SEED}: the head has learned the answers of that seed's scenes; take "
+            "others"
+        )
+
+
 def head_and_seeds(
     config: ConfigOfSize, curriculum: str, size: int, seeds: Sequence[int]
 ) -> list[Run]:
@@ -134,11 +143,7 @@ def head_and_seeds(
     Raises:
       UsageError: a seed is the head's.
     """
-    if HEAD_SEED in seeds:
-        raise UsageError(
-            f"--seeds {HEAD_SEED}: the head has learned the answers of that seed's scenes; take "
-            "others"
-        )
+    check_seeds(seeds)
     return [head_run(config, size), *(reducing_run(config, curriculum, size, s) for s in seeds)]
 
 
