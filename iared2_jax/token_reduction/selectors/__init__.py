@@ -16,6 +16,7 @@ from iared2_jax.token_reduction.selectors.budgets import (
     top_k,
     within_budget,
 )
+from iared2_jax.token_reduction.selectors.by_map import ByMap
 from iared2_jax.token_reduction.selectors.evit import EViT
 from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
 from iared2_jax.token_reduction.selectors.magnitude import Magnitude
@@ -62,6 +63,7 @@ __all__ = [
     "SELECTORS",
     "Attention",
     "ByInterpreter",
+    "ByMap",
     "EViT",
     "Evidence",
     "Magnitude",
