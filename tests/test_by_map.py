@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import iared2_jax
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.selectors import ByMap
 
@@ -46,20 +45,6 @@ def test_the_patches_with_the_highest_means_stay(selector):
     for keep, count in zip(out.keep, (32, 26, 16), strict=True):
         best = np.argsort(-means, axis=1)[:, :count]
         assert (np.sort(np.nonzero(np.asarray(keep))[1].reshape(3, -1)) == np.sort(best)).all()
-
-
-def test_accelerated_keeps_the_same():
-    module, variables = model()
-    selector = ByMap(red)
-    expected, out = module.apply(
-        variables, jnp.asarray(IMAGES), keep_ratios=RATIOS, selector=selector
-    )
-    fast = iared2_jax.accelerate(
-        module, variables, 3, keep_ratios=RATIOS, selector=selector, cache_dir=None
-    )
-    logits, found = fast(IMAGES)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, found.keep, out.keep)
 
 
 def test_maps_that_do_not_fit_are_named():

@@ -118,7 +118,7 @@ def test_the_token_learns_from_the_teacher_and_cls_from_the_labels(config):
         asked = dataclasses.replace(phase, options=options(head="token", alpha=alpha))
         context = PhaseContext(module, asked)
         loss = lambda p: phase.kind.loss(context, p, batch, jax.random.key(0))[0]  # noqa: E731
-        return jax.grad(loss)(params)["backbone"]
+        return jax.jit(jax.grad(loss))(params)["backbone"]
 
     labels, teacher = gradients(0.0), gradients(1.0)
     assert not np.any(labels["head_dist"]["kernel"])
@@ -126,8 +126,9 @@ def test_the_token_learns_from_the_teacher_and_cls_from_the_labels(config):
     assert not np.any(teacher["head"]["kernel"])
     assert np.any(teacher["head_dist"]["kernel"])
     # At inference both heads are averaged.
-    both = module.apply({"params": params}, batch["input"], method="dense_heads")
-    logits, _ = module.apply({"params": params}, batch["input"], execution="dense")
+    heads = lambda p, x: module.apply({"params": p}, x, method="dense_heads")  # noqa: E731
+    dense = lambda p, x: module.apply({"params": p}, x, execution="dense")  # noqa: E731
+    both, (logits, _) = (jax.jit(fn)(params, batch["input"]) for fn in (heads, dense))
     np.testing.assert_allclose(logits, sum(both) / 2, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import iared2_jax
 from iared2_jax.errors import UsageError
+from iared2_jax.fast_inference import GroupPlan, Plan
 from iared2_jax.models.layers import gelu
 from iared2_jax.token_reduction import schedules
 from iared2_jax.token_reduction.create import create_module, init_variables
@@ -18,17 +19,17 @@ from iared2_jax.token_reduction.reducers import Fuse, Merge
 from iared2_jax.token_reduction.selectors import alive_counts, get_selector, keep_counts
 from iared2_jax.token_reduction.state import all_alive
 
-N = 64  # patches of vit_micro
-# EViT drops in the later two of three groups, ToMe merges in every block.
-EVIT = schedules.constant_rate(N, groups=3, rate=0.6)
-TOME = schedules.constant_number(N, groups=6, number=7)
-SETTINGS = {"evit": (3, EVIT), "tome": (6, TOME)}
+N = 64  # patches of vit_3_blocks
+# EViT drops in the later of two groups, which has two blocks; ToMe merges in every block.
+EVIT = schedules.constant_rate(N, groups=2, rate=0.6)
+TOME = schedules.constant_number(N, groups=3, number=12)
+SETTINGS = {"evit": ((1, 2), EVIT), "tome": ((1, 1, 1), TOME)}
 
 
 @functools.cache
-def model(groups: int):
-    """vit_micro with every parameter random, so that none can be left out unnoticed."""
-    module = create_module("vit_micro", groups=groups)
+def model(group_sizes: tuple[int, ...]):
+    """A small ViT with every parameter random, so that none can be left out unnoticed."""
+    module = create_module("vit_3_blocks", groups=group_sizes)
     rng = np.random.default_rng(0)
     noise = lambda x: 2 * x + 0.05 * rng.standard_normal(x.shape, np.float32)  # noqa: E731
     return module, jax.tree.map(noise, init_variables(module))
@@ -124,7 +125,7 @@ def by_the_rule(selector: str) -> tuple[np.ndarray, list[int]]:
     logits = []
     for x in np.asarray(tokens, np.float64):
         sizes, lengths = np.ones(len(x)), []
-        for index in range(6):
+        for index in range(3):
             p = params[f"block_{index}"]
             x, weights, keys = attention(x, p, module.backbone.num_heads, sizes)
             if index in first:
@@ -147,7 +148,7 @@ def test_every_execution_is_the_published_rule(selector, execution):
     logits, out = run(selector, execution)
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
     groups, _ = SETTINGS[selector]
-    per_block = np.repeat([keep.sum(-1) for keep in out.keep], 6 // groups, axis=0)
+    per_block = np.repeat([keep.sum(-1) for keep in out.keep], groups, axis=0)
     np.testing.assert_array_equal(per_block, np.array(lengths)[:, None].repeat(3, 1))
     assert all((count == 0).all() for count in out.overflow)
 
@@ -165,7 +166,7 @@ def test_accelerated_is_the_same_and_takes_any_number(selector):
     groups, ratios = SETTINGS[selector]
     module, variables = model(groups)
     fast = iared2_jax.accelerate(
-        module, variables, 4, keep_ratios=ratios, selector=selector, cache_dir=None
+        module, variables, 3, keep_ratios=ratios, selector=selector, cache_dir=None
     )
     logits, out = fast(images())
     expected, _ = run(selector, "masked")
@@ -177,14 +178,11 @@ def test_accelerated_is_the_same_and_takes_any_number(selector):
     assert [keep.sum(-1).tolist() for keep in out.keep] == [
         [count] * 3 for count in module.slots(ratios, selector)
     ]
-    ragged = iared2_jax.accelerate(
-        module, variables, 4, keep_ratios=ratios, selector="magnitude", cache_dir=None
-    ).plan
-    if ragged.groups:
-        with pytest.raises(UsageError, match="reduces tokens within a block"):
-            iared2_jax.accelerate(
-                module, variables, 4, keep_ratios=ratios, selector=selector, plan=ragged
-            )
+    ragged = Plan(3, tuple(GroupPlan("padded", 3, ((3 * 65, 65),)) for _ in groups))
+    with pytest.raises(UsageError, match="reduces tokens within a block"):
+        iared2_jax.accelerate(
+            module, variables, 3, keep_ratios=ratios, selector=selector, plan=ragged
+        )
 
 
 @pytest.mark.parametrize(("selector", "execution"), [("evit", "masked"), ("tome", "gathered")])
@@ -192,7 +190,7 @@ def test_reducing_nothing_is_the_dense_model(selector, execution):
     groups, _ = SETTINGS[selector]
     module, variables = model(groups)
     dense, _ = jax.jit(lambda v, x: module.apply(v, x, execution="dense"))(variables, images())
-    logits, _ = run(selector, execution, keep_ratios=(1.0,) * groups)
+    logits, _ = run(selector, execution, keep_ratios=(1.0,) * len(groups))
     np.testing.assert_allclose(logits, dense, atol=1e-5)
 
 
@@ -324,7 +322,7 @@ def test_schedules_reach_a_cost():
 
 
 def test_what_makes_no_sense_is_refused():
-    module, variables = model(3)
+    module, variables = model((1, 1, 1))
 
     def ask(**options):
         return module.apply(variables, images(), **options)
@@ -334,7 +332,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match=r"at most every second token .* of 64 tokens 32 stay"):
         ask(selector="tome", keep_ratios=(0.4, 0.4, 0.4))
     with pytest.raises(ValueError, match="the reducer Merge compares the keys"):
-        ask(selector="magnitude", reducer="merge", keep_ratios=EVIT)
+        ask(selector="magnitude", reducer="merge", keep_ratios=TOME)
     cait = create_module("cait_xxs24")
     for selector in ("evit", "tome"):
         with pytest.raises(ValueError, match=r"CLS token|cannot be stopped"):

@@ -101,12 +101,12 @@ def accelerate(
     folder = plan_request.cache_folder(cache_dir)
     programs = folder / "programs" if folder else None
     if plan is not None:
-        plan.check(request.batch_size, request.most_tokens)
         if plan.groups and selector.after_attention:
             raise UsageError(
                 f"the plan is of ragged groups, but {type(selector).__name__} reduces tokens "
                 "within a block: leave out plan=, and another is made"
             )
+        plan.check(request.batch_size, request.most_tokens)
     else:
         plan = plan_request.cached_plan(request, folder)
     if plan is not None:
