@@ -18,7 +18,9 @@ class Output:
 
     Attributes:
       scores: per group [B, N], what its tokens were judged by; 0 where a token was already dropped.
-      keep: per group [B, N], which tokens its blocks see.
+      keep: per group [B, N], which tokens its blocks see. (Of "evit" and "tome" from its first MLP
+        on; a fused token is where the best of those that made it was, a merged one where its
+        target was.)
       interpreter_logits: per group [B, N, heads], before Eq. 1's sigmoid; () for other selectors.
         Of dropped tokens they are those of no meaning, or 0.
       overflow: per group [B], kept tokens that found no slot; 0 unless execution is "gathered".
