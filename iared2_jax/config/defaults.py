@@ -100,8 +100,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Baselines beside the run, e.g. ("random", "attention_block_1"): the same start under each
     # selector, at the share of tokens that the run itself keeps ("attention" keeps all in the first
     # group, "dense" in all; "evit" and "tome" spend its linear FLOPs as their papers do),
-    # fine-tuned as long as the run's blocks (not at all by "interpreters"); in <workdir>/baselines/,
-    # and as `methods` in results.json.
+    # fine-tuned as long as the run's blocks (not at all by "interpreters"); in
+    # <workdir>/baselines/, and as `methods` in results.json.
     config.compare = ml_collections.ConfigDict()
     config.compare.selectors = ()
 
