@@ -1,6 +1,7 @@
 """ToMe's reducer: tokens that are not kept are merged into the one they resemble most."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -57,26 +58,31 @@ class Merge(Reducer):
         self, state: TokenState, keep: Bool[Array, "b k"], prefix: int
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b k"], Int[Array, "b k"]]:
         """Tokens, sizes and the order of the list, after the merging, each in its old place."""
-        match, k = bipartite_match(state, prefix, keep), keep.shape[1]
+        match, rows = bipartite_match(state, prefix, keep), jnp.arange(keep.shape[0])[:, None]
         # What lies in dead places may be anything, NaN included.
         patches = jnp.where(state.alive[..., None], state.x[:, prefix:], 0)
         sizes = jnp.ones(keep.shape, jnp.float32) if state.sizes is None else state.sizes
         goes = state.alive & ~keep & match.is_target.any(axis=1, keepdims=True)
-        # A product in place of a scatter: into[b, i, j] is the size of i, where i goes into j.
-        into = jnp.where(match.partner[..., None] == jnp.arange(k), (sizes * goes)[..., None], 0)
-        gained = into.sum(axis=1)
-        total = sizes + gained
-        share = (into / total[:, None]).astype(patches.dtype)
-        stays = (sizes / total).astype(patches.dtype)
-        merged = stays[..., None] * patches + jnp.einsum("bij,bid->bjd", share, patches)
+        given = jnp.where(goes, sizes, 0)
+        total = sizes.at[rows, match.partner].add(given)
+        # Each token's share in its partner, and what a target keeps of itself.
+        share = given / jnp.take_along_axis(total, match.partner, axis=1)
+        moved, stays = (part.astype(patches.dtype)[..., None] for part in (share, sizes / total))
+        merged = (stays * patches).at[rows, match.partner].add(moved * patches)
         x = jnp.concatenate([state.x[:, :prefix], merged], axis=1)
 
         old, others = list_order(state), keep & ~match.is_target
-        behind = others.sum(axis=1, keepdims=True) + _rank(old, match.is_target)
-        order = jnp.where(match.is_target, behind, _rank(old, others))
+        rank = _rank_in_place if state.order is None else functools.partial(_rank, old)
+        behind = others.sum(axis=1, keepdims=True) + rank(match.is_target)
+        order = jnp.where(match.is_target, behind, rank(others))
         # ToMe leaves the list alone where nothing is merged.
         order = jnp.where(goes.any(axis=1, keepdims=True), order, old)
         return x, jnp.where(keep, total, 1.0), order
+
+
+def _rank_in_place(among: Bool[Array, "b k"]) -> Int[Array, "b k"]:
+    """How many of those `among` come before each token, where places are in order."""
+    return jnp.cumsum(among, axis=1) - 1
 
 
 def _rank(order: Int[Array, "b k"], among: Bool[Array, "b k"]) -> Int[Array, "b k"]:
