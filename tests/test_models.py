@@ -221,12 +221,12 @@ def test_rollouts_from_the_middle_equal_the_whole():
     for group in (1, 2, 3):
         up_to = functools.partial(module.apply, method="up_to")
         onward = functools.partial(module.apply, method="onward")
-        x, alive, _, overflow, _ = jax.jit(up_to, static_argnums=1)(variables, group, images)
-        assert int(overflow.sum()) == 0
+        state = jax.jit(up_to, static_argnums=1)(variables, group, images)
+        assert int(state.overflow.sum()) == 0
         if group > 1:
-            np.testing.assert_array_equal(alive, out.keep[group - 2])
+            np.testing.assert_array_equal(state.alive, out.keep[group - 2])
         keep = out.keep[group - 1]
-        again = jax.jit(onward, static_argnums=1)(variables, group, x, keep)
+        again = jax.jit(onward, static_argnums=1)(variables, group, state.x, keep)
         np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
 
 

@@ -526,7 +526,7 @@ def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
 
 def test_kernels_are_einsum_on_a_cpu():
     module, variables = model(2)
-    assert planner._kernels(request(module, variables, 2)) == ["einsum"]
+    assert planner.attention_kernels(request(module, variables, 2)) == ["einsum"]
 
 
 def test_the_faster_attention_kernel_is_planned_with(monkeypatch):
@@ -540,7 +540,7 @@ def test_the_faster_attention_kernel_is_planned_with(monkeypatch):
         timed.append((kernel, group, plans))
         return dict.fromkeys(plans, seconds[kernel])
 
-    monkeypatch.setattr(planner, "_kernels", lambda request: list(seconds))
+    monkeypatch.setattr(planner, "attention_kernels", lambda request: list(seconds))
     monkeypatch.setattr(planner, "_time_group", time)
     assert planner._fastest_kernel(ask, keep) == "cudnn"
     assert {kernel for kernel, *_ in timed} == set(seconds)

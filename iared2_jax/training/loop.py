@@ -91,18 +91,26 @@ def train_phases(
     ):
         while (phase := phase_at(plan, step)) is not None and not stop.requested:
 
-            def batches(example: int, phase: Phase = phase, begun: int = step) -> Iterator[Batch]:
+            def batches(example: int, phase: Phase = phase) -> Iterator[Batch]:
                 """The phase's batches on the devices, from that example of the run on."""
                 for batch in _batches(config, module, phase, dataset, example):
-                    # Features that are cached take minutes. The step of now is meant: B023.
-                    if stop.requested and step == begun:  # noqa: B023
-                        raise Interrupted("stopped by a signal before the phase's first step")
                     yield shard_batch(batch, rows)
+
+            def until_stopped(
+                example: int, batches: Any = batches, begun: int = step
+            ) -> Iterator[Batch]:
+                """The same, for features of many batches that are cached before the first step."""
+                for number, batch in enumerate(batches(example)):
+                    # The step of now is meant, so B023 does not apply.
+                    if number and step == begun and stop.requested:  # noqa: B023
+                        raise Interrupted("stopped by a signal before the phase's first step")
+                    yield batch
 
             capacities = _capacities(config, workdir, module, state.params, phase, batches)
             train_step = make_train_step(module, phase, config, mesh, capacities)
             context = PhaseContext(module, phase)
-            stream = phase.kind.stream(context, state.params, batches, step - phase.first_step)
+            done = step - phase.first_step
+            stream = phase.kind.stream(context, state.params, until_stopped, done)
             window, alarms = Window(), HealthAlarms(phase, writer.windows(phase.name))
             with Progress(phase, plan[-1].end) as progress:
                 while step < phase.end and not stop.requested:

@@ -90,7 +90,7 @@ class Block(nn.Module):
         self.mlp = Mlp(self.mlp_ratio, self.dtype)
         if self.layer_scale is not None:
             self.ls1, self.ls2 = LayerScale(self.layer_scale), LayerScale(self.layer_scale)
-        self.add = Add()
+        self.residual = Add()
 
     def __call__(
         self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
@@ -104,13 +104,13 @@ class Block(nn.Module):
         """x + MSA(LN x), the CLS query's attention, and every token's key."""
         y, attention, keys = self.attn(self.norm1(x), layout)
         y = y if self.layer_scale is None else self.ls1(y)
-        return self.add(x, y), attention, keys
+        return self.residual(x, y), attention, keys
 
     def mlp_half(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """x + MLP(LN x)."""
         y = self.mlp(self.norm2(x))
         y = y if self.layer_scale is None else self.ls2(y)
-        return self.add(x, y)
+        return self.residual(x, y)
 
 
 POOLS = ("cls", "cls_mean")
