@@ -42,10 +42,10 @@ class Variant:
 
     call: Callable[[], Any]
     kind: str  # dense | masked | fixed | ragged | selector | peer
-    linear: float | None = None  # linear multiply-accumulates per image, where not the ragged ones'
     compile_seconds: float | None = None
     memory_bytes: int | None = None
     run: Accelerated | None = None
+    linear: float | None = None  # linear multiply-accumulates per image, where not the ragged ones'
 
 
 def measure(
@@ -99,7 +99,7 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> 
     def add(name, kind, fn, *args):
         program, seconds = common.compiled(fn, *args)
         call = functools.partial(program, *args)
-        variants[name] = Variant(call, kind, None, seconds, common.memory(program))
+        variants[name] = Variant(call, kind, seconds, common.memory(program))
 
     for kernel in kernels[-1:] if quick else kernels:
         with_this = ForwardSpec(module).with_kernel(kernel).module
@@ -129,7 +129,7 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> 
             return run(images, given)[0]
 
         memory = common.memory(run.compiled)
-        variants[name] = Variant(call, kind, linear, seconds, memory, run)
+        variants[name] = Variant(call, kind, seconds, memory, run, linear)
 
     ask = {"thresholds": sample.thresholds, "images": sample.images}
     layouts = _layouts(sample, b, kernels[-1])

@@ -12,6 +12,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference import GroupPlan, Plan
 from iared2_jax.models.layers import gelu
 from iared2_jax.token_reduction import schedules
+from iared2_jax.token_reduction.compaction import compacted
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.matching import bipartite_match, list_order
@@ -231,8 +232,8 @@ def test_fuse_by_hand(how):
     """Patches 1 and 3 become 0.2 * 20 + 0.1 * 40 = 8, where the better of the two was."""
     keep = jnp.asarray([[True, False, True, False]])
     scores = jnp.asarray([[0.4, 0.2, 0.3, 0.1]])
-    more = (3,) if how == "compacted" else ()
-    new = getattr(Fuse(), how)(state([10, 20, 30, 40]), keep, scores, 1, *more)
+    new = Fuse().reduce(state([10, 20, 30, 40]), keep, scores, 1)
+    new = new if how == "in_place" else compacted(new, scores, 3, 1)
     alive = new.x[0, 1:, 0][new.alive[0]]
     np.testing.assert_allclose(alive, [10, 8, 30])
     assert new.origin[0][new.alive[0]].tolist() == [0, 1, 2]
@@ -247,10 +248,9 @@ def test_merge_by_hand(how):
     assert match.is_target[0].tolist() == [True, False, True, False, True]
     assert match.partner[0, jnp.asarray([1, 3])].tolist() == [2, 0]
     keep = jnp.asarray([[True, True, True, False, True]])
-    more = (4,) if how == "compacted" else ()
-    new = getattr(Merge(), how)(
-        before._replace(sizes=jnp.asarray([[1.0, 1, 1, 3, 1]])), keep, jnp.ones((1, 5)), 1, *more
-    )
+    scores, sizes = jnp.asarray([[2, 0.9, 2, 0.1, 2]]), jnp.asarray([[1.0, 1, 1, 3, 1]])
+    new = Merge().reduce(before._replace(sizes=sizes), keep, scores, 1)
+    new = new if how == "in_place" else compacted(new, scores, 4, 1)
     # Patch 0 is now (10 + 3 * 40) / 4; the list is patch 1, then the targets.
     by_order = sorted(np.flatnonzero(new.alive[0]).tolist(), key=list_order(new)[0].__getitem__)
     assert [int(new.origin[0, i]) for i in by_order] == [1, 0, 2, 4]

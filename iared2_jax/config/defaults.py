@@ -80,7 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
     #                 head, on a published trunk (config.supervised.train_trunk=False)
     #   distillation  the backbone alone, by the answers of config.distillation.teacher
     config.curriculum = "iared2"
-    # config.interpreter, config.backbone, config.supervised: each kind of phase declares its own
+    # config.interpreter, .backbone, .supervised, .distillation: each kind of phase declares its own
     # options, with their defaults, in training/phases/<kind>.py.
     for kind in PHASES.values():
         options = {**config.get(kind.section, {}), **kind.options()}

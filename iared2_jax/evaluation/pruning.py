@@ -1,5 +1,6 @@
 """Accuracy over FLOPs by dropping tokens, by pruning weights, and by both (paper, Fig. 5)."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.data.inputs import Images, as_inputs, check_labels, refuse_non_finite
+from iared2_jax.evaluation.evaluators import collect
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
 from iared2_jax.typing import Array
@@ -70,34 +72,34 @@ def measure_fn(
     images = np.asarray(as_inputs(images, module.input_spec), np.float32)
     refuse_non_finite(images)
     labels = check_labels(labels, len(images), module.backbone.num_classes)
-    size = min(batch_size, len(images))
-    rows = np.arange(-(-len(images) // size) * size) % len(images)
 
     @jax.jit
     def forward(variables, images, threshold):
         logits, out = module.apply(variables, images, threshold)
-        return logits.argmax(-1), jnp.stack(out.keep, 1).sum(-1), jnp.stack(out.scores, 1)
+        kept, scores = jnp.stack(out.keep, 1).sum(-1), jnp.stack(out.scores, 1)
+        return {"answer": logits.argmax(-1), "kept": kept, "scores": scores}
 
-    def run(variables: Mapping[str, Any], threshold: float) -> list[np.ndarray]:
+    def run(variables: Mapping[str, Any], threshold: float) -> dict[str, np.ndarray]:
         """Answers, tokens kept and scores of every image."""
-        parts = [forward(variables, images[part], threshold) for part in rows.reshape(-1, size)]
-        return [
-            np.concatenate(list(map(np.asarray, x)))[: len(images)]
-            for x in zip(*parts, strict=True)
-        ]
+        ask = lambda batch: forward(variables, batch["images"], threshold)  # noqa: E731
+        return collect(ask, {"images": images}, min(batch_size, len(images)))
 
-    pruned: dict[float, Mapping[str, Any]] = {}  # a greedy search asks for each share twice
+    @functools.cache
+    def pruned(share: float) -> tuple[dict[str, Any], dict[int, float]]:
+        """The variables, and the shares of their weights that are left."""
+        made = prune(variables, share, scope)
+        return made, nonzero_shares(made)
 
+    @functools.cache  # both walks of a curve's start, and a greedy one, ask for some twice
     def measure(threshold: float, share: float) -> PruningPoint:
         """One setting."""
-        if share not in pruned:
-            pruned[share] = prune(variables, share, scope)
-        answers, counts, _ = run(pruned[share], threshold)
-        cost = pruned_linear_flops(module, tuple(counts.T), nonzero_shares(pruned[share]))
-        accuracy = float((answers == labels).mean())
+        own, nonzero = pruned(share)
+        found = run(own, threshold)
+        cost = pruned_linear_flops(module, tuple(found["kept"].T), nonzero)
+        accuracy = float((found["answer"] == labels).mean())
         return PruningPoint(threshold, share, float(np.mean(cost)), accuracy)
 
-    scores = run(variables, KEEP_ALL)[2]
+    scores = run(variables, KEEP_ALL)["scores"]
     return measure, scores[scores > 0]
 
 

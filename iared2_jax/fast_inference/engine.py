@@ -64,7 +64,7 @@ class Ragged:
         return RaggedState(buffer, alive, places, jnp.zeros(b, jnp.int32))
 
     def enter(self, group: int, state: RaggedState) -> tuple[RaggedState, list[Array]]:
-        """As it is: selectors that look behind the attention are not run ragged."""
+        """The state as it is: selectors that look behind the attention are not run ragged."""
         return state, []
 
     def evidence(self, group: int, state: RaggedState) -> Evidence:

@@ -13,7 +13,7 @@ from iared2_jax.tables.table import ConfigOfSize, Results
 
 HEAD_SEED = 0
 # A head is trained before there are interpreters.
-OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
+_OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
 # Baselines beside every run: the paper's, and what EViT and others drop by. Where blocks are
 # fine-tuned, also the original fine-tuned as long: the head's trunk has never seen these scenes.
 SELECTORS = {
@@ -46,7 +46,7 @@ def head_run(config: ConfigOfSize, size: int) -> Run:
         head_name(size),
         config(size),
         options,
-        ignored=OF_INTERPRETERS,
+        ignored=_OF_INTERPRETERS,
         minutes=minutes(7, size),
     )
 
@@ -101,6 +101,22 @@ def speed_run(config: ConfigOfSize, curriculum: str, size: int, seed: int) -> Ru
     )
 
 
+def from_head(name: str, config: str, size: int, options: Mapping[str, str], at_112: float) -> Run:
+    """A run that starts from the head's weights and asks no interpreter.
+
+    Args:
+      config: as the flag --config has it. at_112: the minutes that it takes at 112 px.
+    """
+    return Run(
+        name,
+        config,
+        {**QUIET, **options},
+        start=head_name(size),
+        ignored=_OF_INTERPRETERS,
+        minutes=minutes(at_112, size),
+    )
+
+
 def maps_name(size: int) -> str:
     """The folder of the run of all maps."""
     return f"{size}px-maps"
@@ -114,16 +130,8 @@ def maps_run(config: ConfigOfSize, size: int) -> Run:
         "eval.maps": "('all',)",
         "eval.lime_samples": "128",  # 200 images; a CPU takes a minute for 20 samples of each
         "data.eval_size": "200",
-        **QUIET,
     }
-    return Run(
-        maps_name(size),
-        config(size),
-        options,
-        start=head_name(size),
-        ignored=OF_INTERPRETERS,
-        minutes=minutes(25, size),
-    )
+    return from_head(maps_name(size), config(size), size, options, at_112=25)
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

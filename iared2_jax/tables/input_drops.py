@@ -1,21 +1,23 @@
 """The table of baselines as the paper has them: 30% dropped once, at the input (Tables 2 and 5)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from iared2_jax.config.loading import load
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
+from iared2_jax.tables.table import (
+    PLAIN_COLUMNS,
+    Column,
+    ConfigOfSize,
+    Results,
+    Row,
+    Table,
+    plain_row,
+)
 
 KEPT = 0.7  # of the patches, right behind the position embedding; all blocks see them
-COLUMNS = (
-    Column("top-1, %", "top1"),
-    Column("lost, points", "lost"),
-    Column("linear FLOPs, %", "linear_flops"),
-    Column("full FLOPs, %", "full_flops"),
-    Column("mIoU of the scores", "mean_iou"),
-)
+COLUMNS = (*PLAIN_COLUMNS, Column("mIoU of the scores", "mean_iou"))
 # Two passes each, the first up to that block: the paper's Table 5. And what needs one pass.
 SELECTORS = {
     "attention_block_0": "attention of block 0, two passes",
@@ -46,56 +48,37 @@ def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> l
 
 def _run(config: ConfigOfSize, size: int, selector: str, seed: int) -> Run:
     """The head's model fine-tuned under a selector, for as long as Table 2's own blocks are."""
+    recipe = load(config(size), {})
     options = {
         "curriculum": "selector",
         "seed": str(seed),
         "model.groups": "1",
         "reduction.selector": selector,
         "reduction.keep_ratios": f"({KEPT},)",
-        "backbone.steps": "240",
-        **cutouts.QUIET,
+        "backbone.steps": str(recipe.model.groups * recipe.backbone.steps),
     }
-    return Run(
-        _name(size, selector, seed),
-        config(size),
-        options,
-        start=cutouts.head_name(size),
-        ignored=cutouts.OF_INTERPRETERS,
-        minutes=cutouts.minutes(9, size),
-    )
+    return cutouts.from_head(_name(size, selector, seed), config(size), size, options, at_112=9)
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        original = True
+        of_size: list[Row] = []
         for selector, method in SELECTORS.items():
             names = {seed: _name(size, selector, seed) for seed in seeds}
             found = {seed: results[name] for seed, name in names.items() if name in results}
             if not found:
                 continue
-            if original:  # the same for all of them
+            if not of_size:  # the original is the same for all of them
                 dense = next(iter(found.values()))["dense"]
-                made.append(_row(size, "original", {None: {"dense": dense, "reduced": dense}}, ""))
-                original = False
-            made.append(_row(size, method, found, f"{selector}_group_1"))
+                of_size.append(plain_row(size, "original", {None: (dense, dense)}))
+            pairs = {seed: (run["reduced"], run["dense"]) for seed, run in found.items()}
+            row = plain_row(size, method, pairs)
+            maps = [
+                run.get("segmentation", {}).get(f"{selector}_group_1") for run in found.values()
+            ]
+            if all(maps):
+                row["mean_iou"] = mean([100 * scores["mean_iou"] for scores in maps])
+            of_size.append(row)
+        made += of_size
     return made
-
-
-def _row(size: int, method: str, found: Mapping[int | None, Mapping[str, Any]], scores: str) -> Row:
-    """A selector's row. scores: what its map is called among those that were measured."""
-    pairs = [(run["reduced"], run["dense"]) for run in found.values()]
-    row: Row = {
-        "pixels": size,
-        "method": method,
-        "seeds": list(found),
-        "top1": mean([100 * after["top1"] for after, _ in pairs]),
-        "lost": mean([100 * (before["top1"] - after["top1"]) for after, before in pairs]),
-    }
-    for kind in ("linear", "full"):
-        shares = [100 * after["flops"][kind] / before["flops"][kind] for after, before in pairs]
-        row[f"{kind}_flops"] = mean(shares)
-    maps = [run.get("segmentation", {}).get(scores) for run in found.values()]
-    if all(maps):
-        row["mean_iou"] = mean([100 * found["mean_iou"] for found in maps])
-    return row

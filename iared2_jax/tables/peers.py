@@ -9,17 +9,19 @@ from iared2_jax.report.tables import METHODS
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
+from iared2_jax.tables.table import (
+    PLAIN_COLUMNS,
+    Column,
+    ConfigOfSize,
+    Results,
+    Row,
+    Table,
+    plain_row,
+)
 from iared2_jax.token_reduction.create import create_module, split_into_groups
 from iared2_jax.token_reduction.schedules import PUBLISHED, at_linear_flops, published_budget
 
-COLUMNS = (
-    Column("top-1, %", "top1"),
-    Column("lost, points", "lost"),
-    Column("linear FLOPs, %", "linear_flops"),
-    Column("full FLOPs, %", "full_flops"),
-    Column("kept at the end, %", "kept"),
-)
+COLUMNS = (*PLAIN_COLUMNS, Column("kept at the end, %", "kept"))
 # Shares of the linear FLOPs, in per cent, around what the paper asks for.
 SHARES = (80, 70, 60)
 # EViT and ToMe as published. What attention is worth without EViT's fused token, and chance, at
@@ -56,16 +58,9 @@ def _run(config: ConfigOfSize, size: int, selector: str, share: int) -> Run:
         "reduction.selector": selector,
         "reduction.keep_ratios": repr(ratios),
         "eval.maps": "()",
-        **cutouts.QUIET,
     }
-    return Run(
-        _name(size, selector, share),
-        config(size),
-        options,
-        start=cutouts.head_name(size),
-        ignored=cutouts.OF_INTERPRETERS,
-        minutes=cutouts.minutes(1.2, size),
-    )
+    name = _name(size, selector, share)
+    return cutouts.from_head(name, config(size), size, options, at_112=1.2)
 
 
 @functools.cache
@@ -87,35 +82,17 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         names = {(s, share): _name(size, s, share) for s in SELECTORS for share in SHARES}
         found = {key: results[name] for key, name in names.items() if name in results}
         ours = cutouts.seeds_there(_CURRICULUM, size, seeds, results)
-        dense = [run["dense"] for run in (*ours.values(), *found.values())][:1]
-        made += [_row(size, "original", [None], dense, dense) for _ in dense]
+        every = [*ours.values(), *found.values()]
+        if every:
+            made.append(plain_row(size, "original", {None: (every[0]["dense"],) * 2}))
         for (selector, _), run in found.items():
-            method = _NAMES.get(selector, selector)
-            made.append(_row(size, method, [None], [run["reduced"]], [run["dense"]]))
+            made.append(_row(size, _NAMES.get(selector, selector), {None: run}, "reduced"))
         if ours:
-            reduced, before = ([run[key] for run in ours.values()] for key in ("iared2", "dense"))
-            made.append(_row(size, METHODS["iared2"], list(ours), reduced, before))
+            made.append(_row(size, METHODS["iared2"], ours, "iared2"))
     return made
 
 
-def _row(
-    size: int,
-    method: str,
-    seeds: Sequence[int | None],
-    found: Sequence[Mapping[str, Any]],
-    dense: Sequence[Mapping[str, Any]],
-) -> Row:
-    pairs = list(zip(found, dense, strict=True))
-    row: Row = {
-        "pixels": size,
-        "method": method,
-        "seeds": list(seeds),
-        "top1": mean([100 * run["top1"] for run in found]),
-        "lost": mean([100 * (before["top1"] - run["top1"]) for run, before in pairs]),
-    }
-    if all("kept" in run for run in found):
-        row["kept"] = mean([100 * run["kept"][-1] for run in found])
-    for kind in ("linear", "full"):
-        shares = [100 * run["flops"][kind] / before["flops"][kind] for run, before in pairs]
-        row[f"{kind}_flops"] = mean(shares)
+def _row(size: int, method: str, runs: Mapping[Any, Mapping[str, Any]], block: str) -> Row:
+    row = plain_row(size, method, {seed: (run[block], run["dense"]) for seed, run in runs.items()})
+    row["kept"] = mean([100 * run[block]["kept"][-1] for run in runs.values()])
     return row

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from iared2_jax.tables.runs import Run
+from iared2_jax.tables.statistics import mean
 
 # "pixels", "method", "seeds" (those that its figures are of), and by their columns' keys the
 # figures: a `Mean` over seeds, or a list of one share per group.
@@ -12,6 +13,28 @@ Row = dict[str, Any]
 # The config, as the flag --config has it, of images of so many pixels.
 ConfigOfSize = Callable[[int], str]
 Results = Mapping[str, Mapping[str, Any]]  # of the runs that are there, by name
+
+
+def plain_row(
+    size: int, method: str, runs: Mapping[int | None, tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> Row:
+    """A method's accuracy, what it loses, and its FLOPs in per cent of the dense model's.
+
+    Args:
+      runs: by seed (None: nothing was drawn), a block of results.json and the "dense" one.
+    """
+    pairs = list(runs.values())
+    row: Row = {
+        "pixels": size,
+        "method": method,
+        "seeds": list(runs),
+        "top1": mean([100 * found["top1"] for found, _ in pairs]),
+        "lost": mean([100 * (dense["top1"] - found["top1"]) for found, dense in pairs]),
+    }
+    for kind in ("linear", "full"):
+        shares = [100 * found["flops"][kind] / dense["flops"][kind] for found, dense in pairs]
+        row[f"{kind}_flops"] = mean(shares)
+    return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +48,15 @@ class Column:
     header: str
     key: str
     digits: int = 1
+
+
+# Of `plain_row`.
+PLAIN_COLUMNS = (
+    Column("top-1, %", "top1"),
+    Column("lost, points", "lost"),
+    Column("linear FLOPs, %", "linear_flops"),
+    Column("full FLOPs, %", "full_flops"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

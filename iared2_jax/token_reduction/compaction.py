@@ -1,10 +1,38 @@
-"""Compaction under static shapes: kept tokens move into a shorter array, in image order."""
+"""Compaction under static shapes: kept tokens move into a shorter array, in order."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from iared2_jax.token_reduction.selectors.budgets import top_k
+from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
+
+
+def compacted(
+    state: TokenState, scores: Float[Array, "b k"] | None, capacity: int, prefix: int
+) -> TokenState:
+    """The alive tokens in `capacity` slots, in the order of their list; what finds none overflows.
+
+    Args:
+      scores: of too many tokens the lowest find no slot; None: the last, for a caller that looks at
+        the overflow and computes such a batch again.
+    """
+    alive, capacity = state.alive, min(capacity, state.alive.shape[1])
+    held = alive if scores is None else top_k(scores, alive, capacity)
+    if state.order is None:
+        slots = kept_first(held)[0]
+    else:
+        slots = jnp.argsort(jnp.where(held, state.order, held.shape[1]), axis=1)
+    slots = slots[:, :capacity]
+    there, origin = (jnp.take_along_axis(x, slots, axis=1) for x in (held, state.origin))
+    return TokenState(
+        x=take_patches(state.x, slots, prefix),
+        alive=there,
+        origin=origin,
+        overflow=alive.sum(axis=1) - there.sum(axis=1),
+        sizes=None if state.sizes is None else jnp.take_along_axis(state.sizes, slots, axis=1),
+    )
 
 
 def kept_first(keep: Bool[Array, "b n"]) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:

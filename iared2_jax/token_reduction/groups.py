@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from iared2_jax.token_reduction.compaction import to_grid
+from iared2_jax.token_reduction.compaction import compacted, to_grid
 from iared2_jax.token_reduction.reducers.base import Reducer
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
 from iared2_jax.token_reduction.state import TokenState
@@ -100,7 +100,7 @@ class InPlace(NamedTuple):
 
     def reduce(self, group: int, state: TokenState, keep: Array, scores: Array) -> TokenState:
         prefix = self.model.num_prefix
-        return state if self.dense else self.reducer.in_place(state, keep, scores, prefix)
+        return state if self.dense else self.reducer.reduce(state, keep, scores, prefix)
 
     def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
         return _run_blocks(self, group, state, None if self.dense else state.alive)
@@ -135,9 +135,9 @@ class Compacted(NamedTuple):
         return _evidence(self, group, state)
 
     def reduce(self, group: int, state: TokenState, keep: Array, scores: Array) -> TokenState:
-        capacity = self.capacities[group - 1]
-        scores = scores if self.keep_best else None
-        return self.reducer.compacted(state, keep, scores, self.model.num_prefix, capacity)
+        capacity, prefix = self.capacities[group - 1], self.model.num_prefix
+        state = self.reducer.reduce(state, keep, scores, prefix)
+        return compacted(state, scores if self.keep_best else None, capacity, prefix)
 
     def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
         new, rows = _run_blocks(self, group, state, None if self.full else state.alive)

@@ -28,19 +28,12 @@ def list_order(state: TokenState) -> Int[Array, "b k"]:
     return jnp.cumsum(state.alive, axis=1) - 1
 
 
-def bipartite_match(
-    state: TokenState, num_prefix: int, keep: Bool[Array, "b k"] | None = None
-) -> Match:
+def bipartite_match(state: TokenState, num_prefix: int) -> Match:
     """Every second token of the list, prefix included, is a target; prefix tokens take no part.
 
     In the list of CLS and the patches, the first patch is one, as in ToMe's own code.
-
-    Args:
-      keep: if given, only tokens that are kept are targets.
     """
     is_target = state.alive & ((list_order(state) + num_prefix) % 2 == 1)
-    if keep is not None:
-        is_target &= keep
     keys = state.keys.astype(jnp.float32)
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     cosine = jnp.einsum("bke,bte->bkt", keys, keys)

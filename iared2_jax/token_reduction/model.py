@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from iared2_jax.models import taps
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.token_layouts import EVERY_TOKEN, Padded, TokenLayout
-from iared2_jax.token_reduction.compaction import to_grid
+from iared2_jax.token_reduction.compaction import compacted, to_grid
 from iared2_jax.token_reduction.groups import Compacted, GroupRecord, InPlace, run_groups
 from iared2_jax.token_reduction.interpreter import Interpreter
 from iared2_jax.token_reduction.output import Output
@@ -304,7 +304,7 @@ class IARed2(nn.Module):
 
         Where it is not 0 the result is not masked execution's, and must not be used.
         """
-        return get_reducer("drop").compacted(state, keep, None, self.num_prefix, capacity)
+        return compacted(state._replace(alive=keep), None, capacity, self.num_prefix)
 
     def classify_features(self, features: Float[Array, "b f"]) -> Float[Array, "b classes"]:
         """The head alone: the logits of `out.features`.
@@ -319,7 +319,7 @@ class IARed2(nn.Module):
     def dense_heads(
         self, inputs: Float[Array, "b ..."]
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
-        """Of a distilled backbone, dense: the logits of CLS and of the distillation token."""
+        """The logits of a distilled backbone's two heads, dense: CLS', and the other token's."""
         x = self.backbone.embed(inputs)
         for group in range(1, self.num_groups + 1):
             x, _ = self.run_blocks(group, x, None)

@@ -61,7 +61,7 @@ def constant_rate(num_patches: int, groups: int, rate: float, extra_tokens: int 
 
 
 def cosine(groups: int, last: float) -> Ratios:
-    """From all of the first group down to the share `last` of the last, along half a cosine.
+    """Shares that fall along half a cosine, from all of the first group to `last` of the last.
 
     Raises:
       UsageError: the share is not in (0, 1], or there is one group only.

@@ -332,7 +332,7 @@ def load_model(
 
 
 def load_dense_model(source: str | Path) -> tuple[IARed2, dict[str, Any]]:
-    """As `load_model`, for who runs it dense: that it has no interpreters is not worth a warning.
+    """Module and variables to be run dense: that a file has no interpreters is no warning's worth.
 
     Raises:
       UsageError: as `load_model`.

@@ -68,7 +68,7 @@ def _without_smallest(weights: np.ndarray, share: float) -> np.ndarray:
 
 
 def nonzero_shares(variables: Mapping[str, Any]) -> dict[int, float]:
-    """Of each block's linear layers, by its number: how large a share of the weights is not 0."""
+    """The share of the weights of each block's linear layers that is not 0, by its number."""
     nonzero: dict[int, list[int]] = {}
     for path, kernel in traverse_util.flatten_dict(variables["params"], sep="/").items():
         if found := _KERNEL.fullmatch(path):

@@ -270,7 +270,7 @@ class ViT(nn.Module):
     def head_logits(
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
-        """Of a distilled model: the logits of CLS' head, and of the distillation token's."""
+        """The logits of a distilled model's two heads: CLS', and the distillation token's."""
         x = self.norm(x[:, : self._num_read]).astype(jnp.float32)
         return self.head(x[:, 0]), self.head_dist(x[:, 1])
 

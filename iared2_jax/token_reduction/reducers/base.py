@@ -1,18 +1,14 @@
 """The contract of a reducer."""
 
-from typing import Protocol, runtime_checkable
-
 from jaxtyping import Bool, Float
 
 from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
 
 
-@runtime_checkable
-class Reducer(Protocol):
+class Reducer:
     """What becomes of the tokens that a group does not keep; a frozen dataclass.
 
-    Both methods must lead to the same logits, as long as no token overflows.
     Compiled ragged execution moves kept tokens itself: it drops the others.
 
     Attributes:
@@ -24,21 +20,14 @@ class Reducer(Protocol):
     extra_tokens: int = 0
     needs_keys: bool = False
 
-    def in_place(
+    def reduce(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
     ) -> TokenState:
-        """The state after the reduction, in arrays of the same shape (masked execution)."""
+        """The state after the reduction, in arrays of the same shape: what is `alive` goes on.
 
-    def compacted(
-        self,
-        state: TokenState,
-        keep: Bool[Array, "b k"],
-        scores: Float[Array, "b k"] | None,
-        prefix: int,
-        capacity: int,
-    ) -> TokenState:
-        """The state after the reduction, in `capacity` slots (gathered execution).
+        Masked execution goes on from there, gathered execution moves what is alive together.
 
-        scores: too many tokens lose the lowest; None: the last ones, for a caller that looks at the
-          overflow and computes such a batch again.
+        Args:
+          prefix: how many tokens of `state.x` come before the patches.
         """
+        raise TypeError(f"{type(self).__name__} does not say how it reduces")

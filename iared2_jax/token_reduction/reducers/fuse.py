@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from iared2_jax.token_reduction.reducers.base import Reducer
-from iared2_jax.token_reduction.reducers.drop import Drop
 from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
 
@@ -21,32 +20,9 @@ class Fuse(Reducer):
 
     extra_tokens = 1
 
-    def in_place(
+    def reduce(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
     ) -> TokenState:
-        state, keep = self._fused(state, keep, scores, prefix)
-        return state._replace(alive=keep)
-
-    def compacted(
-        self,
-        state: TokenState,
-        keep: Bool[Array, "b k"],
-        scores: Float[Array, "b k"] | None,
-        prefix: int,
-        capacity: int,
-    ) -> TokenState:
-        """As `Drop`, the fused token among the kept ones, the last to lose its slot."""
-        if scores is None:
-            raise ValueError('the reducer "fuse" weighs tokens by their scores: it needs them')
-        state, with_fused = self._fused(state, keep, scores, prefix)
-        # It scored less than what is kept, so by score it would be the first to find no slot.
-        scores = jnp.where(with_fused & ~keep, jnp.inf, scores)
-        return Drop().compacted(state, with_fused, scores, prefix, capacity)
-
-    def _fused(
-        self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
-    ) -> tuple[TokenState, Bool[Array, "b k"]]:
-        """The state with the fused token in its place, and what is kept with it."""
         dropped = state.alive & ~keep
         weights = jnp.where(dropped, scores, 0).astype(state.x.dtype)
         # What lies in dead places may be anything, NaN included.
@@ -56,4 +32,4 @@ class Fuse(Reducer):
         here = (jnp.arange(keep.shape[1]) == best[:, None]) & dropped
         patches = jnp.where(here[..., None], fused[:, None], state.x[:, prefix:])
         x = jnp.concatenate([state.x[:, :prefix], patches], axis=1)
-        return state._replace(x=x), keep | here
+        return state._replace(x=x, alive=keep | here)

@@ -30,7 +30,7 @@ class ToMe(Selector):
     reducer = "merge"
 
     def scores_after_attention(self, state: TokenState, num_prefix: int) -> Evidence:
-        """By the keys of the attention that just ran."""
+        """Scores by the keys of the attention that just ran."""
         match = bipartite_match(state, num_prefix)
         return Evidence(jnp.where(match.is_target, 2.0, (1 - match.similarity) / 2))
 
