@@ -220,10 +220,13 @@ def _questions(flags: argparse.Namespace, out: Path) -> dict[str, Callable[[], A
         f"speed {flags.video} 8, {share} kept": speed_of(flags.video, 8, (share,))
         for share in flags.shares
     }
-    ask["peers"] = speed_of(first, largest, quick=True, observe=_on_device)
+    quick = {"quick": True, "observe": _on_device}
+    ask["peers"] = speed_of(first, largest, **quick)
+    few = {**quick, "rivals": False}
+    ask[f"quick {flags.video} 8"] = speed_of(flags.video, 8, flags.shares[:1], **few)
+    for model in others:
+        ask[f"quick {model} {largest}"] = speed_of(model, largest, **few)
     ask[f"speed {first} {largest}"] = speed_of(first, largest)
-    for name in list(clips)[:1]:
-        ask[name] = clips.pop(name)
     rows = "64" if dtype == jnp.bfloat16 else "2"
     cost = ["--model", first, "--batch", rows, "--out", f"{out.with_suffix('')}_cost.json"]
     ask["train cost"] = lambda: train_cost.main(cost)

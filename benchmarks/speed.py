@@ -54,17 +54,20 @@ def measure(
     rounds: int,
     peer_model: str | None = None,
     quick: bool = False,
+    rivals: bool = True,
     observe: Callable[[Callable[[], Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """All variants for one batch; `timed` is the batch, `sample` what the plans are made with.
 
     Args:
       peer_model: timm's counterpart is timed, too.
-      quick: nothing is planned, and few programs are compiled: dense, masked, one packed list.
+      quick: few programs are compiled: the whole batch at a time, one kernel for attention, one
+        packed list.
+      rivals: a plan is searched for as well, and EViT and ToMe are timed.
       observe: what else to note of a variant's call, beside its time.
     """
     images = jnp.asarray(timed.images)
-    variants = _ours(sample, timed, images, quick)
+    variants = _ours(sample, timed, images, quick, rivals)
     skipped = {}
     if peer_model:
         calls, skipped = peers.callables(
@@ -88,7 +91,9 @@ def measure(
     return report
 
 
-def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> dict[str, Variant]:
+def _ours(
+    sample: Workload, timed: Workload, images: jax.Array, quick: bool, rivals: bool
+) -> dict[str, Variant]:
     module, variables, b = timed.module, timed.variables, len(timed.images)
     half = jnp.dtype(module.backbone.dtype).itemsize == 2
     gpu = jax.default_backend() == "gpu"
@@ -136,18 +141,19 @@ def _ours(sample: Workload, timed: Workload, images: jax.Array, quick: bool) -> 
     for name, plan in layouts.items():
         if not quick or name == "ragged, packed":
             accelerated(name, "ragged", plan=plan, **ask)
-    if not quick:
-        shares = timed.counts.mean(0) / module.input_spec.num_patches
-        accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
-        accelerated("ragged, planned", "ragged", **ask)
-        linear = float(np.mean(count_flops(module, tuple(timed.counts.T)).linear))
-        for selector in PUBLISHED if hasattr(module.backbone, "run_attention_half") else ():
-            share = linear / count_flops(module).linear
-            groups, ratios = published_budget(module, selector, share)
-            own = module.clone(group_sizes=split_into_groups(module.backbone.depth, groups))
-            cost = flops_of(own, ratios, selector).linear
-            ask = {"keep_ratios": ratios, "selector": selector}
-            accelerated(f"{METHODS[selector]} in JAX", "selector", own, cost, **ask)
+    shares = timed.counts.mean(0) / module.input_spec.num_patches
+    accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
+    if not rivals:
+        return variants
+    accelerated("ragged, planned", "ragged", **ask)
+    linear = float(np.mean(count_flops(module, tuple(timed.counts.T)).linear))
+    for selector in PUBLISHED if hasattr(module.backbone, "run_attention_half") else ():
+        share = linear / count_flops(module).linear
+        groups, ratios = published_budget(module, selector, share)
+        own = module.clone(group_sizes=split_into_groups(module.backbone.depth, groups))
+        cost = flops_of(own, ratios, selector).linear
+        budget = {"keep_ratios": ratios, "selector": selector}
+        accelerated(f"{METHODS[selector]} in JAX", "selector", own, cost, **budget)
     return variants
 
 

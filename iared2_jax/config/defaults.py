@@ -40,6 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.interpreter_heads = 0  # 0: the variant's own
     config.model.scale = True  # divide the interpreter's logits by sqrt(head width)
     config.model.init_bias = 0.0  # added to them: 0 starts at a score of 0.5
+    config.model.interpreter_kind = "attention"  # the paper's | "dynamicvit", its predictors
     # Gradient checkpointing: less memory, about a third more work (docs/performance.md).
     config.model.remat = False
     config.model.dtype = "float32"  # of the computation: "float32" | "bfloat16"

@@ -90,6 +90,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "policy_token": config.model.policy_token or None,
         "scale": config.model.scale,
         "init_bias": config.model.init_bias,
+        "interpreter_kind": config.model.interpreter_kind,
         **({"depth": config.model.depth} if config.model.depth else {}),
         **{key: size for key, size in input_sizes(config).items() if size},
     }

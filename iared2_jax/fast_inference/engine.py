@@ -59,7 +59,7 @@ class Ragged:
         b, n = alive.shape
         buffer = {"tokens": tokens}
         if self._input_scores is None:
-            buffer |= evidence_in_place(self._forward, self._variables, 1, tokens, None)
+            buffer |= evidence_in_place(self._forward, self._variables, 1, tokens)
         places = jnp.broadcast_to(jnp.arange(n), (b, n))
         return RaggedState(buffer, alive, places, jnp.zeros(b, jnp.int32))
 

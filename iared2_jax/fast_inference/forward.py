@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.token_reduction.model import IARed2
@@ -53,9 +53,11 @@ class BoundModel:
     def input_spec(self) -> InputSpec:
         return self.module.input_spec
 
-    def interpret(self, group: int, x: Float[Array, "s t d"]) -> Float[Array, "s n h"]:
+    def interpret(
+        self, group: int, x: Float[Array, "s t d"], alive: Bool[Array, "s n"] | None = None
+    ) -> Float[Array, "s n h"]:
         """The group's interpreter logits."""
-        return self.module.apply(self.variables, group, x, method="interpret")
+        return self.module.apply(self.variables, group, x, alive, method="interpret")
 
     def embed(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
         """The tokens that enter the first block."""

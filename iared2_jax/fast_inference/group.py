@@ -28,11 +28,12 @@ def evidence_in_place(
     variables: Mapping[str, Any],
     group: int,
     x: Float[Array, "s c d"],
-    attention: Float[Array, "s h n"] | None,
+    attention: Float[Array, "s h n"] | None = None,
+    alive: Bool[Array, "s n"] | None = None,
 ) -> State:
     """What `group` decides by, from the tokens that enter it: a part of the buffer."""
     model = BoundModel(forward.module, variables)
-    evidence = forward.selector.token_scores(group, x, attention, model)
+    evidence = forward.selector.token_scores(group, x, attention, alive, model)
     if evidence.interpreter_logits is None:
         return {"scores": evidence.scores}
     return {"scores": evidence.scores, "interpreter_logits": evidence.interpreter_logits}
@@ -152,7 +153,7 @@ def run_group(
         if forward.equal_counts:
             layout = EVERY_TOKEN  # no padding, so no masks
         x, attention = run_blocks(forward, variables, group, x, layout)
-        new = _new_state(forward, variables, group, layout.spread(x), attention, state.keys())
+        new = _new_state(forward, variables, group, x, layout, attention, state.keys())
         return {name: put(state[name], new[name]) if name in new else state[name] for name in state}
 
     used = turns.stops - turns.starts
@@ -174,14 +175,17 @@ def _new_state(
     variables: Mapping[str, Any],
     group: int,
     x: Array,
+    layout: TokenLayout,
     attention: list[Array],
     wanted: Collection[str],
 ) -> State:
     """The sub-batch's tokens, and what the next group decides by."""
-    new, rows = {"tokens": x}, [row[..., forward.module.num_prefix :] for row in attention]
+    x, prefix = layout.spread(x), forward.module.num_prefix
+    new, rows = {"tokens": x}, [row[..., prefix:] for row in attention]
     if group < forward.module.num_groups and "scores" in wanted:
         last = rows[-1] if rows else None
-        new |= evidence_in_place(forward, variables, group + 1, x, last)
+        alive = None if layout.real is None else layout.real[:, prefix:]
+        new |= evidence_in_place(forward, variables, group + 1, x, last, alive)
     if "attention" in wanted:
         new["attention"] = jnp.moveaxis(jnp.stack(rows), (0, 3), (2, 1))
     return new

@@ -259,7 +259,7 @@ def _time_group(
     state = {"tokens": tokens}
     if not forward.selector.scores_inputs:  # the next group's evidence is part of this one's work
         shapes = jax.eval_shape(
-            lambda v, x: evidence_in_place(forward, v, 1, x, None), request.variables, tokens
+            lambda v, x: evidence_in_place(forward, v, 1, x), request.variables, tokens
         )
         state |= jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

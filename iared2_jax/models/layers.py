@@ -110,13 +110,17 @@ class LayerScale(nn.Module):
 
 
 class Mean(nn.Module):
-    """The mean of the tokens that are alive; 0 where none is."""
+    """The mean of the tokens that are alive, or alive to a share; 0 where none is."""
 
     def __call__(
-        self, x: Float[Array, "b n d"], alive: Bool[Array, "b n"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        alive: Bool[Array, "b n"] | Float[Array, "b n"] | None = None,
     ) -> Float[Array, "b d"]:
         if alive is None:
             return x.mean(axis=1)
+        if jnp.issubdtype(alive.dtype, jnp.floating):
+            return (x * alive[..., None]).sum(1) / jnp.maximum(alive.sum(1), 1)[:, None]
         # What lies in dead places may be anything, NaN included.
         there = jnp.where(alive[..., None], x, 0)
         return there.sum(axis=1) / jnp.maximum(alive.sum(axis=1), 1)[:, None]

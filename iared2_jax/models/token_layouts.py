@@ -7,7 +7,8 @@ time. Only attention has to know the layout:
 - `Packed`: one list of all images' tokens; it is spread into rows for attention alone. Attention is
   8% of a DeiT-S block's multiply-adds, so 92% of them are spent on no padding.
 
-A layout offers `spread` (to one row per image) and `attend` (attention, row by row).
+A layout offers `spread` (to one row per image), `real` (which of these places hold tokens) and
+`attend` (attention, row by row).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +31,17 @@ class Padded(NamedTuple):
     valid [s, c]: which tokens are real; None: all of them.
     lengths [s]: how many, if the real ones come first in every row; None: not known.
     sizes [s, c]: how many tokens each stands for, where some were merged; None: each for itself.
+      [s, c, c]: how often each counts, by who asks.
     """
 
     valid: Bool[Array, "s c"] | None = None
     lengths: Int[Array, " s"] | None = None
-    sizes: Float[Array, "s c"] | None = None
+    sizes: Float[Array, "s c"] | Float[Array, "s c c"] | None = None
+
+    @property
+    def real(self) -> Bool[Array, "s c"] | None:
+        """Which places of the rows hold tokens; None: all."""
+        return self.valid
 
     def spread(self, x: Float[Array, "s c f"]) -> Float[Array, "s c f"]:
         """The tokens in one row per image: as they are."""
@@ -72,6 +79,11 @@ class Packed(NamedTuple):
 
     blocks: tuple[Rows, ...]
     home: Int[Array, " t"]
+
+    @property
+    def real(self) -> Bool[Array, "s c"]:
+        """Which places of the rows hold tokens."""
+        return _stacked([rows.valid for rows in self.blocks], axis=1)
 
     def spread(self, x: Float[Array, "1 t f"]) -> Float[Array, "s c f"]:
         """The tokens in one row per image, all as long as the longest block's."""

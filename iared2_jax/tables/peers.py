@@ -50,7 +50,7 @@ def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> l
 
 def _run(config: ConfigOfSize, size: int, selector: str, share: int) -> Run:
     """The evaluation of the head's model under a selector that nobody trained."""
-    groups, ratios = _budget(config(size), size, selector, share)
+    groups, ratios = budget(config(size), size, selector, share)
     options = {
         "mode": "eval",
         "curriculum": "selector",
@@ -64,8 +64,8 @@ def _run(config: ConfigOfSize, size: int, selector: str, share: int) -> Run:
 
 
 @functools.cache
-def _budget(config: str, size: int, selector: str, share: int) -> tuple[int, tuple[float, ...]]:
-    """Groups, and what each keeps, at a share of the linear FLOPs, in per cent."""
+def budget(config: str, size: int, selector: str, share: int) -> tuple[int, tuple[float, ...]]:
+    """A peer's groups, and what each keeps, at a share of the linear FLOPs, in per cent."""
     module = create_module(load(config, {}).model.name, image_size=size)
     if selector in PUBLISHED:
         return published_budget(module, selector, share / 100)
@@ -86,13 +86,18 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         if every:
             made.append(plain_row(size, "original", {None: (every[0]["dense"],) * 2}))
         for (selector, _), run in found.items():
-            made.append(_row(size, _NAMES.get(selector, selector), {None: run}, "reduced"))
+            made.append(peer_row(size, _NAMES.get(selector, selector), {None: run}, "reduced"))
         if ours:
-            made.append(_row(size, METHODS["iared2"], ours, "iared2"))
+            made.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
     return made
 
 
-def _row(size: int, method: str, runs: Mapping[Any, Mapping[str, Any]], block: str) -> Row:
+def peer_row(size: int, method: str, runs: Mapping[Any, Mapping[str, Any]], block: str) -> Row:
+    """A method's accuracy and cost, and what is kept of the patches at the end.
+
+    Args:
+      runs: results by seed. block: of them, which holds the method's figures.
+    """
     row = plain_row(size, method, {seed: (run[block], run["dense"]) for seed, run in runs.items()})
     row["kept"] = mean([100 * run[block]["kept"][-1] for run in runs.values()])
     return row

@@ -12,7 +12,7 @@ from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.parameters import declared
 from iared2_jax.models.variants import get_variant, resized
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
-from iared2_jax.token_reduction.model import IARed2
+from iared2_jax.token_reduction.model import INTERPRETER_KINDS, IARed2
 from iared2_jax.typing import Array
 
 
@@ -63,10 +63,15 @@ def create_module(
         )
     if policy_token == "cls" and not variant.backbone.num_prefix:
         raise UsageError(f'{name} has no CLS token in its blocks: use policy_token="learned"')
-    known = {"interpreter_heads", "scale", "init_bias"}
+    known = {"interpreter_heads", "scale", "init_bias", "interpreter_kind"}
     for key in interpreter:
         if key not in known:
             raise UsageError(f"create_model has no option {key!r}{nearest(key, known)}")
+    kind = interpreter.get("interpreter_kind", "attention")
+    if kind not in INTERPRETER_KINDS:
+        raise UsageError(
+            f"interpreter_kind {kind!r} is unknown: use one of {', '.join(INTERPRETER_KINDS)}"
+        )
     interpreter.setdefault("interpreter_heads", variant.interpreter_heads)
     backbone = variant.backbone
     if num_classes is not None and num_classes < 1:
@@ -123,7 +128,8 @@ def create_model(
       channels: of the inputs; another number than the variant's gets the mean of its norm.
       remat: gradient checkpointing: less memory in training, about a third more work.
       depth: how many blocks; None: the variant's own.
-      **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`).
+      **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`), interpreter_kind (see
+        `IARed2`).
 
     Returns:
       The linen module, and its variables {"params": {"backbone": .., "interpreter_1": .., ..}}.

@@ -58,7 +58,9 @@ def count_flops(
     """
     if isinstance(model, IARed2):
         vit, own_groups = model.backbone, model.group_sizes
+        kind = model.interpreter_kind
     else:
+        kind = "attention"
         vit, own_groups = (get_variant(model).backbone if isinstance(model, str) else model), None
     n = vit.input_spec.num_patches
     if interpreters is None:
@@ -83,6 +85,6 @@ def count_flops(
             more = first.projections - block.projections
             linear, full = linear + more, full + more + first.attention - block.attention
     if interpreters:
-        choice = chooses.flops(vit, entering)
+        choice = chooses.flops(vit, entering, kind)
         linear, full = linear + choice[0], full + choice[1]
     return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

@@ -168,7 +168,7 @@ def _enter(
 def _evidence(how: InPlace | Compacted, group: int, state: TokenState) -> Evidence:
     if how.selector.after_attention:
         return how.selector.scores_after_attention(state, how.model.num_prefix)
-    return how.selector.token_scores(group, state.x, state.attention, how.model)
+    return how.selector.token_scores(group, state.x, state.attention, state.alive, how.model)
 
 
 def _run_blocks(

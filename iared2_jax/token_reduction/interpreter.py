@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.models.layers import layer_norm
 from iared2_jax.models.parameters import LINEAR, POLICY_TOKEN, ZEROS
@@ -62,7 +62,13 @@ class Interpreter(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], num_prefix: int) -> Float[Array, "b n h"]:
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        num_prefix: int,
+        alive: Bool[Array, "b n"] | Float[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h"]:
+        """The logits; `alive` does not matter: the policy token judges each token alone."""
         d = x.shape[-1]
         norm = layer_norm(self.dtype, affine=False)
         # All tokens at once, prefix included: the next block's norm1 has the same mean and

@@ -14,6 +14,7 @@ from iared2_jax.token_reduction.compaction import compacted, to_grid
 from iared2_jax.token_reduction.groups import Compacted, GroupRecord, InPlace, run_groups
 from iared2_jax.token_reduction.interpreter import Interpreter
 from iared2_jax.token_reduction.output import Output
+from iared2_jax.token_reduction.predictor import Predictor
 from iared2_jax.token_reduction.reducers import Reducer, get_reducer
 from iared2_jax.token_reduction.selectors import (
     Selector,
@@ -27,6 +28,7 @@ from iared2_jax.token_reduction.state import TokenState, all_alive
 from iared2_jax.typing import Array
 
 EXECUTIONS = ("dense", "masked", "gathered")
+INTERPRETER_KINDS = ("attention", "dynamicvit")
 
 # A threshold below every score: the interpreter keeps all that is still there.
 KEEP_ALL = -1.0
@@ -40,6 +42,8 @@ class IARed2(nn.Module):
     Attributes:
       backbone: the vision transformer (see `models.backbones.protocol`).
       group_sizes: blocks per group, e.g. (4, 4, 4); they add up to the backbone's depth.
+      interpreter_kind: "attention", the paper's `Interpreter`; or "dynamicvit", the `Predictor` of
+        DynamicViT in its place.
       policy_token, interpreter_heads, scale, init_bias: see `Interpreter`.
       remat: gradient checkpointing: a block's activations are computed again when its gradient is
         taken, not kept. The same numbers, for less memory and about a third more work.
@@ -52,6 +56,7 @@ class IARed2(nn.Module):
     scale: bool = True
     init_bias: float = 0.0
     remat: bool = False
+    interpreter_kind: str = "attention"
 
     @property
     def num_groups(self) -> int:
@@ -74,16 +79,15 @@ class IARed2(nn.Module):
         if self.policy_token == "cls" and not self.num_prefix:
             raise ValueError('without a prefix token, policy_token must be "learned"')
         self.interpreters = [
-            Interpreter(
-                self.interpreter_heads,
-                self.policy_token,
-                self.scale,
-                self.init_bias,
-                self.backbone.dtype,
-                name=f"interpreter_{group}",
-            )
-            for group in range(1, self.num_groups + 1)
+            self._interpreter(f"interpreter_{group}") for group in range(1, self.num_groups + 1)
         ]
+
+    def _interpreter(self, name: str) -> nn.Module:
+        dtype = self.backbone.dtype
+        if self.interpreter_kind == "dynamicvit":
+            return Predictor(self.init_bias, dtype, name=name)
+        heads, token = self.interpreter_heads, self.policy_token
+        return Interpreter(heads, token, self.scale, self.init_bias, dtype, name=name)
 
     # -- What selectors may ask for.
 
@@ -107,9 +111,17 @@ class IARed2(nn.Module):
 
     # -- One group, in two halves. Groups are counted from 1, as in the paper.
 
-    def interpret(self, group: int, x: Float[Array, "b t d"]) -> Float[Array, "b n h"]:
-        """The group's interpreter logits, per head, for the patch tokens of `x`."""
-        return self.interpreters[group - 1](x, self.num_prefix)
+    def interpret(
+        self,
+        group: int,
+        x: Float[Array, "b t d"],
+        alive: Bool[Array, "b n"] | Float[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h"]:
+        """The group's interpreter logits, per head, for the patch tokens of `x`.
+
+        alive: which of them are still there, or how much of each; None: all.
+        """
+        return self.interpreters[group - 1](x, self.num_prefix, alive)
 
     def run_blocks(
         self,
@@ -298,6 +310,47 @@ class IARed2(nn.Module):
         state = all_alive(x, keep.shape[1])._replace(alive=keep)
         state, _ = run_groups(how, state, range(group, self.num_groups + 1), decide)
         return self.backbone.classify(state.x, state.alive)[0]
+
+    def relaxed(
+        self, inputs: Float[Array, "b ..."], choose: Callable[[int, Array], Array]
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b t d"], list[Float[Array, "b n"]]]:
+        """Masked execution as a differentiable function of what is kept (DynamicViT, section 3.3).
+
+        A token is kept to a share w in [0, 1], and as a key of attention it counts w times,
+
+            a_ij = exp(s_ij) g_ij / sum_k exp(s_ik) g_ik,   g_ij = w_j for i != j, and 1 for i = j,
+
+        so that w = 0 is dropped for all but itself, and w = 1 is kept: the logits are then those of
+        masked execution under the same masks. A dropped key's exponential is cut off at the
+        largest of those that count, which bounds the gradient of its share: without, a key that
+        attention was on, dropped, has one of 1e10 and more in DINOv2. (Their code adds 1e-6 to the
+        sum, which also changes the logits.)
+
+        Args:
+          choose: (group, interpreter logits [b, N, heads]) -> shares [b, N]; what an earlier group
+            has dropped stays dropped.
+
+        Returns:
+          Logits, the tokens that the classifier reads from, normalised, and each group's shares.
+        """
+        x = self.backbone.embed(inputs)
+        shares, kept = jnp.ones((x.shape[0], self.input_spec.num_patches)), []
+        for group in range(1, self.num_groups + 1):
+            shares = shares * choose(group, self.interpret(group, x, shares))
+            kept.append(shares)
+            counts = jnp.pad(shares, ((0, 0), (self.num_prefix, 0)), constant_values=1.0)[:, None]
+            own = jnp.eye(counts.shape[-1])
+            x, _ = self.run_layout(group, x, Padded(sizes=counts * (1 - own) + own))
+        return self.backbone.classify(x, shares)[0], self.backbone.final_tokens(x), kept
+
+    def dense_tokens(
+        self, inputs: Float[Array, "b ..."]
+    ) -> tuple[Float[Array, "b classes"], Float[Array, "b t d"]]:
+        """The logits of the whole backbone, and its last tokens, normalised."""
+        x = self.backbone.embed(inputs)
+        for group in range(1, self.num_groups + 1):
+            x, _ = self.run_blocks(group, x, None)
+        return self.backbone.classify(x)[0], self.backbone.final_tokens(x)
 
     def compact(self, state: TokenState, keep: Bool[Array, "b k"], capacity: int) -> TokenState:
         """The kept patch tokens in `capacity` slots, in order; `overflow` says how many found none.

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -113,8 +113,12 @@ def learning_rate_schedule(options: ml_collections.ConfigDict, steps: int) -> op
     return optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, steps)
 
 
+# (options, part, steps) -> what the part's learning rate is multiplied by; None: by 1.
+RateOf = Callable[[ml_collections.ConfigDict, Part, int], optax.Schedule | None]
+
+
 def make_optimizer(
-    options: ml_collections.ConfigDict, steps: int, module: IARed2
+    options: ml_collections.ConfigDict, steps: int, module: IARed2, rate_of: RateOf | None = None
 ) -> optax.GradientTransformation:
     """The optimizer of one phase, from its section of the config; for flat parameters."""
 
@@ -125,7 +129,41 @@ def make_optimizer(
     optimizer = OPTIMIZERS[options.optimizer](learning_rate_schedule(options, steps), options, mask)
     if options.clip_norm > 0:
         optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    return optimizer
+    return optimizer if rate_of is None else _with_rates(optimizer, options, steps, module, rate_of)
+
+
+def _with_rates(
+    optimizer: optax.GradientTransformation,
+    options: ml_collections.ConfigDict,
+    steps: int,
+    module: IARed2,
+    rate_of: RateOf,
+) -> optax.GradientTransformation:
+    """The optimizer with some parts' learning rates multiplied; itself where there are none."""
+
+    def rates(params: FlatParams) -> dict[str, optax.Schedule]:
+        found = {path: rate_of(options, part_of(path, module), steps) for path in params}
+        return {path: rate for path, rate in found.items() if rate is not None}
+
+    def init(params: FlatParams) -> optax.OptState:
+        state = optimizer.init(params)
+        if not rates(params):
+            return state
+        return state, optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(
+        grads: FlatParams, state: optax.OptState, params: FlatParams
+    ) -> tuple[FlatParams, optax.OptState]:
+        chosen = rates(params)
+        if not chosen:
+            return optimizer.update(grads, state, params)
+        state, scale = state
+        updates, state = optimizer.update(grads, state, params)
+        scaled = {path: rate(scale.count) * updates[path] for path, rate in chosen.items()}
+        count = optax.ScaleByScheduleState(count=optax.safe_increment(scale.count))
+        return {**updates, **scaled}, (state, count)
+
+    return optax.GradientTransformation(init, update)
 
 
 def keep_unapplied(new: optax.OptState, old: optax.OptState, applied: Array) -> optax.OptState:

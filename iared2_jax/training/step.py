@@ -50,7 +50,7 @@ def enter_phase(state: TrainState, phase: Phase | None, module: IARed2) -> Train
     if phase is None:
         return state.replace(opt_state=(), extra={})
     trainable, _ = optimizers.split_trainable(state.params, phase.trains, module)
-    optimizer = optimizers.make_optimizer(phase.options, phase.steps, module)
+    optimizer = optimizers.make_optimizer(phase.options, phase.steps, module, phase.kind.rate)
     extra = phase.kind.initial_extra(module, state.params)
     return state.replace(opt_state=optimizer.init(trainable), extra=extra)
 
@@ -84,7 +84,7 @@ def make_train_step(
       capacities: patch slots per group, for gathered training (`PhaseKind.loss`); None: masked. A
         batch that does not fit is computed again, masked, and shows in metrics["overflow"].
     """
-    optimizer = optimizers.make_optimizer(phase.options, phase.steps, module)
+    optimizer = optimizers.make_optimizer(phase.options, phase.steps, module, phase.kind.rate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update, or none if it is not finite."""

@@ -34,7 +34,14 @@ from iared2_jax.weights.positions import resize_positions, resize_times
 log = logging.getLogger(__name__)
 
 # What a file of ours says of its model, beside what shapes tell.
-_NOT_IN_SHAPES = ("group_sizes", "policy_token", "interpreter_heads", "scale", "init_bias")
+_NOT_IN_SHAPES = (
+    "group_sizes",
+    "policy_token",
+    "interpreter_heads",
+    "scale",
+    "init_bias",
+    "interpreter_kind",
+)
 _NEAREST = 10  # names that a failure lists
 
 

@@ -54,7 +54,7 @@ class Attention(nn.Module):
         qkv: Float[Array, "s c f"],
         valid: Bool[Array, "s c"] | None,
         lengths: Int[Array, " s"] | None,
-        sizes: Float[Array, "s c"] | None = None,
+        sizes: Float[Array, "s c"] | Float[Array, "s c c"] | None = None,
     ) -> tuple[Float[Array, "s c d"], Float[Array, "s h c"]]:
         q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
         # Sizes and scattered valid keys would reach cuDNN as a bias that skips nothing.
@@ -252,7 +252,9 @@ class ViT(nn.Module):
         return self.blocks[index].mlp_half(x)
 
     def classify(
-        self, x: Float[Array, "b t d"], alive: Bool[Array, "b n"] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        alive: Bool[Array, "b n"] | Float[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b f"], list]:
         """Final norm and head(s): logits (float32), and what is read of tokens: CLS first."""
         if self.pool == "cls_mean":
@@ -266,6 +268,10 @@ class ViT(nn.Module):
         if self.distilled:
             logits = self.scale(self.add(logits, self.head_dist(x[:, 1])), 0.5)
         return logits, x[:, 0], []
+
+    def final_tokens(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """All tokens behind the last block, normalised as those that the head reads."""
+        return self.norm(x).astype(jnp.float32)
 
     def head_logits(
         self, x: Float[Array, "b t d"]

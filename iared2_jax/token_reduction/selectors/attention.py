@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
@@ -46,6 +46,7 @@ class Attention(Selector):
         group: int,
         x: Float[Array, "s t d"],
         attention: Float[Array, "s h n"] | None,
+        alive: Bool[Array, "s n"] | None,
         model: Any,
     ) -> Evidence:
         """The mean over heads of what the CLS query attended to; before any block, all alike."""
@@ -54,7 +55,10 @@ class Attention(Selector):
         return Evidence(attention.mean(axis=1))
 
     def flops(
-        self, backbone: Backbone, entering: Sequence[ArrayLike]
+        self,
+        backbone: Backbone,
+        entering: Sequence[ArrayLike],
+        interpreter_kind: str = "attention",
     ) -> tuple[ArrayLike, ArrayLike]:
         """The first pass's cost: the blocks before `block`, its qkv, and the CLS query's row."""
         if self.block is None:

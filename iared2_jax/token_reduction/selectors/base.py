@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.token_reduction.state import TokenState
@@ -66,6 +66,7 @@ class Selector:
         group: int,
         x: Float[Array, "s t d"],
         attention: Float[Array, "s h n"] | None,
+        alive: Bool[Array, "s n"] | None,
         model: Any,
     ) -> Evidence:
         """Scores of the patch tokens of `x`, at the entry of `group` (from 1).
@@ -73,6 +74,8 @@ class Selector:
         Args:
           x: tokens, prefix first; rows may hold fewer than N patches, and padding.
           attention: the CLS query's weights in the block before; None before the first.
+          alive: which patch tokens are there; None: all of them. What is said of others is not
+            heard.
         """
         raise TypeError(
             f"{type(self).__name__} has none of input_scores, token_scores, scores_after_attention"
@@ -89,12 +92,16 @@ class Selector:
         raise TypeError(f"{type(self).__name__} has no scores_after_attention")
 
     def flops(
-        self, backbone: Backbone, entering: Sequence[ArrayLike]
+        self,
+        backbone: Backbone,
+        entering: Sequence[ArrayLike],
+        interpreter_kind: str = "attention",
     ) -> tuple[ArrayLike, ArrayLike]:
         """Multiply-accumulates that scoring costs an input, (linear, full); by default none.
 
         Args:
           entering: patch tokens that are handed to each group.
+          interpreter_kind: of the model, see `IARed2`.
         """
         return 0.0, 0.0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from iared2_jax.training.phases.backbone import BackbonePhase
 from iared2_jax.training.phases.base import Batch, Metrics, Params, Phase, PhaseContext, PhaseKind
 from iared2_jax.training.phases.distillation import DistillationPhase
+from iared2_jax.training.phases.dynamicvit import DynamicViTPhase
 from iared2_jax.training.phases.interpreter import InterpreterPhase
 from iared2_jax.training.phases.selector import SelectorPhase
 from iared2_jax.training.phases.supervised import SupervisedPhase
@@ -18,6 +19,7 @@ PHASES: dict[str, PhaseKind] = {
     "selector": SelectorPhase(),
     "supervised": SupervisedPhase(),
     "distillation": DistillationPhase(),
+    "dynamicvit": DynamicViTPhase(),
 }
 
 
@@ -46,6 +48,11 @@ def _distillation(num_groups: int) -> list[tuple[str, int]]:
     return [("distillation", 0)]
 
 
+def _dynamicvit(num_groups: int) -> list[tuple[str, int]]:
+    """Interpreters and all blocks at once, by Gumbel-softmax."""
+    return [("dynamicvit", num_groups)]
+
+
 # By the name in config.curriculum: a number of groups to kinds of phases and their groups.
 CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
     "iared2": _iared2,
@@ -53,6 +60,7 @@ CURRICULA: dict[str, Callable[[int], list[tuple[str, int]]]] = {
     "selector": _selector,
     "supervised": _supervised,
     "distillation": _distillation,
+    "dynamicvit": _dynamicvit,
 }
 
 
@@ -73,6 +81,7 @@ __all__ = [
     "BackbonePhase",
     "Batch",
     "DistillationPhase",
+    "DynamicViTPhase",
     "InterpreterPhase",
     "Metrics",
     "Params",

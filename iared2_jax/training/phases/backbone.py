@@ -47,7 +47,7 @@ class BackbonePhase(PhaseKind):
         apply = functools.partial(module.apply, {"params": params})
         group, thresholds = phase.group, phase.thresholds
         state = apply(group, batch["input"], thresholds, capacities, method="up_to")
-        logits = apply(group, state.x, method="interpret")
+        logits = apply(group, state.x, state.alive, method="interpret")
         keep = policy.greedy(logits, state.alive, phase.own_threshold)
         overflow = state.overflow
         if capacities is not None:

@@ -68,6 +68,12 @@ class PhaseKind:
         """How long the phase of a group is, in `steps` or `epochs` of its section."""
         return 1.0
 
+    def rate(
+        self, options: ml_collections.ConfigDict, part: Part, steps: int
+    ) -> optax.Schedule | None:
+        """What the learning rate of a part is multiplied by, at each of `steps`; None: by 1."""
+        return None
+
     def thresholds(self, threshold: float, group: int, num_groups: int) -> tuple[float, ...]:
         """One threshold per group; interpreters after `group` keep everything."""
         return tuple(threshold if g <= group else KEEP_ALL for g in range(1, num_groups + 1))

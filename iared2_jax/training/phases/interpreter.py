@@ -141,7 +141,7 @@ class InterpreterPhase(PhaseKind):
         apply = functools.partial(module.apply, {"params": params})
         entry = apply(group, batch["input"], phase.thresholds, context.capacities, method="up_to")
         x, alive = jax.lax.stop_gradient(entry.x), entry.alive
-        policy_logits = apply(group, x, method="interpret")
+        policy_logits = apply(group, x, alive, method="interpret")
 
         greedy = policy.greedy(policy_logits, alive, phase.own_threshold)
         sampled = estimator.sample(key, policy_logits, alive, rollouts, entry.origin, n)

@@ -1,0 +1,104 @@
+"""The table of peers that are trained for what they drop, as long as our blocks are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from iared2_jax.config.loading import load
+from iared2_jax.report.tables import METHODS
+from iared2_jax.tables import cutouts
+from iared2_jax.tables.peers import COLUMNS, budget, peer_row
+from iared2_jax.tables.runs import Run
+from iared2_jax.tables.table import ConfigOfSize, Results, Row, Table, plain_row
+
+SHARE = 70  # of the linear FLOPs, per cent
+# Fine-tuned blocks under what is dropped without training; and interpreters learned with them.
+SELECTORS = ("evit", "tome", "attention")
+_DYNAMICVIT = "dynamicvit"
+_OURS = "iared2"
+
+
+def trained_peers_table(title: str, paper: str) -> Table:
+    """Ours with fine-tuned blocks, and every peer, over seeds."""
+    return Table(title, paper, COLUMNS, _runs, _rows)
+
+
+def _name(size: int, peer: str, seed: int) -> str:
+    return f"{size}px-{peer}-trained-{seed}"
+
+
+def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+    made = []
+    for size in sizes:
+        made += cutouts.head_and_seeds(config, _OURS, size, seeds)
+        for seed in seeds:
+            made.append(_dynamicvit_run(config, size, seed))
+            made += [_selector_run(config, size, selector, seed) for selector in SELECTORS]
+    return made
+
+
+def _selector_run(config: ConfigOfSize, size: int, selector: str, seed: int) -> Run:
+    """All blocks fine-tuned under a selector, for as many steps as ours are."""
+    recipe = load(config(size), {})
+    groups, ratios = budget(config(size), size, selector, SHARE)
+    options = {
+        "curriculum": "selector",
+        "seed": str(seed),
+        "model.groups": str(groups),
+        "reduction.selector": selector,
+        "reduction.keep_ratios": repr(ratios),
+        "backbone.steps": str(recipe.model.groups * recipe.backbone.steps),
+        "eval.maps": "()",
+    }
+    name = _name(size, selector, seed)
+    return cutouts.from_head(name, config(size), size, options, at_112=9)
+
+
+def _dynamicvit_run(config: ConfigOfSize, size: int, seed: int) -> Run:
+    """Predictors and blocks together, for as many steps as our interpreters and blocks take."""
+    recipe = load(config(size), {})
+    # Its published groups and rates are EViT's: three of four drop, each the same share.
+    groups, ratios = budget(config(size), size, "attention", SHARE)
+    interpreters = round(sum(recipe.interpreter.lengths) * recipe.interpreter.steps)
+    steps = interpreters + recipe.model.groups * recipe.backbone.steps
+    rate = 1e-3
+    options = {
+        "curriculum": _DYNAMICVIT,
+        "seed": str(seed),
+        "model.groups": str(groups),
+        "model.interpreter_kind": _DYNAMICVIT,
+        "reduction.keep_ratios": repr(ratios),
+        "dynamicvit.keep_target": repr(ratios),
+        "dynamicvit.epochs": "0.0",
+        "dynamicvit.steps": str(steps),
+        "dynamicvit.batch_size": str(recipe.backbone.batch_size),
+        "dynamicvit.clip_norm": str(recipe.backbone.clip_norm),
+        "dynamicvit.learning_rate": str(rate),
+        "dynamicvit.backbone_rate": str(recipe.backbone.learning_rate / rate),
+        "eval.maps": "()",
+    }
+    name = _name(size, _DYNAMICVIT, seed)
+    return cutouts.from_head(name, config(size), size, options, at_112=20)
+
+
+def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
+    made = []
+    for size in sizes:
+        of_size: list[Row] = []
+
+        def there(peer: str, size: int = size) -> dict[int, Any]:
+            """The finished runs of a peer, by seed."""
+            names = {seed: _name(size, peer, seed) for seed in seeds}
+            return {seed: results[name] for seed, name in names.items() if name in results}
+
+        for selector in SELECTORS:
+            if found := there(selector):
+                of_size.append(peer_row(size, METHODS.get(selector, selector), found, "reduced"))
+        if found := there(_DYNAMICVIT):
+            of_size.append(peer_row(size, "DynamicViT", found, "iared2"))
+        if ours := cutouts.seeds_there(_OURS, size, seeds, results):
+            of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
+        if of_size:
+            some = next(run for run in results.values() if "dense" in run)
+            of_size.insert(0, plain_row(size, "original", {None: (some["dense"],) * 2}))
+        made += of_size
+    return made
