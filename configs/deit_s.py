@@ -19,9 +19,9 @@ teacher nor kind, so it is DeiT's "hard", and the teacher DeiT-S itself:
       --config.data.path=<folder> --config.distillation.teacher=<deit_small_patch16_224>
 
 `:student,token` gives the student a distillation token that learns the teacher's answers.
-`:dynamicvit` is DynamicViT (Rao et al. 2021) by its own recipe: four groups, predictors in the place
-of the interpreters, all of it trained for 30 epochs (its authors: 79.3 at 2.9 of 4.6 G, full).
-Not run at this scale.
+`:dynamicvit` is DynamicViT (Rao et al. 2021) by its own recipe: four groups, predictors in place of
+the interpreters, all of it trained for 30 epochs (its authors: 79.3 at 2.9 of 4.6 G, full). Not run
+at this scale.
 """
 
 import dataclasses
