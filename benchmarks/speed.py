@@ -137,9 +137,9 @@ def _ours(
         variants[name] = Variant(call, kind, seconds, memory, run, linear)
 
     ask = {"thresholds": sample.thresholds, "images": sample.images}
-    layouts = _layouts(sample, b, kernels[-1])
-    for name, plan in layouts.items():
+    for name, (kind, rows) in layouts(b, jax.default_backend()).items():
         if not quick or name == "ragged, packed":
+            plan = uniform_plan(sample, b, kind, rows, kernels[-1])
             accelerated(name, "ragged", plan=plan, **ask)
     shares = timed.counts.mean(0) / module.input_spec.num_patches
     accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))
@@ -172,14 +172,14 @@ def uniform_plan(
     return dataclasses.replace(plan, attention_kernel=attention_kernel)
 
 
-def _layouts(sample: Workload, b: int, attention_kernel: str) -> dict[str, Plan]:
-    """The same layout in every group, for comparison with the planner's mixture."""
-    few = max(1, b // 8) if jax.default_backend() == "gpu" else min(4, b)
+def layouts(b: int, platform: str) -> dict[str, tuple[str, int]]:
+    """The same layout in every group, beside the planner's mixture: by row name, (kind, rows)."""
+    few = sub_batch_sizes(b, platform)[-1] if platform == "gpu" else min(4, b)
     wanted = {"ragged, one capacity": ("padded", b), "ragged, packed": ("packed", b)}
     if few < b:
         wanted[f"ragged, buckets of {few}"] = ("padded", few)
     return {
-        name: uniform_plan(sample, b, kind, rows, attention_kernel)
+        name: (kind, rows)
         for name, (kind, rows) in wanted.items()
         if not (kind == "packed" and rows == 1)
     }

@@ -8,7 +8,9 @@ import pytest
 from benchmarks import budget, common, gpu_suite, kernels, policy_gradient, speed
 from benchmarks.workload import KEPT, drawn_counts, synthetic
 from iared2_jax import create_model, save_weights
-from iared2_jax.fast_inference import BudgetPoint
+from iared2_jax.fast_inference import BudgetPoint, planner
+from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.token_reduction.estimators import ESTIMATORS
 
 
@@ -58,16 +60,33 @@ def test_the_gpu_suite_answers_everywhere(tmp_path):
     assert remat["kept_bytes"] < plain["kept_bytes"] / 4
     assert plain["program_bytes"] > plain["kept_bytes"] > 0
     assert {"lrp", "lime", "forward pass"} <= set(answers["maps vit_micro"])
-    few, rivals = (
-        {"dense", "masked", "ragged, packed", "fixed budget"},
-        {"EViT in JAX", "ToMe in JAX"},
-    )
-    assert set(answers["peers"]["variants"]) == few | rivals | {"ragged, planned"}
+    few = {"dense", "masked", "ragged, packed", "fixed budget"}
+    rivals = {"ragged, planned", "EViT in JAX", "ToMe in JAX"}
+    assert set(answers["peers"]["variants"]) == few | rivals
     assert set(answers["quick timesformer_micro 8"]["variants"]) == few
     assert all(row["in_a_row_ms"] > 0 for row in answers["peers"]["variants"].values())
     for precision, errors in answers["agreement"].items():
         assert max(errors.values()) < (0.05 if precision == "bfloat16" else 1e-5)
     assert {"interpreter 1, masked", "backbone 3, gathered"} <= set(answers["train cost"]["steps"])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("batch", [1, 2, 8, 256])
+def test_the_layouts_that_are_timed_are_the_planners_own(platform, batch, monkeypatch):
+    """A layout that the planner would not try has no plan, and the whole table no answer."""
+    monkeypatch.setattr(PlanRequest, "platform", platform)
+    module, variables = create_model("vit_3_blocks", groups=3)
+    images = np.zeros((2, *module.input_spec.shape), np.float32)
+    ask = PlanRequest(
+        forward=ForwardSpec(module),
+        variables=variables,
+        batch_size=batch,
+        thresholds=np.full((3,), 0.5),
+        images=images,
+    )
+    candidates = planner._layouts(ask)
+    for kind, rows in speed.layouts(batch, platform).values():
+        assert (kind, rows) in candidates
 
 
 def test_kernels_are_counted_once_and_gaps_are_what_lies_between():

@@ -529,6 +529,17 @@ def test_kernels_are_einsum_on_a_cpu():
     assert planner.attention_kernels(request(module, variables, 2)) == ["einsum"]
 
 
+def test_kernels_are_tried_without_interpreters(monkeypatch, caplog):
+    """EViT's and ToMe's models have groups for which the weights need have no interpreter."""
+    module, variables = model(2)
+    bare = {"params": {"backbone": variables["params"]["backbone"]}}
+    half = module.clone(backbone=module.backbone.clone(dtype=jnp.bfloat16))
+    monkeypatch.setattr(PlanRequest, "platform", "gpu")
+    # There is no cuDNN here: that it is tried, and said not to run, shows that the einsum has run.
+    assert planner.attention_kernels(request(half, bare, 2)) == ["einsum"]
+    assert "cuDNN attention does not run here" in caplog.text
+
+
 def test_the_faster_attention_kernel_is_planned_with(monkeypatch):
     module, variables = model(2)
     ask = request(module, variables, 2)

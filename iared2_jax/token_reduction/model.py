@@ -343,6 +343,13 @@ class IARed2(nn.Module):
             x, _ = self.run_layout(group, x, Padded(sizes=counts * (1 - own) + own))
         return self.backbone.classify(x, shares)[0], self.backbone.final_tokens(x), kept
 
+    def dense_logits(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b classes"]:
+        """The logits of the whole backbone; no interpreter is asked, or need be there."""
+        x = self.backbone.embed(inputs)
+        for group in range(1, self.num_groups + 1):
+            x, _ = self.run_blocks(group, x, None)
+        return self.backbone.classify(x)[0]
+
     def dense_tokens(
         self, inputs: Float[Array, "b ..."]
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b t d"]]:
