@@ -27,6 +27,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.name = "deit_s"  # see models.variants.VARIANTS
     config.model.num_classes = 1000  # 0: as many as the data has
+    # "dense" | "linformer" | "sinkhorn" | "routing": models/attention_variants.py
+    config.model.attention = "dense"
+    config.model.attention_size = 0  # Linformer's k, or the window; 0: 64, and 49
     config.model.depth = 0  # blocks, e.g. 8 of a student; 0: the variant's own
     # Of its inputs, px: (height, width); () and 0: the variant's own.
     config.model.image_size = ()

@@ -81,6 +81,15 @@ def num_classes(config: ml_collections.ConfigDict) -> int:
     return count
 
 
+def _attention_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    if config.model.attention == "dense" and not config.model.attention_size:
+        return {}
+    return {
+        "attention": config.model.attention,
+        "attention_size": config.model.attention_size or None,
+    }
+
+
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The arguments with which `create_model` makes the config's model."""
     options = {
@@ -92,6 +101,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "init_bias": config.model.init_bias,
         "interpreter_kind": config.model.interpreter_kind,
         **({"depth": config.model.depth} if config.model.depth else {}),
+        **_attention_options(config),
         **{key: size for key, size in input_sizes(config).items() if size},
     }
     if config.model.interpreter_heads:

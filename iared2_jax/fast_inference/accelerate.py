@@ -101,10 +101,11 @@ def accelerate(
     folder = plan_request.cache_folder(cache_dir)
     programs = folder / "programs" if folder else None
     if plan is not None:
-        if plan.groups and selector.after_attention:
+        if plan.groups and request.forward.runs_whole:
             raise UsageError(
                 f"the plan is of ragged groups, but {type(selector).__name__} reduces tokens "
-                "within a block: leave out plan=, and another is made"
+                "within a block, or the attention goes by their places: leave out plan=, and "
+                "another is made"
             )
         plan.check(request.batch_size, request.most_tokens)
     else:
@@ -123,7 +124,7 @@ def _planned(
 ) -> Accelerated:
     """The model planned by measuring, its plan kept; `sample` says what stood for its inputs."""
     with programs_kept(programs):
-        if request.forward.selector.after_attention:
+        if request.forward.runs_whole:
             run = _fastest_whole(request)
         else:
             run = _fastest(request, planner.plan_groups(request))

@@ -32,6 +32,12 @@ class ForwardSpec:
         """Whether every image keeps the same number of tokens: then rows have no padding."""
         return self.keep_ratios is not None
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether groups cannot be run one by one on lists of tokens, so not ragged."""
+        by_place = not getattr(self.module.backbone, "shows_attention", True)
+        return self.selector.after_attention or by_place
+
     def with_kernel(self, kernel: str) -> "ForwardSpec":
         """The same with another attention kernel."""
         backbone = self.module.backbone.clone(attention_kernel=kernel)

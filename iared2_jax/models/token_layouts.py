@@ -25,6 +25,16 @@ from iared2_jax.typing import Array
 Core = Callable[..., tuple[Array, Array]]
 
 
+class Places(NamedTuple):
+    """Where tokens lie in the whole image.
+
+    of [s, c]: of the `total` places, prefix first, which is each token's.
+    """
+
+    of: Int[Array, "s c"]
+    total: int
+
+
 class Padded(NamedTuple):
     """One row per image.
 
@@ -32,11 +42,13 @@ class Padded(NamedTuple):
     lengths [s]: how many, if the real ones come first in every row; None: not known.
     sizes [s, c]: how many tokens each stands for, where some were merged; None: each for itself.
       [s, c, c]: how often each counts, by who asks.
+    places: for attentions that go by a token's place; None: each token is at its own.
     """
 
     valid: Bool[Array, "s c"] | None = None
     lengths: Int[Array, " s"] | None = None
     sizes: Float[Array, "s c"] | Float[Array, "s c c"] | None = None
+    places: "Places | None" = None
 
     @property
     def real(self) -> Bool[Array, "s c"] | None:
@@ -54,6 +66,25 @@ class Padded(NamedTuple):
         if self.sizes is None:
             return core(qkv, self.valid, self.lengths)
         return core(qkv, self.valid, self.lengths, self.sizes)
+
+    def attend_by_place(
+        self, qkv: Float[Array, "s c f"], core: Callable[[Array, Array], Array]
+    ) -> Float[Array, "s c d"]:
+        """Attention over rows in which every token lies at its own place; holes are not valid.
+
+        Args:
+          core: (qkv [s, total, f], valid [s, total]) -> the answers [s, total, d].
+        """
+        valid = jnp.ones(qkv.shape[:2], bool) if self.valid is None else self.valid
+        if self.places is None:
+            return core(qkv, valid)
+        images = jnp.arange(qkv.shape[0])[:, None]
+        # What is not valid may claim another's place: it is written behind the last one, nowhere.
+        to = jnp.where(valid, self.places.of, self.places.total)
+        shape = (qkv.shape[0], self.places.total)
+        rows = jnp.zeros((*shape, qkv.shape[-1]), qkv.dtype).at[images, to].set(qkv, mode="drop")
+        there = jnp.zeros(shape, bool).at[images, to].set(True, mode="drop")
+        return jnp.take_along_axis(core(rows, there), self.places.of[..., None], axis=1)
 
 
 class Rows(NamedTuple):

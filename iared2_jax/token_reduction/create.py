@@ -9,6 +9,8 @@ import numpy as np
 from flax import traverse_util
 
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.models.attention_variants import AttentionVariant
+from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.parameters import declared
 from iared2_jax.models.variants import get_variant, resized
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
@@ -51,6 +53,8 @@ def create_module(
     num_frames: int | None = None,
     remat: bool = False,
     depth: int | None = None,
+    attention: str = "dense",
+    attention_size: int | None = None,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
@@ -88,6 +92,10 @@ def create_module(
     spec = resized(backbone.input_spec, image_size, patch_size, channels, num_frames)
     if spec != backbone.input_spec:
         changes["input_spec"] = spec
+    if attention != "dense":
+        changes["attention"] = _attention_variant(name, backbone, spec, attention, attention_size)
+    elif attention_size is not None:
+        raise UsageError(f'attention_size={attention_size} goes with an attention but "dense"')
     backbone = backbone.clone(**changes, dtype=dtype)
     return IARed2(
         backbone=backbone,
@@ -96,6 +104,21 @@ def create_module(
         remat=remat,
         **interpreter,
     )
+
+
+_ATTENTION_SIZES = {"linformer": 64}  # the paper's k; windows of 49 divide 14 x 14 patches
+
+
+def _attention_variant(
+    name: str, backbone: Any, spec: InputSpec, attention: str, size: int | None
+) -> AttentionVariant:
+    if not hasattr(backbone, "attention"):
+        raise UsageError(f"{name} is a {type(backbone).__name__}, whose attention cannot be chosen")
+    variant = AttentionVariant(
+        attention, _ATTENTION_SIZES.get(attention, 49) if size is None else size
+    )
+    variant.check(spec.num_patches)
+    return variant
 
 
 def create_model(
@@ -111,6 +134,8 @@ def create_model(
     num_frames: int | None = None,
     remat: bool = False,
     depth: int | None = None,
+    attention: str = "dense",
+    attention_size: int | None = None,
     **interpreter: Any,
 ) -> tuple[IARed2, dict[str, Any]]:
     """A named backbone with its interpreters, freshly initialised.
@@ -128,6 +153,9 @@ def create_model(
       channels: of the inputs; another number than the variant's gets the mean of its norm.
       remat: gradient checkpointing: less memory in training, about a third more work.
       depth: how many blocks; None: the variant's own.
+      attention: "dense", or in its place "linformer", "sinkhorn" or "routing", of a ViT: see
+        `models.attention_variants`.
+      attention_size: Linformer's k (None: 64), or the window w of the others (None: 49).
       **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`), interpreter_kind (see
         `IARed2`).
 
@@ -155,6 +183,8 @@ def create_model(
         num_frames,
         remat,
         depth,
+        attention,
+        attention_size,
         **interpreter,
     )
     return module, init_variables(module, seed)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from iared2_jax.token_reduction.compaction import compacted, to_grid
 from iared2_jax.token_reduction.reducers.base import Reducer
@@ -140,7 +140,8 @@ class Compacted(NamedTuple):
         return compacted(state, scores if self.keep_best else None, capacity, prefix)
 
     def run_blocks(self, group: int, state: TokenState) -> tuple[TokenState, list[Array]]:
-        new, rows = _run_blocks(self, group, state, None if self.full else state.alive)
+        alive = None if self.full else state.alive
+        new, rows = _run_blocks(self, group, state, alive, state.origin)
         return new, self._on_patches(state, rows)
 
     def _on_patches(self, state: TokenState, rows: Sequence[Array]) -> list[Array]:
@@ -172,10 +173,14 @@ def _evidence(how: InPlace | Compacted, group: int, state: TokenState) -> Eviden
 
 
 def _run_blocks(
-    how: InPlace | Compacted, group: int, state: TokenState, alive: Bool[Array, "b k"] | None
+    how: InPlace | Compacted,
+    group: int,
+    state: TokenState,
+    alive: Bool[Array, "b k"] | None,
+    origin: Int[Array, "b k"] | None = None,
 ) -> tuple[TokenState, list[Array]]:
     x, rows = how.model.run_blocks(
-        group, state.x, alive, state.sizes, from_mlp=how.selector.after_attention
+        group, state.x, alive, state.sizes, how.selector.after_attention, origin
     )
     rows = [row[..., how.model.num_prefix :] for row in rows]
     return state._replace(x=x, attention=rows[-1] if rows else state.attention), rows

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from iared2_jax.models import taps
 from iared2_jax.models.input_spec import InputSpec
-from iared2_jax.models.token_layouts import EVERY_TOKEN, Padded, TokenLayout
+from iared2_jax.models.token_layouts import EVERY_TOKEN, Padded, Places, TokenLayout
 from iared2_jax.token_reduction.compaction import compacted, to_grid
 from iared2_jax.token_reduction.groups import Compacted, GroupRecord, InPlace, run_groups
 from iared2_jax.token_reduction.interpreter import Interpreter
@@ -130,14 +130,17 @@ class IARed2(nn.Module):
         alive: Bool[Array, "b n"] | None,
         sizes: Float[Array, "b n"] | None = None,
         from_mlp: bool = False,
+        origin: Int[Array, "b n"] | None = None,
     ) -> tuple[Float[Array, "b t d"], list[Float[Array, "b h t"]]]:
         """The group's blocks over prefix and alive patches; each block's CLS attention, if any.
 
         Args:
           alive: None: all are. sizes: how many patches each token stands for; None: one each.
           from_mlp: `run_first_attention` has been; go on from there.
+          origin: which patch each token is; None: each is at its place.
         """
-        return self.run_layout(group, x, self._layout(alive, sizes, x.shape[0]), from_mlp)
+        layout = self._layout(alive, sizes, x.shape[0], origin)
+        return self.run_layout(group, x, layout, from_mlp)
 
     def run_layout(
         self, group: int, x: Float[Array, "b t d"], layout: TokenLayout, from_mlp: bool = False
@@ -168,7 +171,11 @@ class IARed2(nn.Module):
         return self._run(lambda backbone, x: backbone.run_attention_half(first, x, layout), x)
 
     def _layout(
-        self, alive: Bool[Array, "b n"] | None, sizes: Float[Array, "b n"] | None, batch: int
+        self,
+        alive: Bool[Array, "b n"] | None,
+        sizes: Float[Array, "b n"] | None,
+        batch: int,
+        origin: Int[Array, "b n"] | None = None,
     ) -> Padded:
         """One row per image, the prefix before the patches."""
         prefix = jnp.ones((batch, self.num_prefix))
@@ -176,7 +183,15 @@ class IARed2(nn.Module):
             alive = jnp.concatenate([prefix.astype(bool), alive], axis=1)
         if sizes is not None:
             sizes = jnp.concatenate([prefix, sizes], axis=1)
-        return EVERY_TOKEN if alive is None and sizes is None else Padded(alive, None, sizes)
+        places = None
+        if origin is not None and not getattr(self.backbone, "shows_attention", True):
+            first = jnp.broadcast_to(jnp.arange(self.num_prefix), prefix.shape)
+            after = origin + self.num_prefix
+            total = self.num_prefix + self.input_spec.num_patches
+            places = Places(jnp.concatenate([first, after], axis=1), total)
+        if alive is None and sizes is None and places is None:
+            return EVERY_TOKEN
+        return Padded(alive, None, sizes, places)
 
     def _run(self, part: Callable[..., Any], x: Array) -> Any:
         """A part of the backbone, computed again for its gradient if `remat` says so."""

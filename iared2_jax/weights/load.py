@@ -107,7 +107,8 @@ def load_weights(
         recipes = {p: recipe for p, recipe in recipes.items() if not p.startswith("interpreter_")}
     _check_registers(source, module, layout, tensors)
     headless = _without_head(recipes, tensors)
-    for path in headless + _without_time(source, module, recipes, tensors):
+    mixing = _without_mixing(source, recipes, tensors)
+    for path in headless + mixing + _without_time(source, module, recipes, tensors):
         del recipes[path]
     _check_names(source, layout, tensors, recipes)
     loaded = {
@@ -133,6 +134,17 @@ def _check_registers(source, module: IARed2, layout: NamingScheme, tensors) -> N
             f"use a variant {'with' if theirs else 'without'} registers (dinov2_s14_reg has 4, "
             "dinov2_s14 none)"
         )
+
+
+def _without_mixing(
+    source, recipes: Mapping[str, Recipe], tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Parameters of another attention than the file's, if it has none of any: they start anew."""
+    own = [path for path in recipes if "/attn/mix/" in path]
+    if not own or any(name in tensors for path in own for name in recipes[path].names):
+        return []
+    log.warning("%s: its attention was another; %s start anew", source, few(own))
+    return own
 
 
 def _without_head(recipes: Mapping[str, Recipe], tensors: Mapping[str, np.ndarray]) -> list[str]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from iared2_jax.models import taps
 from iared2_jax.models.attention import attend, attend_cudnn
+from iared2_jax.models.attention_variants import DENSE, AttentionVariant
 from iared2_jax.models.backbones.protocol import BlockFlops
 from iared2_jax.models.input_spec import InputSpec, images
 from iared2_jax.models.layers import (
@@ -37,17 +38,29 @@ class Attention(nn.Module):
     num_heads: int
     dtype: DTypeLike = jnp.float32
     kernel: str = "einsum"
+    variant: AttentionVariant = DENSE
+    num_prefix: int = 1
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b n d"], layout: TokenLayout
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"], Float[Array, "b n e"]]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"] | None, Float[Array, "b n e"]]:
         d = x.shape[-1]
         x = taps.tap(self, taps.ATTENTION_INPUT, x)
         qkv = TokenDense(3 * d, self.dtype, name="qkv")(x)
-        y, attention = layout.attend(qkv, self._attend_rows)
+        if self.variant.name == "dense":
+            y, attention = layout.attend(qkv, self._attend_rows)
+        else:
+            y, attention = layout.attend_by_place(qkv, self._mix_rows), None
         keys = rearrange(qkv[..., d : 2 * d], "b n (h e) -> b n h e", h=self.num_heads).mean(2)
         return TokenDense(d, self.dtype, name="proj")(y), attention, keys
+
+    def _mix_rows(
+        self, qkv: Float[Array, "s c f"], valid: Bool[Array, "s c"]
+    ) -> Float[Array, "s c d"]:
+        q, k, v = rearrange(qkv, "s c (three h e) -> three s h c e", three=3, h=self.num_heads)
+        mixed = self.variant.module(name="mix")(q, k, v, valid, self.num_prefix)
+        return rearrange(mixed, "s h c e -> s c (h e)")
 
     def _attend_rows(
         self,
@@ -82,11 +95,15 @@ class Block(nn.Module):
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "einsum"
     layer_scale: float | None = None
+    variant: AttentionVariant = DENSE
+    num_prefix: int = 1
 
     def setup(self):
         """Submodules by the names that files of weights have for them."""
         self.norm1, self.norm2 = layer_norm(self.dtype), layer_norm(self.dtype)
-        self.attn = Attention(self.num_heads, self.dtype, self.attention_kernel)
+        self.attn = Attention(
+            self.num_heads, self.dtype, self.attention_kernel, self.variant, self.num_prefix
+        )
         self.mlp = Mlp(self.mlp_ratio, self.dtype)
         if self.layer_scale is not None:
             self.ls1, self.ls2 = LayerScale(self.layer_scale), LayerScale(self.layer_scale)
@@ -94,13 +111,13 @@ class Block(nn.Module):
 
     def __call__(
         self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"]]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"] | None]:
         x, attention, _ = self.attention_half(x, layout)
         return self.mlp_half(x), attention
 
     def attention_half(
         self, x: Float[Array, "b n d"], layout: TokenLayout = EVERY_TOKEN
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"], Float[Array, "b n e"]]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "s h c"] | None, Float[Array, "b n e"]]:
         """x + MSA(LN x), the CLS query's attention, and every token's key."""
         y, attention, keys = self.attn(self.norm1(x), layout)
         y = y if self.layer_scale is None else self.ls1(y)
@@ -144,6 +161,8 @@ class ViT(nn.Module):
         is no part of the mean.
       dtype: of the computation; parameters, softmax and logits stay float32.
       attention_kernel: "einsum", or "cudnn" (NVIDIA GPU, half precision).
+      attention: "dense", or a cheaper one, which goes by a token's place and shows no weights: see
+        `models.attention_variants`.
     """
 
     input_spec: InputSpec = images(224)
@@ -159,9 +178,18 @@ class ViT(nn.Module):
     pool: str = "cls"
     dtype: DTypeLike = jnp.float32
     attention_kernel: str = "einsum"
+    attention: AttentionVariant = DENSE
 
     attention_kernels = ("einsum", "cudnn")
-    propagates_relevance = True
+
+    @property
+    def propagates_relevance(self) -> bool:
+        return self.shows_attention
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether there are weights of a CLS query over the patches."""
+        return self.attention.name == "dense"
 
     @property
     def num_prefix(self) -> int:
@@ -179,6 +207,7 @@ class ViT(nn.Module):
 
     def setup(self):
         """Blocks are called block_<i>: what trains, and what files hold, goes by these names."""
+        self.attention.check(self.input_spec.num_patches)
         if self.pool not in POOLS or (self.distilled and self.pool != "cls"):
             raise ValueError(f"pool={self.pool!r} must be one of {POOLS}; if distilled, cls")
         self.patch_embed = TokenDense(self.embed_dim, self.dtype)
@@ -200,6 +229,8 @@ class ViT(nn.Module):
                 self.dtype,
                 self.attention_kernel,
                 self.layer_scale,
+                self.attention,
+                self.num_prefix,
                 name=f"block_{index}",
             )
             for index in range(self.depth)
@@ -237,7 +268,7 @@ class ViT(nn.Module):
 
     def run_block(
         self, index: int, x: Float[Array, "b t d"], layout: TokenLayout = EVERY_TOKEN
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"]]:
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "s h c"] | None]:
         """Block `index` (0-based, as the paper's Block_0) over the tokens that `layout` has."""
         return self.blocks[index](x, layout)
 
@@ -291,9 +322,10 @@ class ViT(nn.Module):
         return self.head(features)
 
     def block_flops(self, tokens: ArrayLike) -> BlockFlops:
-        """With n tokens: 4 n d^2, 2 n^2 d, and 2 r n d^2 for an MLP of ratio r."""
+        """With n tokens: 4 n d^2, 2 n^2 d (dense), and 2 r n d^2 for an MLP of ratio r."""
         d = self.embed_dim
-        return BlockFlops(4 * tokens * d**2, 2 * tokens**2 * d, 2 * self.mlp_ratio * tokens * d**2)
+        attention = self.attention.flops(tokens, d, self.input_spec.num_patches)
+        return BlockFlops(4 * tokens * d**2, attention, 2 * self.mlp_ratio * tokens * d**2)
 
     def other_flops(self, kept: ArrayLike) -> tuple[ArrayLike, ArrayLike]:
         """Patch embedding and head(s)."""

@@ -74,6 +74,11 @@ class Attention(Selector):
             raise ValueError(
                 'selector="attention" needs a CLS token in the blocks; this backbone has none there'
             )
+        if not getattr(module.backbone, "shows_attention", True):
+            raise ValueError(
+                'selector="attention" needs attention weights, of which '
+                f'attention="{module.backbone.attention.name}" has none'
+            )
         if self.block is not None:
             last = module.backbone.depth - 1
             if not 0 <= self.block <= last:
