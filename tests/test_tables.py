@@ -200,6 +200,37 @@ def test_peers_are_set_beside_ours_whichever_is_there():
     assert [row["method"] for row in alone] == ["original", "ToMe"]
 
 
+def test_trained_peers_are_set_beside_ours_and_what_ours_were_compared_with():
+    def run(block, top1):
+        figures = {"top1": top1, "kept": [1.0, 0.4], "flops": {"linear": 70.0, "full": 140.0}}
+        return {"dense": {"top1": 0.8, "flops": {"linear": 100.0, "full": 200.0}}, block: figures}
+
+    row = {"top1_error": 25.0, "kept_per_group": [1.0, 0.5], "flops": {"linear": 75, "full": 150}}
+    beside = {"original_fine_tuned": row, "attention_before_group": {**row, "top1_error": 40.0}}
+    found = {
+        "112px-iared2-1": {**run("iared2", 0.9), "methods": beside},
+        "112px-evit-trained-1": run("reduced", 0.7),
+        "112px-evit-trained-2": run("reduced", 0.72),
+        "112px-dynamicvit-trained-2": run("iared2", 0.6),
+    }
+    rows = {row["method"]: row for row in TABLES["trained_peers"].rows([112], [1, 2], found)}
+    assert list(rows) == [
+        "original",
+        "EViT",
+        "DynamicViT",
+        "original, fine-tuned as long",
+        "attention before each group",
+        "IA-RED2",
+    ]
+    assert rows["EViT"]["seeds"] == [1, 2]
+    assert rows["EViT"]["top1"].values == pytest.approx((70, 72))
+    assert rows["EViT"]["linear_flops"].value == pytest.approx(70)
+    assert rows["DynamicViT"]["seeds"] == [2]
+    assert rows["attention before each group"]["top1"].value == pytest.approx(60)
+    assert rows["original, fine-tuned as long"]["kept"].value == pytest.approx(50)
+    assert rows["IA-RED2"]["lost"].value == pytest.approx(-10)
+
+
 def test_what_is_dropped_at_the_input_is_a_row_for_each_selector():
     def run(top1, mean_iou):
         return {
@@ -230,7 +261,8 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     """Every option is one, and a run that starts from another takes its weights."""
     runs = TABLES[table].runs(PRESETS[preset], [112, 168], [1, 2])
     names = [run.name for run in runs]
-    per_size = {"peers": 1 + 2 + 4 * 3, "5": 1 + 2 * 5}.get(table, 4)
+    per_size = {"peers": 1 + 2 + 4 * 3, "5": 1 + 2 * 5, "trained_peers": 1 + 2 + 2 * 3}
+    per_size = per_size.get(table, 4)
     assert len(set(names)) == len(names) == 2 * per_size
     for place, run in enumerate(runs):
         config = run.built(tmp_path, GIVEN)
@@ -253,6 +285,8 @@ def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_p
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
     assert results_of(head, tmp_path, GIVEN) is not None
     assert results_of(head, tmp_path, {**GIVEN, "supervised.steps": "7"}) is None
+    # Nor does it matter how many threads made its batches ready.
+    assert results_of(head, tmp_path, {**GIVEN, "data.threads": "16"}) is not None
     del config["eval.lime_samples"]  # as a version before this option would have written it
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
     assert results_of(head, tmp_path, GIVEN) is not None

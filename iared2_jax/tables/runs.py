@@ -20,6 +20,8 @@ from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
 PATHS = ("weights", "data.path", "data.cutouts.backgrounds")
+# What decides how soon a run is done, and nothing else.
+_PACE = ("data.threads",)
 WEIGHTS = "weights.safetensors"
 _SECONDS = "seconds.json"
 
@@ -70,7 +72,8 @@ def differing_results(
 
 def _ignored(run: Run, config: ml_collections.ConfigDict) -> list[str]:
     """The options that change nothing of what a run measures."""
-    return [key for key in flatten(config) if key in PATHS or key.startswith(run.ignored)]
+    free = (*PATHS, *_PACE)
+    return [key for key in flatten(config) if key in free or key.startswith(run.ignored)]
 
 
 def missing_runs(

@@ -1,6 +1,6 @@
 """The table of peers that are trained for what they drop, as long as our blocks are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iared2_jax.config.loading import load
@@ -11,8 +11,9 @@ from iared2_jax.tables.runs import Run
 from iared2_jax.tables.table import ConfigOfSize, Results, Row, Table, plain_row
 
 SHARE = 70  # of the linear FLOPs, per cent
-# Fine-tuned blocks under what is dropped without training; and interpreters learned with them.
-SELECTORS = ("evit", "tome", "attention")
+SELECTORS = ("evit", "tome")  # blocks fine-tuned under what needs no training itself
+# Rows that our own run has already, fine-tuned as long in its groups.
+_BESIDE_OURS = ("original_fine_tuned", "attention_before_group")
 _DYNAMICVIT = "dynamicvit"
 _OURS = "iared2"
 
@@ -96,9 +97,24 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         if found := there(_DYNAMICVIT):
             of_size.append(peer_row(size, "DynamicViT", found, "iared2"))
         if ours := cutouts.seeds_there(_OURS, size, seeds, results):
+            of_size += [_beside_ours(size, method, ours) for method in _BESIDE_OURS]
             of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
         if of_size:
             some = next(run for run in results.values() if "dense" in run)
             of_size.insert(0, plain_row(size, "original", {None: (some["dense"],) * 2}))
         made += of_size
     return made
+
+
+def _beside_ours(size: int, method: str, ours: Mapping[int, Mapping[str, Any]]) -> Row:
+    """The row of a baseline that our runs were compared with."""
+    found = {}
+    for seed, run in ours.items():
+        row = run["methods"][method]
+        figures = {
+            "top1": 1 - row["top1_error"] / 100,
+            "flops": row["flops"],
+            "kept": row["kept_per_group"],
+        }
+        found[seed] = {"dense": run["dense"], method: figures}
+    return peer_row(size, METHODS[method], found, method)
