@@ -12,8 +12,10 @@ from conftest import ROOT
 from PIL import Image
 
 from iared2_jax import create_model, save_weights
+from iared2_jax.config.checks import validate
 from iared2_jax.config.loading import flatten
 from iared2_jax.errors import Interrupted, UsageError
+from iared2_jax.experiment.build import build_module, build_phases
 from iared2_jax.tables import __main__ as command
 from iared2_jax.tables import cutouts
 from iared2_jax.tables.presets import PRESETS, TABLES
@@ -255,8 +257,42 @@ def test_what_is_dropped_at_the_input_is_a_row_for_each_selector():
 # -- Runs.
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("table", TABLES)
+def test_settings_of_the_ablation_are_compared_seed_by_seed():
+    def run(top1):
+        ours = {"top1": top1, "kept": [1.0, 0.4], "flops": {"linear": 60.0, "full": 120.0}}
+        return {"dense": {"top1": 0.9, "flops": {"linear": 100.0, "full": 200.0}}, "iared2": ours}
+
+    found = {
+        "ablation-recipe-1": run(0.88),
+        "ablation-recipe-2": run(0.86),
+        "ablation-heads-1-2": run(0.81),
+        "ablation-heads-1-3": run(0.5),
+    }
+    recipe, one_head = TABLES["ablation"].rows([64], [1, 2, 3], found)
+    assert recipe["lost"].values == pytest.approx((2, 4))
+    assert "worse" not in recipe
+    assert one_head["seeds"] == [2, 3]
+    assert one_head["worse"].values == pytest.approx((5,))  # of seed 2, which both have
+    assert one_head["full_flops"].value == pytest.approx(60)
+    figure = TABLES["ablation"].plot([recipe, one_head])
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        "the demo's recipe",
+        "1 head, not 8",
+    ]
+
+
+def test_every_setting_of_the_ablation_makes_a_model(tmp_path):
+    for run in TABLES["ablation"].runs(PRESETS["cluttered_mnist"], [64], [1]):
+        config = run.built(tmp_path, {})
+        validate(config, 1)
+        assert build_phases(config, build_module(config))
+
+
+@pytest.mark.parametrize(
+    ("table", "preset"),
+    [(name, preset) for name, table in TABLES.items() for preset in table.presets
+     if preset != "cluttered_mnist"],
+)  # fmt: skip
 def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     """Every option is one, and a run that starts from another takes its weights."""
     runs = TABLES[table].runs(PRESETS[preset], [112, 168], [1, 2])
@@ -493,6 +529,8 @@ def test_a_stopped_run_is_told_by_the_exit_code_and_its_time_adds_up(tmp_path, m
         (["--table=4", "--seed=3"], "there is no flag '--seed' (did you mean '--seeds'?)"),
         (["--table=4", "--seeds", "1", "0"], "--seeds 0: the head has learned"),
         (["--table=4", "--config.seed=3"], "--config.seed is set by the table itself"),
+        (["--table=ablation", "--preset=cutouts"], "is made on cluttered_mnist, not on cutouts"),
+        (["--table=ablation", "--sizes", "112"], "digits are of 64 px alone"),
         (["--table=4", "--sizes", "100", "--config.weights=scratch"], "100"),
     ],
 )

@@ -21,8 +21,9 @@ from typing import Any
 
 from iared2_jax.command import Parser, exit_code
 from iared2_jax.errors import UsageError
+from iared2_jax.files import writing
 from iared2_jax.main import overrides
-from iared2_jax.tables.presets import PRESETS, TABLES
+from iared2_jax.tables.presets import PRESETS, SIZES, TABLES
 from iared2_jax.tables.records import NO_TABLE, check_options, read_record, run_record
 from iared2_jax.tables.runs import (
     PATHS,
@@ -40,6 +41,10 @@ log = logging.getLogger("iared2_jax.tables")
 _SET_BY_TABLES = frozenset({"seed", "curriculum", "mode", "compare.selectors"})
 
 
+def _said(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{size} ({preset})" for preset, size in sizes.items())
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m iared2_jax.tables",
@@ -48,10 +53,12 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--table", required=True, choices=TABLES, help="its number in the paper, or peers"
+        "--table", required=True, choices=TABLES, help="its number in the paper, or a name"
     )
-    parser.add_argument("--preset", default="cutouts", choices=PRESETS, help="on which data")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[112], help="of the images, px")
+    parser.add_argument("--preset", choices=PRESETS, help="on which data; the table's first")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help=f"of the images, px; else {_said(SIZES)}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--root", type=Path, default=Path("runs/tables"), help="the runs' folder")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="the tables' folder")
@@ -83,7 +90,14 @@ def tabulate(argv: Sequence[str]) -> None:
             f"--config.{taken[0]} is set by the table itself, for each of its runs: use --seeds "
             "and --table"
         )
-    table, config = TABLES[flags.table], PRESETS[flags.preset]
+    table = TABLES[flags.table]
+    flags.preset = flags.preset or table.presets[0]
+    flags.sizes = flags.sizes or [SIZES[flags.preset]]
+    if flags.preset not in table.presets:
+        raise UsageError(
+            f"--table={flags.table} is made on {' or '.join(table.presets)}, not on {flags.preset}"
+        )
+    config = PRESETS[flags.preset]
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
     before = read_record(path) if flags.add else NO_TABLE
     others = [read_record(path.with_name(f"table_{name}.json"), "--use") for name in flags.use]
@@ -129,6 +143,10 @@ def tabulate(argv: Sequence[str]) -> None:
     page = markdown(table.title, lines, rows, table.columns)
     for written in write_table(path, page, rows, table.columns, record):
         log.info("written: %s", written)
+    if table.plot is not None:
+        with writing(path.with_suffix(".png")) as draft:
+            table.plot(rows).savefig(draft, dpi=120, format="png")
+        log.info("written: %s", path.with_suffix(".png"))
 
 
 def _found(runs: Sequence[Run], root: Path, given: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean
 
@@ -69,6 +71,8 @@ class Table:
       columns: of figures, after each row's "pixels" and "method".
       runs: (config, sizes, seeds) to what must have been run, each after the one it starts from.
       rows: (sizes, seeds, results of the runs that are there) to the rows, a method at a size each.
+      presets: the data that it can be made on; the first by default.
+      plot: of the rows, to be drawn beside them.
     """
 
     title: str
@@ -76,3 +80,5 @@ class Table:
     columns: Sequence[Column]
     runs: Callable[[ConfigOfSize, Sequence[int], Sequence[int]], list[Run]]
     rows: Callable[[Sequence[int], Sequence[int], Results], list[Row]]
+    presets: Sequence[str] = ("cutouts", "cutouts_kind")
+    plot: Callable[[Sequence[Row]], Figure] | None = None
