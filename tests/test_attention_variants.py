@@ -83,6 +83,16 @@ def test_one_window_is_plain_attention(kind, dropped):
     )
 
 
+@pytest.mark.parametrize("kind", [Sinkhorn, Routing])
+def test_gradients_of_one_window_are_those_of_plain_attention(kind):
+    x, valid = heads(9), jnp.ones((2, 9), bool)
+    module = kind(8)
+    of_window = jax.grad(lambda *x: (module.apply({}, *x, valid, 1) ** 2).sum(), (0, 1, 2))(*x)
+    of_plain = jax.grad(lambda *x: (attend(*x, None)[0] ** 2).sum(), (0, 1, 2))(*x)
+    for ours, theirs in zip(of_window, of_plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_sinkhorn_by_hand():
     """Two windows of two; every patch sees CLS twice, its window, and the mixture of both."""
     q, k, v = (np.asarray(x, np.float64) for x in heads(5))

@@ -330,7 +330,7 @@ def test_a_run_trains_and_evaluates(tmp_path):
     command = ["--config=configs/cluttered_mnist.py:runlocal", f"--workdir={run}", *flags]
     assert main.run(command) == 0
     results = json.loads((run / "results.json").read_text())
-    print(results.keys())
+    assert results["iared2"]["kept"] == pytest.approx([1.0, 0.61, 0.41], abs=0.01)
     module, _ = iared2_jax.load_model(run / "weights.safetensors")
     assert module.interpreter_kind == "dynamicvit"
 
@@ -349,3 +349,24 @@ def test_a_dropped_key_that_attention_was_on_has_a_bounded_gradient():
     assert float(answer(1.0)) == pytest.approx(2.0)
     slope = float(jax.grad(answer)(0.0))
     assert 0 < abs(slope) < 3
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 5, 7)])
+def test_gradients_with_sizes_are_those_without_and_finite_differences(shape):
+    """Sizes of 1 are no sizes; of others the gradient is what a small step makes of the answer."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 3, n, 4)), jnp.float32) for n in (5, 7, 7))
+    loss = lambda q, k, v, sizes: (attend(q, k, v, None, sizes=sizes)[0] ** 2).sum()  # noqa: E731
+    gradients = jax.grad(loss, (0, 1, 2))
+    for ours, theirs in zip(
+        gradients(q, k, v, jnp.ones(shape)), gradients(q, k, v, None), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    sizes = jnp.asarray(rng.uniform(0.5, 3, shape), jnp.float32)
+    arguments = (q, k, v, sizes)
+    for place, found in enumerate(jax.grad(loss, (0, 1, 2, 3))(*arguments)):
+        step = jnp.asarray(rng.standard_normal(found.shape), jnp.float32)
+        at = [loss(*(x + s * 1e-2 * step if i == place else x for i, x in enumerate(arguments)))
+              for s in (1, -1)]  # fmt: skip
+        expected = (at[0] - at[1]) / 2e-2
+        assert float((found * step).sum()) == pytest.approx(float(expected), rel=2e-2, abs=1e-2)

@@ -63,8 +63,9 @@ def _exponentials(
         return jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     counting = jnp.where(sizes > 0, logits, MASKED_LOGIT)
     largest = jax.lax.stop_gradient(counting.max(axis=-1, keepdims=True))
-    # What does not count may be larger. Cut off, or its size's gradient would have no bound.
-    return jnp.exp(jnp.minimum(logits - largest, 0.0)) * sizes
+    # What does not count may be larger. Cut off, or its size's gradient would have no bound. (Not
+    # by `minimum`: at a tie, so at the largest that counts, it halves the gradient.)
+    return jnp.exp(jnp.where(logits > largest, 0.0, logits - largest)) * sizes
 
 
 def _per_query(
