@@ -14,7 +14,9 @@ Measured at 112 px (docs/results/cutouts): the trained head is right on 84.5% of
 (254 objects, on backgrounds that training never saw); with interpreters alone 84.2, 86.3 and 85.0%
 (seeds 1 to 3) at 66 to 68% of the linear FLOPs. With the blocks fine-tuned 95.2, 95.2 and 94.4% at
 66 to 70%, where the original fine-tuned as long has 96.6, 95.7 and 95.6%. `:kind`, dense, with its
-head alone trained: 67.9% of 12 kinds (objects never seen; one seed). Not measured: larger images.
+head alone trained: 67.9% of 12 kinds (objects never seen), with interpreters 61.1, 63.5, 65.7% at
+62 to 67%. Larger, with interpreters alone (trained on an H100): 168 px, 93.7 to 94.2, 93.5, 93.8%
+at 70 to 71%; 224 px, 93.9 to 94.8, 94.2, 93.8% at 65 to 71%.
 Hardware: 2 CPU cores run the dense model at 39 to 45 images a second at 112 px, and at 7 at 224 px.
 
 Variants: `:interpreters` leaves the trunk's weights as they are (Table 4's way); `:kind` asks for

@@ -223,6 +223,26 @@ def test_a_file_says_which_attention_it_has(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_weights_of_another_attention_are_refused(tmp_path):
+    """Sinkhorn and Routing have no parameters: only the file can say what it was trained with."""
+    options = {"name": "vit_3_blocks", "attention": "sinkhorn", "attention_size": 16}
+    _, variables = iared2_jax.create_model(**options)
+    save_weights(variables, tmp_path / "own.safetensors", {"create_model": options})
+    for other in ({}, {"attention": "sinkhorn", "attention_size": 8}):
+        with pytest.raises(UsageError, match=r"was trained with attention=.*sinkhorn"):
+            iared2_jax.load_weights(
+                create_module("vit_3_blocks", **other), tmp_path / "own.safetensors"
+            )
+    with pytest.raises(UsageError, match=r"was trained with attention=.*sinkhorn"):
+        iared2_jax.load_model(tmp_path / "own.safetensors", attention="dense")
+
+
+def test_relaxed_masks_need_dense_attention():
+    module, variables = model("routing")
+    with pytest.raises(ValueError, match='need attention="dense"'):
+        module.apply(variables, images(), lambda *_: jnp.ones((3, N)), method="relaxed")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -177,6 +177,20 @@ def test_maps_are_ours_over_seeds_and_the_others_once():
         table.rows([112], [2], own)
 
 
+def test_runs_without_their_baselines_are_rows_of_what_they_have():
+    """Stopped among its baselines, a run still says what it has itself; others' rows are theirs."""
+    whole = {f"112px-interpreters-{seed}": fabricated(seed) for seed in (1, 2)}
+    bare = {key: value for key, value in fabricated(3).items() if key != "methods"}
+    found = {**whole, "112px-interpreters-3": bare}
+    rows = {row["method"]: row for row in TABLES["4"].rows([112], [1, 2, 3], found)}
+    assert rows["IA-RED2"]["seeds"] == rows["original"]["seeds"] == [1, 2, 3]
+    assert rows["random"]["seeds"] == [1, 2]
+    assert rows["IA-RED2"]["top1"].values[2] == pytest.approx(100 * bare["iared2"]["top1"])
+    assert len(rows["random"]["ours_better_by"].values) == 2
+    alone = TABLES["4"].rows([112], [3], {"112px-interpreters-3": bare})
+    assert [row["method"] for row in alone] == ["original", "IA-RED2"]
+
+
 def test_speed_is_left_out_without_the_run_that_was_timed():
     results = {"112px-interpreters-1": fabricated(1), "112px-interpreters-0-speed": SPEED}
     rows = TABLES["4"].rows([112], [0, 1], results)

@@ -149,5 +149,12 @@ def load_initial(config: ml_collections.ConfigDict, module: IARed2, source: str)
 
 
 def build_phases(config: ml_collections.ConfigDict, module: IARed2) -> list[Phase]:
-    """The phases of the config's curriculum."""
-    return phases(config, module.group_sizes, dataset_of(config).epoch_size)
+    """The phases of the config's curriculum.
+
+    Raises:
+      UsageError: one that cannot train this model.
+    """
+    plan = phases(config, module.group_sizes, dataset_of(config).epoch_size)
+    for phase in plan:
+        phase.kind.check_module(module)
+    return plan

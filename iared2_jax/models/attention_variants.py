@@ -57,10 +57,11 @@ class Sinkhorn(nn.Module):
     """Patches in windows of w, each seeing itself and a mixture of the others (Tay et al. 2020).
 
     What is mixed into which window is a doubly stochastic matrix, exp(q_u . k_v / sqrt(e)) of the
-    windows' mean queries and keys after seven rounds of Sinkhorn's normalisation at temperature
-    .75 (their Eq. 1 to 4, without the Gumbel noise). A mixed key counts as often as what it is
-    mixed of is there. Windows are runs of the patch grid in its order. CLS and its like see all,
-    and every window sees them. With one window, it is plain attention.
+    windows' mean queries and keys (in the place of their learned sorting network) after seven
+    rounds of Sinkhorn's normalisation at temperature .75, without Gumbel noise. A mixed key counts
+    as often as what it is mixed of is there. Windows are runs of the patch grid in its order. CLS
+    and its like see all, and every window sees them beside each of its two halves, so twice. With
+    one window, it is plain attention.
 
     Attributes:
       size: w, which divides the number of patches.
@@ -233,6 +234,8 @@ class AttentionVariant:
 
     def flops(self, tokens: ArrayLike, width: int, num_patches: int) -> ArrayLike:
         """Multiply-accumulates of the attention of n tokens, of N patches all told; d: the width.
+
+        What these tokens need; gathered execution computes attention over all N places.
 
         Linformer: two projections and two products, 4 n k d. Sinkhorn: 2 w keys for each token,
         4 n w d, and the mixing of N / w windows of keys and of values, 2 N^2 d / w. Routing: w keys

@@ -74,7 +74,15 @@ class Padded(NamedTuple):
 
         Args:
           core: (qkv [s, total, f], valid [s, total]) -> the answers [s, total, d].
+
+        Raises:
+          ValueError: tokens have sizes.
         """
+        if self.sizes is not None:
+            raise ValueError(
+                'tokens that count more than once, or to a share, need attention="dense": '
+                "another has no weights for them"
+            )
         valid = jnp.ones(qkv.shape[:2], bool) if self.valid is None else self.valid
         if self.places is None:
             return core(qkv, valid)

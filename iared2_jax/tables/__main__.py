@@ -29,6 +29,7 @@ from iared2_jax.tables.runs import (
     PATHS,
     Run,
     check_folder,
+    lacks_baselines,
     make,
     missing_runs,
     results_of,
@@ -110,7 +111,7 @@ def tabulate(argv: Sequence[str]) -> None:
     asked = [run for run in runs if run.name in names]
 
     check_options(before, runs, root, given)
-    here = _found(runs, root, given)
+    here = _found(runs, root, given, flags.finished)
     missing = missing_runs(asked, {*before.runs, *here}, here)
     if not flags.finished:
         for run in missing:
@@ -149,9 +150,11 @@ def tabulate(argv: Sequence[str]) -> None:
         log.info("written: %s", path.with_suffix(".png"))
 
 
-def _found(runs: Sequence[Run], root: Path, given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _found(
+    runs: Sequence[Run], root: Path, given: Mapping[str, str], without_baselines: bool = False
+) -> dict[str, dict[str, Any]]:
     """The results of the runs whose folders are below `root`, by name."""
-    results = {run.name: results_of(run, root, given) for run in runs}
+    results = {run.name: results_of(run, root, given, without_baselines) for run in runs}
     return {name: found for name, found in results.items() if found is not None}
 
 
@@ -169,8 +172,10 @@ def _state(run: Run, root: Path, finished: bool) -> str:
     return f"{run.name}: {begun}missing, about {run.minutes:.0f} minutes"
 
 
-def _left_out(runs: Sequence[Run], there: dict[str, object]) -> list[str]:
+def _left_out(runs: Sequence[Run], there: Mapping[str, Mapping[str, Any]]) -> list[str]:
     missing = [run.name for run in runs if run.name not in there]
+    bare = [run.name for run in runs if run.name in there and lacks_baselines(there[run.name])]
+    missing += [f"the baselines of {name}" for name in bare]
     return ["", f"Not made yet: {', '.join(missing)}."] if missing else []
 
 

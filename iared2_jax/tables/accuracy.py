@@ -22,6 +22,8 @@ COLUMNS = (
     Column("of possible, %", "of_possible", 0),
 )
 
+_ALWAYS = ("original", "iared2")  # without any baseline
+
 
 def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
     """The table of what a curriculum trains, after the head."""
@@ -53,27 +55,33 @@ def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
 def _rows_of_size(
     size: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]
 ) -> dict[str, Row]:
-    """The rows of the finished runs at one size, by method."""
+    """The rows of the finished runs at one size, by method; each over the seeds that have it."""
+    from iared2_jax.experiment.compare import methods  # slow to import
 
-    def of(method: str, key: str) -> list[Any]:
-        return [results["methods"][method][key] for results in found]
-
-    rows, ours = {}, of("iared2", "top1_error")
+    of_seed = [
+        run["methods"] if "methods" in run else methods(run, {}, clips=False) for run in found
+    ]
+    rows = {}
     dense = {kind: found[0]["dense"]["flops"][kind] for kind in ("linear", "full")}
-    for method in found[0]["methods"]:
-        errors = of(method, "top1_error")
+    for method in max(of_seed, key=len):
+        pairs = [(s, of) for s, of in zip(seeds, of_seed, strict=True) if method in of]
+        mine, errors = (
+            [of[method] for _, of in pairs],
+            {name: [of[name]["top1_error"] for _, of in pairs] for name in (method, *_ALWAYS)},
+        )
         row: Row = {
             "pixels": size,
             "method": METHODS.get(method, method),
-            "seeds": list(seeds),
-            "top1": mean([100 - error for error in errors]),
-            "lost": paired(errors, of("original", "top1_error")),
-            "kept": np.mean(of(method, "kept_per_group"), axis=0).tolist(),
-            "ours_better_by": paired(errors, ours) if method != "iared2" else None,
+            "seeds": [seed for seed, _ in pairs],
+            "top1": mean([100 - error for error in errors[method]]),
+            "lost": paired(errors[method], errors["original"]),
+            "kept": np.mean([figures["kept_per_group"] for figures in mine], axis=0).tolist(),
+            "ours_better_by": (
+                paired(errors[method], errors["iared2"]) if method != "iared2" else None
+            ),
         }
         for kind in ("linear", "full"):
-            shares = [100 * flops[kind] / dense[kind] for flops in of(method, "flops")]
-            row[f"{kind}_flops"] = mean(shares)
+            row[f"{kind}_flops"] = mean([100 * f["flops"][kind] / dense[kind] for f in mine])
         rows[method] = row
     return rows
 

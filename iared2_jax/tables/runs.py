@@ -53,13 +53,23 @@ class Run:
         return load(self.config, {**self.options, **given, **start})
 
 
-def results_of(run: Run, root: Path, given: Mapping[str, str]) -> dict[str, Any] | None:
-    """A finished run's results; None if it is missing, unfinished, or of other options."""
+def results_of(
+    run: Run, root: Path, given: Mapping[str, str], without_baselines: bool = False
+) -> dict[str, Any] | None:
+    """A finished run's results; None if it is missing, unfinished, or of other options.
+
+    Args:
+      without_baselines: what was stopped among its baselines counts as finished, too.
+    """
     config = run.built(root, given)
     folder = root / run.name / ("eval" if config.mode == "eval" else "")
     found = finished_results(config, folder, _ignored(run, config))
-    # Baselines come last, and with them the rows of a comparison.
-    return None if found and config.compare.selectors and "methods" not in found else found
+    return None if found and not without_baselines and lacks_baselines(found) else found
+
+
+def lacks_baselines(results: Mapping[str, Any]) -> bool:
+    """Whether a run was stopped among its baselines, which come last, and bring "methods"."""
+    return bool(results["config"].get("compare.selectors")) and "methods" not in results
 
 
 def differing_results(

@@ -100,8 +100,9 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
             of_size += [_beside_ours(size, method, ours) for method in _BESIDE_OURS]
             of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
         if of_size:
-            some = next(run for run in results.values() if "dense" in run)
-            of_size.insert(0, plain_row(size, "original", {None: (some["dense"],) * 2}))
+            runs = [run for peer in (*SELECTORS, _DYNAMICVIT) for run in there(peer).values()]
+            dense = [*runs, *ours.values()][0]["dense"]
+            of_size.insert(0, plain_row(size, "original", {None: (dense, dense)}))
         made += of_size
     return made
 

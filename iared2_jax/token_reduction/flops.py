@@ -10,7 +10,7 @@ from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.models.variants import get_variant
 from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.model import IARed2
-from iared2_jax.token_reduction.selectors import Selector, get_selector
+from iared2_jax.token_reduction.selectors import ByInterpreter, Selector, get_selector
 
 
 class Flops(NamedTuple):
@@ -75,6 +75,8 @@ def count_flops(
         raise ValueError(f"kept must be in 0..{n} patch tokens, in every group")
 
     chooses, entering = get_selector(selector), (np.float64(n), *kept[:-1])
+    if isinstance(chooses, ByInterpreter):
+        chooses = ByInterpreter(kind)
     linear, full = vit.other_flops(kept[-1])
     for blocks, count, before in zip(sizes, kept, entering, strict=True):
         block = vit.block_flops(count + vit.num_prefix)
@@ -85,6 +87,6 @@ def count_flops(
             more = first.projections - block.projections
             linear, full = linear + more, full + more + first.attention - block.attention
     if interpreters:
-        choice = chooses.flops(vit, entering, kind)
+        choice = chooses.flops(vit, entering)
         linear, full = linear + choice[0], full + choice[1]
     return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

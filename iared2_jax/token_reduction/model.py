@@ -43,7 +43,7 @@ class IARed2(nn.Module):
       backbone: the vision transformer (see `models.backbones.protocol`).
       group_sizes: blocks per group, e.g. (4, 4, 4); they add up to the backbone's depth.
       interpreter_kind: "attention", the paper's `Interpreter`; or "dynamicvit", the `Predictor` of
-        DynamicViT in its place.
+        DynamicViT in its place, which has of the options below only init_bias.
       policy_token, interpreter_heads, scale, init_bias: see `Interpreter`.
       remat: gradient checkpointing: a block's activations are computed again when its gradient is
         taken, not kept. The same numbers, for less memory and about a third more work.
@@ -346,7 +346,7 @@ class IARed2(nn.Module):
             has dropped stays dropped.
 
         Returns:
-          Logits, the tokens that the classifier reads from, normalised, and each group's shares.
+          Logits, all tokens behind the last block, normalised, and each group's shares.
         """
         x = self.backbone.embed(inputs)
         shares, kept = jnp.ones((x.shape[0], self.input_spec.num_patches)), []
@@ -360,18 +360,20 @@ class IARed2(nn.Module):
 
     def dense_logits(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b classes"]:
         """The logits of the whole backbone; no interpreter is asked, or need be there."""
+        return self.backbone.classify(self._whole(inputs))[0]
+
+    def _whole(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b t d"]:
+        """The tokens behind the last block, where nothing is dropped."""
         x = self.backbone.embed(inputs)
         for group in range(1, self.num_groups + 1):
             x, _ = self.run_blocks(group, x, None)
-        return self.backbone.classify(x)[0]
+        return x
 
     def dense_tokens(
         self, inputs: Float[Array, "b ..."]
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b t d"]]:
         """The logits of the whole backbone, and its last tokens, normalised."""
-        x = self.backbone.embed(inputs)
-        for group in range(1, self.num_groups + 1):
-            x, _ = self.run_blocks(group, x, None)
+        x = self._whole(inputs)
         return self.backbone.classify(x)[0], self.backbone.final_tokens(x)
 
     def compact(self, state: TokenState, keep: Bool[Array, "b k"], capacity: int) -> TokenState:
@@ -395,10 +397,7 @@ class IARed2(nn.Module):
         self, inputs: Float[Array, "b ..."]
     ) -> tuple[Float[Array, "b classes"], Float[Array, "b classes"]]:
         """The logits of a distilled backbone's two heads, dense: CLS', and the other token's."""
-        x = self.backbone.embed(inputs)
-        for group in range(1, self.num_groups + 1):
-            x, _ = self.run_blocks(group, x, None)
-        return self.backbone.head_logits(x)
+        return self.backbone.head_logits(self._whole(inputs))
 
     # -- What is asked, checked.
 

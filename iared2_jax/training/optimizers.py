@@ -158,8 +158,11 @@ def _with_rates(
         if not chosen:
             return optimizer.update(grads, state, params)
         state, scale = state
-        updates, state = optimizer.update(grads, state, params)
-        scaled = {path: rate(scale.count) * updates[path] for path, rate in chosen.items()}
+        factors = {path: rate(scale.count) for path, rate in chosen.items()}
+        # What rests has no part in the norm that gradients are clipped by.
+        resting = {path: jnp.where(f == 0, 0.0, 1.0) * grads[path] for path, f in factors.items()}
+        updates, state = optimizer.update({**grads, **resting}, state, params)
+        scaled = {path: factor * updates[path] for path, factor in factors.items()}
         count = optax.ScaleByScheduleState(count=optax.safe_increment(scale.count))
         return {**updates, **scaled}, (state, count)
 

@@ -268,8 +268,9 @@ def _check_metadata(source, module: IARed2, known: Mapping[str, Any] | None) -> 
         return
     known = {key: value for key, value in known.items() if key not in ("seed", "dtype")}
     theirs = create_module(**with_tuples(known))
-    for field in _NOT_IN_SHAPES:
-        mine, other = getattr(module, field), getattr(theirs, field)
+    fields = [(field, getattr(module, field), getattr(theirs, field)) for field in _NOT_IN_SHAPES]
+    both = [getattr(m.backbone, "attention", None) for m in (module, theirs)]
+    for field, mine, other in [*fields, ("attention", *both)]:
         if mine != other and None not in (mine, other):
             raise UsageError(
                 f"{source} was trained with {field}={other}, but this model has {mine}: set "
@@ -373,6 +374,8 @@ def _load_model(
     if known_name is not None and not isinstance(known_name, str):
         raise UsageError(f"{source} says that it is {known_name!r}, which is no name: give one")
     if known_name and (name is None or get_variant(name) is get_variant(known_name)):
+        if "attention" in options:  # the file's size is its own attention's
+            known.pop("attention_size", None)
         options = {**known, **options}
     name = name or known_name or _variant_of(source, tensors)
     if "num_classes" not in options:

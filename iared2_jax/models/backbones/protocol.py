@@ -91,6 +91,12 @@ class Backbone(Protocol):
     # CLS query's attention and every token's key, the mean over the heads [b, t, e]; its attention
     # must count a key as often as the layout's `sizes` say.
 
+    # Optional: `shows_attention`, False if its blocks have no weights of a CLS query over patches
+    # (`attention_variants`); then `run_block` returns None for them, goes by the layout's `places`,
+    # and what needs the weights refuses. `final_tokens(x)`, all tokens behind the last block as the
+    # head reads them, for DynamicViT's phase; its `classify` then takes shares in [0, 1] for
+    # `alive`, and its attention counts keys by sizes [s, c, c] as `Padded` has them.
+
     # Optional: `classify_features(features)`, the logits of what `classify` returns second; a head
     # can then be trained on cached features (config.supervised.cached_examples).
 

@@ -55,10 +55,7 @@ class Attention(Selector):
         return Evidence(attention.mean(axis=1))
 
     def flops(
-        self,
-        backbone: Backbone,
-        entering: Sequence[ArrayLike],
-        interpreter_kind: str = "attention",
+        self, backbone: Backbone, entering: Sequence[ArrayLike]
     ) -> tuple[ArrayLike, ArrayLike]:
         """The first pass's cost: the blocks before `block`, its qkv, and the CLS query's row."""
         if self.block is None:

@@ -92,16 +92,12 @@ class Selector:
         raise TypeError(f"{type(self).__name__} has no scores_after_attention")
 
     def flops(
-        self,
-        backbone: Backbone,
-        entering: Sequence[ArrayLike],
-        interpreter_kind: str = "attention",
+        self, backbone: Backbone, entering: Sequence[ArrayLike]
     ) -> tuple[ArrayLike, ArrayLike]:
         """Multiply-accumulates that scoring costs an input, (linear, full); by default none.
 
         Args:
           entering: patch tokens that are handed to each group.
-          interpreter_kind: of the model, see `IARed2`.
         """
         return 0.0, 0.0
 
@@ -118,8 +114,8 @@ class Selector:
             )
         if self.after_attention and not getattr(module.backbone, "shows_attention", True):
             raise ValueError(
-                f"the selector {type(self).__name__} looks at attention weights, of which "
-                f'attention="{module.backbone.attention.name}" has none'
+                f"the selector {type(self).__name__} goes by the attention before it, whose "
+                f'weights attention="{module.backbone.attention.name}" has none'
             )
         if not self.probabilities and keep_ratios is None:
             raise ValueError(

@@ -16,7 +16,12 @@ from iared2_jax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class ByInterpreter(Selector):
-    """Informative scores of the group's own interpreter."""
+    """Informative scores of the group's own interpreter.
+
+    kind: the model's `interpreter_kind`, for the cost.
+    """
+
+    kind: str = "attention"
 
     probabilities = True
 
@@ -33,10 +38,7 @@ class ByInterpreter(Selector):
         return Evidence(policy.informative_scores(logits), logits)
 
     def flops(
-        self,
-        backbone: Backbone,
-        entering: Sequence[ArrayLike],
-        interpreter_kind: str = "attention",
+        self, backbone: Backbone, entering: Sequence[ArrayLike]
     ) -> tuple[ArrayLike, ArrayLike]:
         """The interpreters' cost, in `full` only: (m + 1) d^2 + m d for a group handed m patches.
 
@@ -44,6 +46,6 @@ class ByInterpreter(Selector):
         `token_reduction.predictor.predictor_flops`.
         """
         d = backbone.embed_dim
-        if interpreter_kind == "dynamicvit":
+        if self.kind == "dynamicvit":
             return 0.0, sum(predictor_flops(m, d) for m in entering)
         return 0.0, sum((m + 1) * d**2 + m * d for m in entering)

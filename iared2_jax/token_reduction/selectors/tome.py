@@ -35,10 +35,7 @@ class ToMe(Selector):
         return Evidence(jnp.where(match.is_target, 2.0, (1 - match.similarity) / 2))
 
     def flops(
-        self,
-        backbone: Backbone,
-        entering: Sequence[ArrayLike],
-        interpreter_kind: str = "attention",
+        self, backbone: Backbone, entering: Sequence[ArrayLike]
     ) -> tuple[ArrayLike, ArrayLike]:
         """The similarities of half the tokens with the other half, in `full` only."""
         width = backbone.embed_dim // backbone.num_heads

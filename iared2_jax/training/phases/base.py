@@ -146,6 +146,13 @@ class PhaseKind:
           UsageError: one sentence with the key, its value and what would do.
         """
 
+    def check_module(self, module: IARed2) -> None:
+        """Refuses a model that this cannot train, before anything is trained.
+
+        Raises:
+          UsageError: one sentence.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:

@@ -1,6 +1,7 @@
 """DynamicViT: which tokens are kept is learned with the backbone, by Gumbel-softmax."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,8 +38,10 @@ class DynamicViTPhase(PhaseKind):
     patches' last tokens, are those of the backbone as it was when the phase began.
 
     The published predictors are the interpreters of config.model.interpreter_kind="dynamicvit";
-    the paper's interpreters learn by it, too. The paper's own groups are four, of which the first
-    keeps all: keep_target=(1.0, 0.7, 0.49, 0.343). As in its code, w_r is divided by the groups.
+    the paper's interpreters learn by it, too. The published groups are four, of which the first has
+    no predictor: keep_target=(1.0, 0.7, 0.49, 0.343). A group whose target is 1 keeps all in this
+    phase, its interpreter stays as it is, and mean_j is over the others: so give such a model
+    `keep_ratios`, or a threshold of `KEEP_ALL` for that group.
     """
 
     section = "dynamicvit"
@@ -84,32 +87,46 @@ class DynamicViTPhase(PhaseKind):
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
     ) -> frozenset[Part]:
-        interpreters = {("interpreter", j) for j in range(1, num_groups + 1)}
+        targets = enumerate(options.keep_target, 1)
+        interpreters = {("interpreter", j) for j, target in targets if target < 1}
         return whole_backbone(num_groups) | interpreters
 
     def rate(
         self, options: ml_collections.ConfigDict, part: Part, steps: int
     ) -> optax.Schedule | None:
-        """The backbone rests, and then learns more slowly than the interpreters."""
+        """The backbone rests; then min(backbone_rate, c), where the interpreters have the cosine c.
+
+        As in their code: a constant rate, until the interpreters' own has fallen below it.
+        """
         if part[0] == "interpreter":
             return None
-        rest, slower = round(options.backbone_rest * steps), options.backbone_rate
-        return lambda step: jnp.where(step < rest, 0.0, slower)
+        rest, most = round(options.backbone_rest * steps), options.backbone_rate
+
+        def rate(step: Array) -> Array:
+            """Of the interpreters' rate at this step."""
+            cosine = jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * step / steps)), 1e-9)
+            return jnp.where(step < rest, 0.0, jnp.minimum(most / cosine, 1.0))
+
+        return rate
 
     def fixed_groups(self, group: int) -> int:
         return 0
 
-    def initial_extra(self, module: IARed2, params: Params) -> Any:
-        """The backbone as it is now, which the phase distils from.
-
-        Raises:
-          UsageError: the backbone does not show its last tokens.
-        """
-        if not hasattr(module.backbone, "final_tokens"):
+    def check_module(self, module: IARed2) -> None:
+        """Refuses backbones that do not show their last tokens, or weigh no keys."""
+        backbone, asks = module.backbone, 'config.curriculum has "dynamicvit", but '
+        if not hasattr(backbone, "final_tokens"):
             raise UsageError(
-                f"config.curriculum has dynamicvit, but {type(module.backbone).__name__} has no "
-                "method `final_tokens`: use a ViT"
+                f"{asks}{type(backbone).__name__} has no method `final_tokens`: use a ViT"
             )
+        if not backbone.shows_attention:
+            raise UsageError(
+                f"{asks}its masks weigh the keys of attention, of which "
+                f'attention="{backbone.attention.name}" has none: use "dense"'
+            )
+
+    def initial_extra(self, module: IARed2, params: Params) -> Any:
+        """The backbone as it is now, which the phase distils from."""
         return {"backbone": jax.tree.map(jnp.copy, params["backbone"])}
 
     def loss(
@@ -117,7 +134,8 @@ class DynamicViTPhase(PhaseKind):
     ) -> tuple[Array, Metrics]:
         """The weighted sum, and its parts."""
         module, options = context.module, context.phase.options
-        choose = functools.partial(_kept, key, options.temperature)
+        targets = options.keep_target
+        choose = functools.partial(_kept, key, options.temperature, targets)
         logits, tokens, kept = module.apply(
             {"params": params}, batch["input"], choose, method="relaxed"
         )
@@ -126,7 +144,9 @@ class DynamicViTPhase(PhaseKind):
         )
         labels, metrics = cross_entropy(logits, batch, options.label_smoothing)
         shares = jnp.stack([keep.mean(axis=1) for keep in kept], axis=1)
-        ratio = ((jnp.asarray(options.keep_target) - shares) ** 2).mean()
+        asked = jnp.asarray(targets)
+        missed = jnp.where(asked < 1, (asked - shares) ** 2, 0.0).mean(axis=0)
+        ratio = missed.sum() / max(1, sum(target < 1 for target in targets))
         answers = divergence(logits, dense)
         last = token_difference(tokens, dense_tokens, kept[-1], module.num_prefix)
         loss = labels + options.target_weight * ratio
@@ -137,8 +157,14 @@ class DynamicViTPhase(PhaseKind):
 
 
 def _kept(
-    key: PRNGKeyArray, temperature: float, group: int, logits: Float[Array, "b n h"]
+    key: PRNGKeyArray,
+    temperature: float,
+    targets: Sequence[float],
+    group: int,
+    logits: Float[Array, "b n h"],
 ) -> Float[Array, "b n"]:
+    if targets[group - 1] == 1:
+        return jnp.ones(logits.shape[:2])
     return gumbel_keep(jax.random.fold_in(key, group), logits, temperature)
 
 
