@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_suite
 
 First smoke tests of what is new or private to the device, then speed at the paper's kept shares (of
-clips, too), what training costs, what a training step needs in memory, and what maps cost. A
+clips, too; "quick" questions compile little), what training costs, what a training step needs in
+memory, and what maps cost. A
 question that fails is recorded with its error and the next is asked; none is begun after
 `--minutes`, and `--ask` asks only some. On a machine without a GPU it only shows that it runs:
 `python -m benchmarks.gpu_suite --models deit_ti --batch 2 --video timesformer_micro --rounds 1`.
