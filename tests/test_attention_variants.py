@@ -9,6 +9,7 @@ import pytest
 
 import iared2_jax
 from iared2_jax.errors import UsageError
+from iared2_jax.fast_inference import GroupPlan, Plan
 from iared2_jax.models.attention import attend
 from iared2_jax.models.attention_variants import VARIANTS, Linformer, Routing, Sinkhorn
 from iared2_jax.token_reduction.create import create_module, init_variables
@@ -164,21 +165,21 @@ def test_masked_is_gathered_and_accelerate_runs_it(name):
     run = jax.jit(lambda v, x, r=RATIOS: module.apply(v, x, keep_ratios=r))
     masked, out = run(variables, images())
     assert out.attention == ()
-    counts = [int(keep.sum(-1).max()) for keep in out.keep]
-    gathered, _ = jax.jit(
-        lambda v, x: module.apply(
-            v, x, execution="gathered", capacities=tuple(counts), keep_ratios=RATIOS
-        )
-    )(variables, images())
-    np.testing.assert_allclose(gathered, masked, atol=2e-5)
     roomy, _ = jax.jit(
         lambda v, x: module.apply(
             v, x, execution="gathered", capacities=(N, N - 3, N - 5), keep_ratios=RATIOS
         )
     )(variables, images())
     np.testing.assert_allclose(roomy, masked, atol=2e-5)
-    fast = iared2_jax.accelerate(module, variables, 3, keep_ratios=RATIOS, cache_dir=None)
+    # In as many slots as there are tokens. The plan is pinned: nothing has to be timed.
+    plan = Plan(3, masked_rows=3, execution="gathered")
+    fast = iared2_jax.accelerate(
+        module, variables, 3, keep_ratios=RATIOS, plan=plan, cache_dir=None
+    )
     np.testing.assert_allclose(fast(images())[0], masked, atol=2e-5)
+    ragged = Plan(3, (GroupPlan("padded", 3, ((3 * (N + 1), N + 1),)),) * 3)
+    with pytest.raises(UsageError, match="goes by their places"):
+        iared2_jax.accelerate(module, variables, 3, keep_ratios=RATIOS, plan=ragged)
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))

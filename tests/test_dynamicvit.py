@@ -16,6 +16,7 @@ from iared2_jax.config.checks import validate
 from iared2_jax.config.loading import load
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment.build import build_module, build_phases
+from iared2_jax.fast_inference import GroupPlan, Plan
 from iared2_jax.models.attention import attend
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.flops import count_flops
@@ -133,8 +134,12 @@ def test_masked_gathered_and_ragged_agree(given):
         lambda v, x: module.apply(v, x, execution="gathered", capacities=capacities, **budget)
     )(variables, images())
     np.testing.assert_allclose(gathered, masked, atol=2e-5)
-    sample = {} if given == "keep_ratios" else {"images": images()}
-    run = iared2_jax.accelerate(module, variables, 3, cache_dir=None, **sample, **budget)
+    # Lists with padding between the images, pinned: nothing has to be timed.
+    most = module.keep_counts(budget.get("keep_ratios")) or (N, N, N)
+    kind = "padded" if given == "keep_ratios" else "packed"
+    groups = [GroupPlan(kind, 3, ((3 * (m + 1), m + 1),)) for m in most]
+    plan = Plan(3, tuple(groups))
+    run = iared2_jax.accelerate(module, variables, 3, cache_dir=None, plan=plan, **budget)
     ragged, _ = run(images())
     np.testing.assert_allclose(ragged, masked, atol=2e-5)
 
@@ -378,7 +383,15 @@ def test_a_group_whose_target_is_one_keeps_all_and_its_interpreter_stays():
 
 def test_a_run_trains_and_evaluates(tmp_path):
     """From its start to results.json, under the budget that it was trained for."""
-    flags = [f"--config.{key}={text}" for key, text in FLAGS.items()]
+    quiet = {
+        "eval.figures": "0",
+        "eval.speed_batch": "0",
+        "eval.page_images": "0",
+        "eval.agreement": "False",
+        "eval.maps": "()",
+        "data.eval_size": "16",
+    }
+    flags = [f"--config.{key}={text}" for key, text in {**FLAGS, **quiet}.items()]
     run = tmp_path / "run"
     command = ["--config=configs/cluttered_mnist.py:runlocal", f"--workdir={run}", *flags]
     assert main.run(command) == 0

@@ -529,6 +529,15 @@ def test_kernels_are_einsum_on_a_cpu():
     assert planner.attention_kernels(request(module, variables, 2)) == ["einsum"]
 
 
+def test_a_plan_that_packs_is_refused_where_all_images_are_as_long():
+    module, variables = model(2)
+    plan = Plan(2, (GroupPlan("packed", 2, ((2 * (N // 2 + 1), N // 2 + 1),)),) * 2)
+    with pytest.raises(UsageError, match="with keep_ratios all are as long"):
+        iared2_jax.accelerate(
+            module, variables, 2, keep_ratios=(0.5, 0.5), plan=plan, cache_dir=None
+        )
+
+
 def test_kernels_are_tried_without_interpreters(monkeypatch, caplog):
     """EViT's and ToMe's models have groups for which the weights need have no interpreter."""
     module, variables = model(2)

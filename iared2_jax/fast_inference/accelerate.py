@@ -107,6 +107,11 @@ def accelerate(
                 "within a block, or the attention goes by their places: leave out plan=, and "
                 "another is made"
             )
+        if request.forward.equal_counts and any(group.kind == "packed" for group in plan.groups):
+            raise UsageError(
+                "the plan packs images of different lengths, but with keep_ratios all are as long: "
+                "leave out plan=, and another is made"
+            )
         plan.check(request.batch_size, request.most_tokens)
     else:
         plan = plan_request.cached_plan(request, folder)
