@@ -26,19 +26,6 @@ def answer_tokens(module: IARed2) -> int:
     return 2 if getattr(module.backbone, "distilled", False) else 1
 
 
-def refuse_unshown(module: IARed2) -> None:
-    """Refuses a model with an attention that has no weights over the patches.
-
-    Raises:
-      UsageError: one sentence.
-    """
-    if not getattr(module.backbone, "shows_attention", True):
-        raise UsageError(
-            "this map is made of attention weights over the patches, of which "
-            f'attention="{module.backbone.attention.name}" has none'
-        )
-
-
 def require_attention(module: IARed2, attention: Sequence[Array]) -> None:
     """Refuses a model whose attention is not shown, or whose CLS nobody can find in it.
 
@@ -46,7 +33,7 @@ def require_attention(module: IARed2, attention: Sequence[Array]) -> None:
       UsageError: one sentence.
     """
     name = type(module.backbone).__name__
-    refuse_unshown(module)
+    module.require_attention_weights("this map")
     if not attention:
         raise UsageError(f"{name} shows no attention weights: its layers must call models.taps.tap")
     if not module.num_prefix and attention[-1].shape[-2] != 1:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float
 
-from iared2_jax.attribution.attention_flow import refuse_unshown
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.attention import Similarity, Softmax, WeightedSum
 from iared2_jax.models.backbones.cait import HeadMix
@@ -225,7 +224,7 @@ def propagate_relevance(
     if rules not in RULE_SETS:
         raise UsageError(f"there are no rules {rules!r}{nearest(rules, RULE_SETS)}")
     backbone = module.backbone
-    refuse_unshown(module)
+    module.require_attention_weights("this map")
     if not getattr(backbone, "propagates_relevance", False):
         raise UsageError(
             f"relevance cannot be propagated through {type(backbone).__name__}: make its layers of "

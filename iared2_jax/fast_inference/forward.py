@@ -35,8 +35,7 @@ class ForwardSpec:
     @property
     def runs_whole(self) -> bool:
         """Whether groups cannot be run one by one on lists of tokens, so not ragged."""
-        by_place = not getattr(self.module.backbone, "shows_attention", True)
-        return self.selector.after_attention or by_place
+        return self.selector.after_attention or not self.module.shows_attention
 
     def with_kernel(self, kernel: str) -> "ForwardSpec":
         """The same with another attention kernel."""

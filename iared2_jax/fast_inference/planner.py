@@ -94,9 +94,8 @@ def attention_kernels(request: PlanRequest) -> list[str]:
     """Attention kernels that work here: cuDNN's is tried against the einsum first."""
     half = jnp.dtype(request.module.backbone.dtype).itemsize == 2
     kernels = request.module.backbone.attention_kernels
-    if not getattr(request.module.backbone, "shows_attention", True):
-        return ["einsum"]  # kernels are of dense attention
-    if request.platform != "gpu" or not half or "cudnn" not in kernels:
+    dense = request.module.shows_attention
+    if request.platform != "gpu" or not half or not dense or "cudnn" not in kernels:
         return ["einsum"]
     images = jax.random.normal(jax.random.key(0), (2, *request.module.input_spec.shape))
 

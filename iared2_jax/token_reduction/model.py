@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Bool, Float, Int, Shaped
 
+from iared2_jax.errors import UsageError
 from iared2_jax.models import taps
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.token_layouts import EVERY_TOKEN, Padded, Places, TokenLayout
@@ -69,6 +70,26 @@ class IARed2(nn.Module):
     @property
     def input_spec(self) -> InputSpec:
         return self.backbone.input_spec
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether attention has weights over the patches; if not, it goes by a token's place."""
+        return getattr(self.backbone, "shows_attention", True)
+
+    def require_attention_weights(self, who: str) -> None:
+        """Refuses what goes by attention weights, where there are none.
+
+        Args:
+          who: asks for them, in words.
+
+        Raises:
+          UsageError: one sentence.
+        """
+        if not self.shows_attention:
+            raise UsageError(
+                f"{who} goes by attention weights over the patches, of which "
+                f'attention="{self.backbone.attention.name}" has none: use "dense"'
+            )
 
     def setup(self):
         """An interpreter per group; refuses groups that are not the backbone's blocks."""
@@ -184,7 +205,7 @@ class IARed2(nn.Module):
         if sizes is not None:
             sizes = jnp.concatenate([prefix, sizes], axis=1)
         places = None
-        if origin is not None and not getattr(self.backbone, "shows_attention", True):
+        if origin is not None and not self.shows_attention:
             first = jnp.broadcast_to(jnp.arange(self.num_prefix), prefix.shape)
             after = origin + self.num_prefix
             total = self.num_prefix + self.input_spec.num_patches

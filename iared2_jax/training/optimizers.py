@@ -142,10 +142,12 @@ def _with_rates(
     """The optimizer with some parts' learning rates multiplied; itself where there are none."""
 
     def rates(params: FlatParams) -> dict[str, optax.Schedule]:
+        """The schedules of the parameters that have one, by path."""
         found = {path: rate_of(options, part_of(path, module), steps) for path in params}
         return {path: rate for path, rate in found.items() if rate is not None}
 
     def init(params: FlatParams) -> optax.OptState:
+        """The optimizer's state, and the step that the rates go by."""
         state = optimizer.init(params)
         if not rates(params):
             return state
@@ -154,6 +156,7 @@ def _with_rates(
     def update(
         grads: FlatParams, state: optax.OptState, params: FlatParams
     ) -> tuple[FlatParams, optax.OptState]:
+        """The updates, each times its part's rate at this step."""
         chosen = rates(params)
         if not chosen:
             return optimizer.update(grads, state, params)

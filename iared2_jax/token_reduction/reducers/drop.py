@@ -16,4 +16,5 @@ class Drop(Reducer):
     def reduce(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
     ) -> TokenState:
+        """The state with only the kept tokens alive."""
         return state._replace(alive=keep)

@@ -23,6 +23,7 @@ class Fuse(Reducer):
     def reduce(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
     ) -> TokenState:
+        """The state with the fused token in the place of the best that is not kept."""
         dropped = state.alive & ~keep
         weights = jnp.where(dropped, scores, 0).astype(state.x.dtype)
         # What lies in dead places may be anything, NaN included.

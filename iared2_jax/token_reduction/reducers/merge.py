@@ -26,6 +26,7 @@ class Merge(Reducer):
     def reduce(
         self, state: TokenState, keep: Bool[Array, "b k"], scores: Float[Array, "b k"], prefix: int
     ) -> TokenState:
+        """The state with every token that goes added to the target that it resembles most."""
         # The selector's own question, so compiled once.
         match, rows = bipartite_match(state, prefix), jnp.arange(keep.shape[0])[:, None]
         targets = match.is_target & keep

@@ -71,11 +71,7 @@ class Attention(Selector):
             raise ValueError(
                 'selector="attention" needs a CLS token in the blocks; this backbone has none there'
             )
-        if not getattr(module.backbone, "shows_attention", True):
-            raise ValueError(
-                'selector="attention" needs attention weights, of which '
-                f'attention="{module.backbone.attention.name}" has none'
-            )
+        module.require_attention_weights('selector="attention"')
         if self.block is not None:
             last = module.backbone.depth - 1
             if not 0 <= self.block <= last:

@@ -112,11 +112,8 @@ class Selector:
                 f"the selector {type(self).__name__} looks between attention and MLP, where the "
                 f"blocks of {type(module.backbone).__name__} cannot be stopped"
             )
-        if self.after_attention and not getattr(module.backbone, "shows_attention", True):
-            raise ValueError(
-                f"the selector {type(self).__name__} goes by the attention before it, whose "
-                f'weights attention="{module.backbone.attention.name}" has none'
-            )
+        if self.after_attention:
+            module.require_attention_weights(f"the selector {type(self).__name__}")
         if not self.probabilities and keep_ratios is None:
             raise ValueError(
                 f"the selector {type(self).__name__} needs keep_ratios: its scores are no "

@@ -103,7 +103,7 @@ class DynamicViTPhase(PhaseKind):
         rest, most = round(options.backbone_rest * steps), options.backbone_rate
 
         def rate(step: Array) -> Array:
-            """Of the interpreters' rate at this step."""
+            """The share of the interpreters' rate that the backbone has at this step."""
             cosine = jnp.maximum(0.5 * (1 + jnp.cos(jnp.pi * step / steps)), 1e-9)
             return jnp.where(step < rest, 0.0, jnp.minimum(most / cosine, 1.0))
 
@@ -114,16 +114,12 @@ class DynamicViTPhase(PhaseKind):
 
     def check_module(self, module: IARed2) -> None:
         """Refuses backbones that do not show their last tokens, or weigh no keys."""
-        backbone, asks = module.backbone, 'config.curriculum has "dynamicvit", but '
-        if not hasattr(backbone, "final_tokens"):
+        if not hasattr(module.backbone, "final_tokens"):
             raise UsageError(
-                f"{asks}{type(backbone).__name__} has no method `final_tokens`: use a ViT"
+                f'config.curriculum has "dynamicvit", but {type(module.backbone).__name__} has no '
+                "method `final_tokens`: use a ViT"
             )
-        if not backbone.shows_attention:
-            raise UsageError(
-                f"{asks}its masks weigh the keys of attention, of which "
-                f'attention="{backbone.attention.name}" has none: use "dense"'
-            )
+        module.require_attention_weights('config.curriculum="dynamicvit"')
 
     def initial_extra(self, module: IARed2, params: Params) -> Any:
         """The backbone as it is now, which the phase distils from."""
