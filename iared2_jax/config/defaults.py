@@ -83,8 +83,9 @@ def default_config() -> ml_collections.ConfigDict:
     #   supervised    the backbone alone, dense: how a backbone is trained at first; or only its
     #                 head, on a published trunk (config.supervised.train_trunk=False)
     #   distillation  the backbone alone, by the answers of config.distillation.teacher
+    #   dynamicvit    interpreters and all blocks at once, by Gumbel-softmax
     config.curriculum = "iared2"
-    # config.interpreter, .backbone, .supervised, .distillation: each kind of phase declares its own
+    # config.interpreter, .backbone, .dynamicvit and so on: each kind of phase declares its own
     # options, with their defaults, in training/phases/<kind>.py.
     for kind in PHASES.values():
         options = {**config.get(kind.section, {}), **kind.options()}

@@ -3,13 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from iared2_jax.errors import UsageError
 from iared2_jax.tables.cutouts import QUIET
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.statistics import mean, paired
-from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
+from iared2_jax.tables.statistics import paired
+from iared2_jax.tables.table import (
+    PLAIN_COLUMNS,
+    Column,
+    ConfigOfSize,
+    Results,
+    Row,
+    Table,
+    plain_row,
+)
 
 SIZE = 64  # px, of Cluttered MNIST
 _RECIPE = "recipe"
@@ -38,9 +47,7 @@ SETTINGS: dict[str, tuple[str, Mapping[str, str]]] = {
 }
 COLUMNS = (
     Column("kept per group", "kept", 2),
-    Column("top-1, %", "top1"),
-    Column("lost, points", "lost"),
-    Column("full FLOPs, %", "full_flops"),
+    *PLAIN_COLUMNS,
     Column("lost more than the recipe, points", "worse"),
 )
 
@@ -83,27 +90,13 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         found = {seed: results[name] for seed, name in names.items() if name in results}
         if not found:
             continue
-        ours = [run["iared2"] for run in found.values()]
-        dense = [run["dense"] for run in found.values()]
-        lost = {
-            seed: 100 * (run["dense"]["top1"] - run["iared2"]["top1"])
-            for seed, run in found.items()
-        }
-        lost_by[setting] = lost
+        row = plain_row(
+            SIZE, method, {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}
+        )
+        kept = [run["iared2"]["kept"] for run in found.values()]
+        row["kept"] = np.mean(kept, axis=0).tolist()
+        lost_by[setting] = lost = dict(zip(found, row["lost"].values, strict=True))
         both = sorted(lost.keys() & lost_by.get(_RECIPE, {}).keys())
-        shares = [
-            100 * a["flops"]["full"] / b["flops"]["full"] for a, b in zip(ours, dense, strict=True)
-        ]
-        groups = zip(*(run["kept"] for run in ours), strict=True)
-        row: Row = {
-            "pixels": SIZE,
-            "method": method,
-            "seeds": list(found),
-            "kept": [sum(kept) / len(kept) for kept in groups],
-            "top1": mean([100 * run["top1"] for run in ours]),
-            "lost": mean(list(lost.values())),
-            "full_flops": mean(shares),
-        }
         if both and setting != _RECIPE:
             row["worse"] = paired(
                 [lost[seed] for seed in both], [lost_by[_RECIPE][seed] for seed in both]

@@ -1,6 +1,6 @@
 """The tables that can be asked for, by their numbers in the paper or a name of ours; their data."""
 
-from iared2_jax.tables.ablation import ablation_table
+from iared2_jax.tables.ablation import SIZE, ablation_table
 from iared2_jax.tables.accuracy import accuracy_table
 from iared2_jax.tables.input_drops import input_drops_table
 from iared2_jax.tables.maps import maps_table
@@ -15,7 +15,7 @@ PRESETS: dict[str, ConfigOfSize] = {
     "cluttered_mnist": lambda size: "configs/cluttered_mnist.py",  # digits, which are of one size
 }
 # Pixels, where the command does not say.
-SIZES = {"cutouts": 112, "cutouts_kind": 112, "cluttered_mnist": 64}
+SIZES = {"cutouts": 112, "cutouts_kind": 112, "cluttered_mnist": SIZE}
 TABLES: dict[str, Table] = {
     "1": maps_table(
         "Where the object is: maps at the paper's threshold, and at any (Table 1's way)",

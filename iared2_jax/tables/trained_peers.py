@@ -55,7 +55,7 @@ def _selector_run(config: ConfigOfSize, size: int, selector: str, seed: int) -> 
 
 
 def _dynamicvit_run(config: ConfigOfSize, size: int, seed: int) -> Run:
-    """Predictors and blocks together, for as many steps as our interpreters and blocks take."""
+    """Predictors for as many steps as our interpreters and blocks take, blocks as ours."""
     recipe = load(config(size), {})
     # Its published groups and rates are EViT's: three of four drop, each the same share.
     groups, ratios = budget(config(size), size, "attention", SHARE)
@@ -74,6 +74,7 @@ def _dynamicvit_run(config: ConfigOfSize, size: int, seed: int) -> Run:
         "dynamicvit.batch_size": str(recipe.backbone.batch_size),
         "dynamicvit.clip_norm": str(recipe.backbone.clip_norm),
         "dynamicvit.learning_rate": str(rate),
+        "dynamicvit.backbone_rest": str(interpreters / steps),  # so its blocks move as long as ours
         "dynamicvit.backbone_rate": str(recipe.backbone.learning_rate / rate),
         "eval.maps": "()",
     }
