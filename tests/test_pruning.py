@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import pruning as command
 from iared2_jax.errors import UsageError
 from iared2_jax.evaluation.pruning import (
     PruningPoint,
     measure_fn,
     pruned_linear_flops,
     pruning_curves,
+    thresholds_of,
 )
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.flops import count_flops
@@ -78,7 +78,14 @@ def test_settings_are_measured_with_the_models_own_answers():
     images = rng.standard_normal((5, *module.input_spec.shape)).astype(np.float32)
     logits, out = module.apply(variables, jnp.asarray(images), 0.5)
     labels = np.asarray(logits.argmax(-1))
-    measure, scores = measure_fn(module, variables, images, labels, batch_size=4)
+
+    def answers(variables, threshold):
+        logits, out = module.apply(variables, jnp.asarray(images), threshold)
+        kept, scores = jnp.stack(out.keep, 1).sum(-1), jnp.stack(out.scores, 1)
+        found = {"answer": logits.argmax(-1), "kept": kept, "scores": scores}
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    measure, scores = measure_fn(module, variables, answers, labels)
     assert len(scores) == 5 * 3 * 64
     point = measure(0.5, 0.0)
     assert point.accuracy == 1.0
@@ -87,6 +94,9 @@ def test_settings_are_measured_with_the_models_own_answers():
     np.testing.assert_allclose(point.linear, expected)
     assert measure(KEEP_ALL, 0.5).linear < measure(KEEP_ALL, 0.0).linear
     assert measure(KEEP_ALL, 1.0).accuracy <= 1.0
+    few, many = thresholds_of(scores, 2)
+    share = [(scores <= threshold).mean() for threshold in (few, many)]
+    np.testing.assert_allclose(share, [1 / 3, 2 / 3], atol=0.01)
 
 
 def fabricated(threshold, share):
@@ -102,17 +112,6 @@ def test_both_take_the_cheaper_step_each_time():
     assert walked == [(KEEP_ALL, 0), (0.1, 0), (0.2, 0), (0.2, 0.1), (0.2, 0.2), (0.5, 0.2)]
     assert [point.share for point in curves["weights"]] == [0, 0.1, 0.2]
     assert [point.threshold for point in curves["tokens"]] == [KEEP_ALL, 0.1, 0.2, 0.5]
-    # At no loss, dropping gives 1 / 0.8; with a point, one step of pruning on top of it.
-    assert command.times_fewer(curves["both"], 0.0) == pytest.approx(1 / 0.8)
-    assert command.times_fewer(curves["both"], 1.0) == pytest.approx(1 / 0.72)
-    assert command.times_fewer(curves["weights"], 0.0) == 1
-
-
-def test_the_figure_is_drawn(tmp_path):
-    curves = [pruning_curves(fabricated, [0.1, 0.2], [0.1])] * 2
-    command.draw(curves, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5_000
-    assert command.summary(curves)["both"]["1.0"].half == 0
 
 
 def test_bad_shares_are_named():

@@ -14,6 +14,7 @@ from iared2_jax.config.checks import validate
 from iared2_jax.errors import Interrupted
 from iared2_jax.evaluation.agreement import SHOWN
 from iared2_jax.evaluation.evaluators import accuracy, collect, cost, kept_tokens, top_classes
+from iared2_jax.evaluation.pruning import SHARES
 from iared2_jax.experiment.build import build_model, dataset_of, model_options
 from iared2_jax.report import results as run_results
 from iared2_jax.report.results import evaluate_run
@@ -51,6 +52,7 @@ def evaluated(tmp_path_factory):
     config = load_config("cluttered_mnist", "runlocal")
     config.model.name, config.model.group_sizes, config.weights = "vit_3_blocks", (), ""
     config.data.eval_size = 20  # not a multiple of the batch: the last one is padded
+    config.eval.pruning = 1
     workdir = tmp_path_factory.mktemp("run")
     return config, workdir, evaluated_into(config, workdir)
 
@@ -100,6 +102,14 @@ def test_results_have_the_promised_keys(evaluated):
     assert results["map_images"] == 20
     assert results["agreement"]["as_trained"]["top1"] == results["iared2"]["top1"]
     assert set(results["agreement"]) == set(SHOWN)
+    curves = results["pruning"]
+    assert {kind: len(points) for kind, points in curves.items()} == {
+        "tokens": 2, "weights": 1 + len(SHARES), "both": 2 + len(SHARES)
+    }  # fmt: skip
+    for points in curves.values():  # all begin with everything
+        assert points[0]["accuracy"] == results["dense"]["top1"]
+        assert points[0]["linear"] == results["dense"]["flops"]["linear"]
+        assert points[-1]["linear"] < points[0]["linear"]
     speed = results["images_per_second"]
     assert {"dense", "masked", "ragged"} < set(speed["executions"])
     assert speed["baseline"] in speed["executions"]

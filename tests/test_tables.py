@@ -13,11 +13,13 @@ from PIL import Image
 
 from iared2_jax import create_model, save_weights
 from iared2_jax.config.checks import validate
-from iared2_jax.config.loading import flatten
+from iared2_jax.config.loading import flatten, load
+from iared2_jax.data.datasets import MADE
 from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.experiment.build import build_module, build_phases
 from iared2_jax.tables import __main__ as command
-from iared2_jax.tables import cutouts
+from iared2_jax.tables import pruning, shared_runs
+from iared2_jax.tables.ablation import SETTINGS
 from iared2_jax.tables.presets import PRESETS, TABLES
 from iared2_jax.tables.runs import missing_runs, results_of, seconds_of
 from iared2_jax.tables.statistics import mean, paired
@@ -268,6 +270,88 @@ def test_what_is_dropped_at_the_input_is_a_row_for_each_selector():
     assert TABLES["5"].rows([112], [1], {}) == []
 
 
+def test_clips_have_the_errors_of_a_clip_and_of_a_video():
+    """The table's figures are those of a run of its own: results.json's "methods"."""
+    flops = {"linear": 100.0, "full": 200.0}
+
+    def row(error, share):
+        return {
+            "clip1_error": error,
+            "video1_error": error / 2,
+            "flops": {kind: share * value for kind, value in flops.items()},
+            "kept_per_group": [share],
+        }
+
+    def run(error):
+        methods = {
+            "original": row(10.0, 1),
+            "temporal_difference": row(30.0, 0.5),
+            "iared2": row(error, 0.5),
+        }
+        return {"dense": {"flops": flops}, "methods": methods}
+
+    table = TABLES["3"]
+    found = {"64px-iared2-1": run(12.0), "64px-iared2-2": run(14.0)}
+    original, difference, ours = table.rows([64], [1, 2], found)
+    assert difference["method"] == "temporal difference"
+    assert ours["clip1_error"].values == (12, 14)
+    assert ours["video1_error"].values == (6, 7)
+    assert ours["lost"].values == (2, 4)
+    assert original["full_flops"].value == 100
+    assert difference["ours_better_by"].values == (18, 16)
+    text = cells([original, difference, ours], table.columns)
+    assert dict(zip(text[0], text[3], strict=True))["clip-1 error, %"].startswith("13.0 ±")
+
+
+def test_other_attentions_are_set_beside_ours():
+    dense = {"top1": 0.9, "flops": {"linear": 100.0, "full": 200.0}}
+    ours = {"top1": 0.88, "flops": {"linear": 60.0, "full": 110.0}}
+    linformer = {"top1": 0.8, "flops": {"linear": 100.0, "full": 150.0}}
+    student = {"top1": 0.7, "flops": {"linear": 70.0, "full": 140.0}}
+    found = {
+        "64px-iared2-1": {"dense": dense, "iared2": ours},
+        "64px-attention-linformer-1": {
+            "dense": linformer,
+            "config": {"model.attention_size": 16},
+        },
+        "64px-attention-student-1": {"dense": student, "config": {"model.depth": 4}},
+    }
+    rows = TABLES["attentions"].rows([64], [1, 2], found)
+    assert [row["method"] for row in rows] == [
+        "original",
+        "Linformer, k = 16",
+        "student of 4 blocks, distilled",
+        "IA-RED2",
+    ]
+    assert rows[1]["lost"].value == pytest.approx(10)
+    assert rows[1]["full_flops"].value == pytest.approx(75)
+    with pytest.raises(UsageError, match="no run of 64 px is finished yet"):
+        TABLES["attentions"].rows([64], [1], {})
+
+
+def curve(*points):
+    return [{"linear": linear, "accuracy": accuracy} for linear, accuracy in points]
+
+
+def test_curves_of_pruning_are_read_at_a_loss_and_drawn(tmp_path):
+    """Two times fewer FLOPs for a point, if a curve has such a point; over seeds, the mean."""
+    tokens = curve((100, 0.9), (80, 0.9), (50, 0.89), (20, 0.5))
+    weights = curve((100, 0.9), (90, 0.88))
+    assert pruning.times_fewer(tokens, 0.0) == pytest.approx(1.25)
+    assert pruning.times_fewer(tokens, 1.0) == pytest.approx(2)
+    assert pruning.times_fewer(weights, 1.7) == 1
+    one = {"pruning": {"tokens": tokens, "weights": weights, "both": tokens}}
+    two = {"pruning": {"tokens": weights, "weights": weights, "both": tokens}}
+    names = ("64px-iared2-1-pruning", "64px-iared2-3-pruning")
+    rows = TABLES["fig5"].rows([64], [1, 2, 3], dict(zip(names, (one, two), strict=True)))
+    assert [row["method"] for row in rows] == [*pruning.KINDS.values()]
+    assert rows[0]["seeds"] == [1, 3]
+    assert rows[0]["fewer_1.0"].values == pytest.approx((2, 1))
+    figure = TABLES["fig5"].plot(rows)
+    assert len(figure.axes[0].lines) == 6
+    assert len(figure.axes[0].get_legend().texts) == 3
+
+
 # -- Runs.
 
 
@@ -290,46 +374,72 @@ def test_settings_of_the_ablation_are_compared_seed_by_seed():
     assert one_head["full_flops"].value == pytest.approx(60)
     figure = TABLES["ablation"].plot([recipe, one_head])
     assert [text.get_text() for text in figure.legends[0].texts] == [
-        "the demo's recipe",
-        "1 head, not 8",
+        "the recipe",
+        "1 head",
     ]
 
 
-def test_every_setting_of_the_ablation_makes_a_model(tmp_path):
-    for run in TABLES["ablation"].runs(PRESETS["cluttered_mnist"], [64], [1]):
-        config = run.built(tmp_path, {})
-        validate(config, 1)
-        assert build_phases(config, build_module(config))
-
-
 @pytest.mark.parametrize(
-    ("table", "preset"),
-    [(name, preset) for name, table in TABLES.items() for preset in table.presets
-     if preset != "cluttered_mnist"],
-)  # fmt: skip
+    ("table", "preset"), [(name, preset) for name in TABLES for preset in TABLES[name].presets]
+)
 def test_a_tables_runs_can_be_built(table, preset, tmp_path):
-    """Every option is one, and a run that starts from another takes its weights."""
-    runs = TABLES[table].runs(PRESETS[preset], [112, 168], [1, 2])
+    """Every option is one, every model can be, and what starts from another takes its weights."""
+    preset = PRESETS[preset]
+    sizes = [112, 168] if preset.name.startswith("cutouts") else [preset.size]
+    runs = TABLES[table].runs(preset, sizes, [1, 2])
     names = [run.name for run in runs]
-    per_size = {"peers": 1 + 2 + 4 * 3, "5": 1 + 2 * 5, "trained_peers": 1 + 2 + 2 * 3}
-    per_size = per_size.get(table, 4)
-    assert len(set(names)) == len(names) == 2 * per_size
+    assert len(set(names)) == len(names) >= 2 * len(sizes)
     for place, run in enumerate(runs):
         config = run.built(tmp_path, GIVEN)
         assert config.data.path == "/objects"
+        starts_from = config.distillation.teacher if run.distils else config.weights
         if run.start:
             assert names.index(run.start) < place
-            assert config.weights == str(tmp_path / run.start / "weights.safetensors")
+            assert starts_from == str(tmp_path / run.start / "weights.safetensors")
         else:
-            assert config.weights == "/published"
+            assert starts_from == "/published"
+        if config.seed <= 1 and str(sizes[-1]) not in run.name[:3]:
+            validate(config, 1)
+            config.model.num_classes = config.model.num_classes or 10  # else its data would say
+            module = build_module(config)
+            if config.data.name in MADE:  # else its data's size decides how long an epoch is
+                assert config.mode == "eval" or build_phases(config, module)
+
+
+def test_a_setting_is_called_the_same_on_all_data():
+    """Rows are made by the runs' names, which do not say the preset."""
+    titles = {}
+    for settings in SETTINGS.values():
+        for name, (title, _) in settings.items():
+            assert titles.setdefault(name, title) == title
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_what_takes_as_long_as_ours_takes_as_many_steps(preset, tmp_path):
+    """Peers and other attentions, whose blocks learn in one phase, beside ours, group by group."""
+    for table in ("trained_peers", "attentions", "5"):
+        if preset.name not in TABLES[table].presets:
+            continue
+        lengths = set()
+        for run in TABLES[table].runs(preset, [preset.size], [1]):
+            config = run.built(tmp_path, GIVEN)
+            if run.distils or config.curriculum in ("dynamicvit", "iared2"):
+                continue
+            section = {"selector": "backbone"}.get(config.curriculum, config.curriculum)
+            if run.name.endswith("-head"):
+                continue
+            lengths.add((config[section].steps, config[section].epochs))
+        recipe = load(preset.config(preset.size), {})
+        groups = len(recipe.model.group_sizes) or recipe.model.groups
+        assert lengths == {(groups * recipe.backbone.steps, groups * recipe.backbone.epochs)}
 
 
 def _of_seed_1():
-    return cutouts.reducing_run(PRESETS["cutouts"], "interpreters", 112, 1)
+    return shared_runs.reducing_run(PRESETS["cutouts"], "interpreters", 112, 1)
 
 
 def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_path):
-    head = cutouts.head_run(PRESETS["cutouts"], 112)
+    head = shared_runs.head_runs(PRESETS["cutouts"], 112)[0]
     config = flatten(head.built(tmp_path, {**GIVEN, "data.path": "/elsewhere"}))
     (tmp_path / head.name).mkdir()
     (tmp_path / head.name / "results.json").write_text(json.dumps({"config": config}))
@@ -344,7 +454,7 @@ def test_a_run_is_there_if_its_options_are_the_same_wherever_its_files_lie(tmp_p
 
 
 def test_another_recipe_of_the_interpreters_makes_no_new_head(tmp_path):
-    head = cutouts.head_run(PRESETS["cutouts"], 112)
+    head = shared_runs.head_runs(PRESETS["cutouts"], 112)[0]
     config = flatten(head.built(tmp_path, GIVEN))
     config.update({"interpreter.steps": 7, "model.policy_token": "cls"})
     (tmp_path / head.name).mkdir()
@@ -543,8 +653,8 @@ def test_a_stopped_run_is_told_by_the_exit_code_and_its_time_adds_up(tmp_path, m
         (["--table=4", "--seed=3"], "there is no flag '--seed' (did you mean '--seeds'?)"),
         (["--table=4", "--seeds", "1", "0"], "--seeds 0: the head has learned"),
         (["--table=4", "--config.seed=3"], "--config.seed is set by the table itself"),
-        (["--table=ablation", "--preset=cutouts"], "is made on cluttered_mnist, not on cutouts"),
-        (["--table=ablation", "--sizes", "112"], "digits are of 64 px alone"),
+        (["--table=ablation", "--preset=cutouts"], "is made on cluttered_mnist or imagenet, not"),
+        (["--table=ablation", "--sizes", "112"], "cluttered_mnist has images of 64 px alone"),
         (["--table=4", "--sizes", "100", "--config.weights=scratch"], "100"),
     ],
 )

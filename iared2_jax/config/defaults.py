@@ -127,6 +127,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval.batch_size = 100
     # What the network answers from the kept, the dropped and random patches alone: five passes.
     config.eval.agreement = True
+    # Thresholds on the curves of accuracy over FLOPs by dropping tokens, by magnitude pruning of
+    # the blocks' linear layers, and by both (Figure 5; `pruning` in results.json); 0: no curves.
+    config.eval.pruning = 0
     # Of videos: top-1 of a clip ("clip-1") sees the "centre" from the video's start, or a "random"
     # crop at a random time; the video's ("video-1") adds up the logits of three crops, or is off.
     config.eval.clip_view = "centre"
@@ -188,6 +191,7 @@ RESUMABLE = (
     "profile",
     "eval.batch_size",
     "eval.agreement",
+    "eval.pruning",
     "eval.clip_view",
     "eval.video",
     "eval.maps",

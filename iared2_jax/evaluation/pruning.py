@@ -4,19 +4,19 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from iared2_jax.data.inputs import Images, as_inputs, check_labels, refuse_non_finite
-from iared2_jax.evaluation.evaluators import collect
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
-from iared2_jax.typing import Array
 from iared2_jax.weights.pruning import nonzero_shares, prune
 
-# From tokens kept in all groups, and weights set to 0, to what that gives.
+SHARES = tuple(round(0.1 * step, 1) for step in range(1, 9))  # of weights set to 0, on a curve
+# From the threshold of all groups, and the share of weights set to 0, to what that gives.
 Measure = Callable[[float, float], "PruningPoint"]
+Variables = Mapping[str, Any]
+# From variables and the threshold of all groups to what every image gives: its "answer" [M], the
+# tokens "kept" [M, D] and their "scores" [M, D, N].
+Answers = Callable[[Variables, float], Mapping[str, np.ndarray]]
 
 
 class PruningPoint(NamedTuple):
@@ -54,35 +54,13 @@ def pruned_linear_flops(
 
 
 def measure_fn(
-    module: IARed2,
-    variables: Mapping[str, Any],
-    images: Images,
-    labels: Sequence[int] | Array,
-    scope: str = "layer",
-    batch_size: int = 100,
+    module: IARed2, variables: Variables, answers: Answers, labels: np.ndarray, scope: str = "layer"
 ) -> tuple[Measure, np.ndarray]:
     """The function that measures a setting, and all scores there are, for thresholds to choose.
 
     Args:
-      images: see `data.inputs.as_inputs`. labels: the right answers. scope: see `prune`.
-
-    Raises:
-      UsageError: images that are not finite, labels that are no classes of the model.
+      answers: of the images, by the model. labels: the right ones [M]. scope: see `prune`.
     """
-    images = np.asarray(as_inputs(images, module.input_spec), np.float32)
-    refuse_non_finite(images)
-    labels = check_labels(labels, len(images), module.backbone.num_classes)
-
-    @jax.jit
-    def forward(variables, images, threshold):
-        logits, out = module.apply(variables, images, threshold)
-        kept, scores = jnp.stack(out.keep, 1).sum(-1), jnp.stack(out.scores, 1)
-        return {"answer": logits.argmax(-1), "kept": kept, "scores": scores}
-
-    def run(variables: Mapping[str, Any], threshold: float) -> dict[str, np.ndarray]:
-        """Answers, tokens kept and scores of every image."""
-        ask = lambda batch: forward(variables, batch["images"], threshold)  # noqa: E731
-        return collect(ask, {"images": images}, min(batch_size, len(images)))
 
     @functools.cache
     def pruned(share: float) -> tuple[dict[str, Any], dict[int, float]]:
@@ -94,13 +72,19 @@ def measure_fn(
     def measure(threshold: float, share: float) -> PruningPoint:
         """One setting."""
         own, nonzero = pruned(share)
-        found = run(own, threshold)
+        found = answers(own, threshold)
         cost = pruned_linear_flops(module, tuple(found["kept"].T), nonzero)
         accuracy = float((found["answer"] == labels).mean())
         return PruningPoint(threshold, share, float(np.mean(cost)), accuracy)
 
-    scores = run(variables, KEEP_ALL)["scores"]
+    scores = answers(variables, KEEP_ALL)["scores"]
     return measure, scores[scores > 0]
+
+
+def thresholds_of(scores: np.ndarray, count: int) -> list[float]:
+    """Thresholds that drop evenly more of the tokens, from few of them to most."""
+    levels = np.quantile(scores, np.linspace(0, 1, count + 2)[1:-1])
+    return sorted(set(map(float, levels)))
 
 
 def pruning_curves(

@@ -16,6 +16,7 @@ from iared2_jax.config.loading import reduction_of, weights_of
 from iared2_jax.data.datasets import Dataset
 from iared2_jax.evaluation import evaluators
 from iared2_jax.evaluation.agreement import answers_when_shown
+from iared2_jax.evaluation.pruning import SHARES, measure_fn, pruning_curves, thresholds_of
 from iared2_jax.files import writing
 from iared2_jax.report import figures, tables
 from iared2_jax.report.comparison import Comparison
@@ -113,6 +114,8 @@ def _measure(
             results["random"] = _random(comparison, counts)
             if comparison.config.eval.agreement:
                 results["agreement"] = _agreement(comparison)
+            if comparison.config.eval.pruning:
+                results["pruning"] = _pruning(comparison)
         # A comparison times all its methods in turn.
         if comparison.config.eval.speed_batch and not comparison.config.compare.selectors:
             results["images_per_second"] = _speed(comparison)
@@ -229,6 +232,30 @@ def _agreement(comparison: Comparison) -> dict[str, Any]:
         }
         for name, answers in seen.items()
     }
+
+
+def _pruning(comparison: Comparison) -> dict[str, list[dict[str, float]]]:
+    """Curves of accuracy over linear FLOPs: tokens dropped, weights pruned, and both, greedily."""
+    module, labels = comparison.module, comparison.labels
+
+    def forward(variables, inputs, batch):
+        logits, out = module.apply(variables, inputs, batch["thresholds"])
+        return {
+            "answer": logits.argmax(axis=-1),
+            "kept": jnp.stack(out.keep, axis=1).sum(axis=-1),
+            "scores": jnp.stack(out.scores, axis=1),
+        }
+
+    fn = comparison.compiled(forward)
+
+    def answers(variables, threshold):
+        shape = (len(comparison.pixels), module.num_groups)
+        thresholds = np.full(shape, threshold, np.float32)
+        return comparison.collect(fn, variables, thresholds=thresholds)
+
+    measure, scores = measure_fn(module, comparison.trained, answers, labels)
+    curves = pruning_curves(measure, thresholds_of(scores, comparison.config.eval.pruning), SHARES)
+    return {kind: [point._asdict() for point in points] for kind, points in curves.items()}
 
 
 def _speed(comparison: Comparison) -> dict[str, Any]:

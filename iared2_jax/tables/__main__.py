@@ -23,7 +23,7 @@ from iared2_jax.command import Parser, exit_code
 from iared2_jax.errors import UsageError
 from iared2_jax.files import writing
 from iared2_jax.main import overrides
-from iared2_jax.tables.presets import PRESETS, SIZES, TABLES
+from iared2_jax.tables.presets import PRESETS, TABLES
 from iared2_jax.tables.records import NO_TABLE, check_options, read_record, run_record
 from iared2_jax.tables.runs import (
     PATHS,
@@ -39,11 +39,13 @@ from iared2_jax.tables.write import markdown, write_table
 
 log = logging.getLogger("iared2_jax.tables")
 
+_COMPILED = "compiled"  # below the runs' folder
+
 _SET_BY_TABLES = frozenset({"seed", "curriculum", "mode", "compare.selectors"})
 
 
-def _said(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{size} ({preset})" for preset, size in sizes.items())
+def _default_sizes() -> str:
+    return ", ".join(f"{preset.size} ({name})" for name, preset in PRESETS.items())
 
 
 def _parser() -> Parser:
@@ -58,7 +60,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--preset", choices=PRESETS, help="on which data; the table's first")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", help=f"of the images, px; else {_said(SIZES)}"
+        "--sizes", type=int, nargs="+", help=f"of the images, px; else {_default_sizes()}"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--root", type=Path, default=Path("runs/tables"), help="the runs' folder")
@@ -93,21 +95,22 @@ def tabulate(argv: Sequence[str]) -> None:
         )
     table = TABLES[flags.table]
     flags.preset = flags.preset or table.presets[0]
-    flags.sizes = flags.sizes or [SIZES[flags.preset]]
     if flags.preset not in table.presets:
         raise UsageError(
             f"--table={flags.table} is made on {' or '.join(table.presets)}, not on {flags.preset}"
         )
-    config = PRESETS[flags.preset]
+    preset = PRESETS[flags.preset]
+    flags.sizes = flags.sizes or [preset.size]
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
     before = read_record(path) if flags.add else NO_TABLE
     others = [read_record(path.with_name(f"table_{name}.json"), "--use") for name in flags.use]
     sizes = sorted({*before.sizes, *flags.sizes})
     seeds = sorted({*before.seeds, *flags.seeds})
-    runs = table.runs(config, sizes, seeds)
+    preset.check(sizes, seeds)
+    runs = table.runs(preset, sizes, seeds)
     for other in others:
         before = before.with_runs_of(other, {run.name for run in runs})
-    names = {run.name for run in table.runs(config, flags.sizes, flags.seeds)}
+    names = {run.name for run in table.runs(preset, flags.sizes, flags.seeds)}
     asked = [run for run in runs if run.name in names]
 
     check_options(before, runs, root, given)
@@ -118,7 +121,7 @@ def tabulate(argv: Sequence[str]) -> None:
             check_folder(run, root, given)
     for run in asked:
         log.info("%s", _state(run, root, run not in missing))
-    log.info("about %.0f minutes on two CPU cores", sum(run.minutes for run in missing))
+    log.info("%s", _time_of(missing))
     if flags.dry_run:
         return
     if not flags.finished:
@@ -159,17 +162,30 @@ def _found(
 
 
 def _make(missing: Sequence[Run], root: Path, given: Mapping[str, str]) -> None:
+    from iared2_jax.fast_inference.accelerated import programs_kept  # slow to import
+
     for place, run in enumerate(missing, 1):
-        left = sum(later.minutes for later in missing[place - 1 :])
-        log.info("run %d of %d, %s; about %.0f minutes left", place, len(missing), run.name, left)
-        make(run, root, given)
+        left = _time_of(missing[place - 1 :])
+        log.info("run %d of %d, %s; left: %s", place, len(missing), run.name, left)
+        with programs_kept(root / _COMPILED):  # seeds of a setting run the same programs
+            make(run, root, given)
 
 
 def _state(run: Run, root: Path, finished: bool) -> str:
     if finished:
         return f"{run.name}: there"
     begun = "begun, " if (root / run.name).exists() else ""
-    return f"{run.name}: {begun}missing, about {run.minutes:.0f} minutes"
+    time_left = "its time is not known" if run.minutes is None else _time_of([run])
+    return f"{run.name}: {begun}missing, {time_left}"
+
+
+def _time_of(runs: Sequence[Run]) -> str:
+    """About how long runs take, as far as that is known."""
+    known = sum(run.minutes for run in runs if run.minutes is not None)
+    unknown = sum(run.minutes is None for run in runs)
+    words = [f"about {known:.0f} minutes on two CPU cores"] if known or not unknown else []
+    words += [f"{unknown} whose time is not known"] if unknown else []
+    return ", and ".join(words)
 
 
 def _left_out(runs: Sequence[Run], there: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The ablation: what the paper leaves open, one choice at a time, on digits (section 4.2)."""
+"""The ablation: what the paper leaves open, one choice at a time, with a plot (section 4.2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,44 +6,72 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from iared2_jax.errors import UsageError
-from iared2_jax.tables.cutouts import QUIET
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
+from iared2_jax.tables.shared_runs import QUIET
 from iared2_jax.tables.statistics import paired
 from iared2_jax.tables.table import (
     PLAIN_COLUMNS,
     Column,
-    ConfigOfSize,
     Results,
     Row,
     Table,
     plain_row,
 )
 
-SIZE = 64  # px, of Cluttered MNIST
 _RECIPE = "recipe"
+Options = Mapping[str, str]
+Settings = Mapping[str, tuple[str, Options]]  # by the runs' names: a title, what is changed
 
-# What differs from the demo's recipe, by the runs' names. Equal groups get one price for all.
-_EQUAL = {
-    "model.group_sizes": "()",
-    "interpreter.tau": "(60.0,)",
-    "interpreter.lengths": "(1.0,)",
-}
-SETTINGS: dict[str, tuple[str, Mapping[str, str]]] = {
-    _RECIPE: ("the demo's recipe", {}),
-    "groups-2": ("D = 2, equal groups, one price", {**_EQUAL, "model.groups": "2"}),
-    "groups-3": ("D = 3, equal groups, one price", {**_EQUAL, "model.groups": "3"}),
-    "groups-6": ("D = 6, equal groups, one price", {**_EQUAL, "model.groups": "6"}),
-    "heads-1": ("1 head, not 8", {"model.interpreter_heads": "1"}),
-    "heads-4": ("4 heads, not 8", {"model.interpreter_heads": "4"}),
+
+def _groups(depths: Sequence[int], prices: str) -> Settings:
+    """Equal groups, with one price for all of them."""
+    equal = {"model.group_sizes": "()", "interpreter.tau": prices, "interpreter.lengths": "(1.0,)"}
+    return {
+        f"groups-{d}": (f"D = {d}, equal groups, one price", {**equal, "model.groups": str(d)})
+        for d in depths
+    }
+
+
+_MODEL: Settings = {
     "policy-learned": ("a learned policy token, not CLS", {"model.policy_token": "learned"}),
     "predictor": ("DynamicViT's predictors", {"model.interpreter_kind": "dynamicvit"}),
     "unscaled": ("Eq. 1 without 1 / sqrt(c)", {"model.scale": "False"}),
-    "denominator": ("reward over all N tokens", {"interpreter.reward_denominator": "initial"}),
-    "tau-half": ("tau / 2", {"interpreter.tau": "(20.0,30.0,300.0)"}),
-    "tau-double": ("2 tau", {"interpreter.tau": "(80.0,120.0,1200.0)"}),
-    "right-or-wrong": ("answers right or wrong (Eq. 2)", {"interpreter.answer": "right"}),
-    "self-critical": ("the paper's estimator (Eq. 3)", {"interpreter.estimator": "self_critical"}),
+}
+# What differs from a preset's recipe, one choice at a time.
+SETTINGS: dict[str, Settings] = {
+    "cluttered_mnist": {
+        _RECIPE: ("the recipe", {}),
+        **_groups((2, 3, 6), prices="(60.0,)"),
+        "heads-1": ("1 head", {"model.interpreter_heads": "1"}),
+        "heads-4": ("4 heads", {"model.interpreter_heads": "4"}),
+        **_MODEL,
+        "denominator": ("reward over all N tokens", {"interpreter.reward_denominator": "initial"}),
+        "tau-half": ("tau / 2", {"interpreter.tau": "(20.0,30.0,300.0)"}),
+        "tau-double": ("2 tau", {"interpreter.tau": "(80.0,120.0,1200.0)"}),
+        "right-or-wrong": ("answers right or wrong (Eq. 2)", {"interpreter.answer": "right"}),
+        "self-critical": (
+            "the paper's estimator (Eq. 3)",
+            {"interpreter.estimator": "self_critical"},
+        ),
+    },
+    "imagenet": {
+        _RECIPE: ("the recipe", {}),
+        **_groups((2, 4), prices="(1.0,)"),
+        "heads-1": ("1 head", {"model.interpreter_heads": "1"}),
+        **_MODEL,
+        "denominator-entering": (
+            "reward over the tokens that enter a group",
+            {"interpreter.reward_denominator": "entering"},
+        ),
+        "tau-half": ("tau / 2", {"interpreter.tau": "(0.5,)"}),
+        "tau-double": ("2 tau", {"interpreter.tau": "(2.0,)"}),
+        "probability": ("answers by probability", {"interpreter.answer": "probability"}),
+        "rloo": (
+            "leave-one-out, 3 rollouts",
+            {"interpreter.estimator": "rloo", "interpreter.rollouts": "3"},
+        ),
+    },
 }
 COLUMNS = (
     Column("kept per group", "kept", 2),
@@ -54,44 +82,45 @@ COLUMNS = (
 
 def ablation_table(title: str, paper: str) -> Table:
     """A row for each setting, over seeds, and a plot of them."""
-    return Table(title, paper, COLUMNS, _runs, _rows, presets=("cluttered_mnist",), plot=plot)
+    return Table(title, paper, COLUMNS, _runs, _rows, presets=tuple(SETTINGS), plot=plot)
 
 
 def _name(setting: str, seed: int) -> str:
     return f"ablation-{setting}-{seed}"
 
 
-def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
-    if list(sizes) != [SIZE]:
-        raise UsageError(f"--sizes {' '.join(map(str, sizes))}: digits are of {SIZE} px alone")
+def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+    (size,) = sizes  # the recipe is of one
     return [
         Run(
             _name(setting, seed),
-            config(SIZE),
+            preset.config(size),
             {
+                **preset.options,
                 "curriculum": "iared2",
                 "seed": str(seed),
                 "eval.maps": "()",
-                "eval.perturbation": "False",
                 **QUIET,
                 **options,
             },
-            minutes=2.0,
+            minutes=preset.minutes_of("iared2", size),
         )
-        for setting, (_, options) in SETTINGS.items()
+        for setting, (_, options) in SETTINGS[preset.name].items()
         for seed in seeds
     ]
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made, lost_by = [], {}
-    for setting, (method, _) in SETTINGS.items():
+    # Runs' names say the setting, whichever preset they are of; its title is the same in all.
+    titles = {name: title for of in SETTINGS.values() for name, (title, _) in of.items()}
+    for setting, method in titles.items():
         names = {seed: _name(setting, seed) for seed in seeds}
         found = {seed: results[name] for seed, name in names.items() if name in results}
         if not found:
             continue
         row = plain_row(
-            SIZE, method, {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}
+            sizes[0], method, {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}
         )
         kept = [run["iared2"]["kept"] for run in found.values()]
         row["kept"] = np.mean(kept, axis=0).tolist()

@@ -1,4 +1,4 @@
-"""Tables of accuracy and cost: ours beside the original and baselines (the paper's 2 and 4)."""
+"""Tables of accuracy and cost: ours beside the original and baselines (the paper's 2, 3 and 4)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,80 +6,107 @@ from typing import Any
 import numpy as np
 
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables import cutouts
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
+from iared2_jax.tables.shared_runs import (
+    finished_seeds,
+    head_and_seeds,
+    speed_name,
+    speed_run,
+)
 from iared2_jax.tables.statistics import mean, paired
-from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
+from iared2_jax.tables.table import Column, Results, Row, Table
 
-COLUMNS = (
-    Column("kept per group", "kept", 2),
-    Column("top-1, %", "top1"),
-    Column("lost, points", "lost"),
+_SHARED_COLUMNS = (
     Column("linear FLOPs, %", "linear_flops"),
     Column("full FLOPs, %", "full_flops"),
     Column("ours better by, points", "ours_better_by"),
+)
+IMAGE_COLUMNS = (
+    Column("kept per group", "kept", 2),
+    Column("top-1, %", "top1"),
+    Column("lost, points", "lost"),
+    *_SHARED_COLUMNS,
     Column("images/s", "images_per_s"),
+    Column("of possible, %", "of_possible", 0),
+)
+CLIP_COLUMNS = (
+    Column("kept per group", "kept", 2),
+    Column("clip-1 error, %", "clip1_error"),
+    Column("video-1 error, %", "video1_error"),
+    Column("lost, points", "lost"),
+    *_SHARED_COLUMNS,
+    Column("clips/s", "images_per_s"),
     Column("of possible, %", "of_possible", 0),
 )
 
 _ALWAYS = ("original", "iared2")  # without any baseline
 
 
-def accuracy_table(title: str, paper: str, curriculum: str) -> Table:
-    """The table of what a curriculum trains, after the head."""
+def accuracy_table(
+    title: str, paper: str, curriculum: str, presets: Sequence[str], clips: bool = False
+) -> Table:
+    """The table of what a curriculum trains, after the head if there is one to train.
 
-    def runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+    Args:
+      clips: whether the inputs are clips, whose errors are a clip's and a video's.
+    """
+
+    def runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
         """For each size the head, a run for each seed, and one for speed."""
         made = []
         for size in sizes:
-            made += cutouts.head_and_seeds(config, curriculum, size, seeds)
-            made.append(cutouts.speed_run(config, curriculum, size, seeds[0]))
+            made += head_and_seeds(preset, curriculum, size, seeds)
+            made.append(speed_run(preset, curriculum, size, seeds[0]))
         return made
 
     def rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
         """A row for each method at each size."""
         made = []
         for size in sizes:
-            found = cutouts.finished_seeds(curriculum, size, seeds, results)
-            of_size = _rows_of_size(size, list(found), list(found.values()))
+            found = finished_seeds(curriculum, size, seeds, results)
+            of_size = _rows_of_size(size, list(found), list(found.values()), clips)
             for place, seed in enumerate(found):
-                if speed := results.get(cutouts.speed_name(curriculum, size, seed)):
+                if speed := results.get(speed_name(curriculum, size, seed)):
                     _add_speed(of_size, speed, place)
                     break
             made += of_size.values()
         return made
 
-    return Table(title, paper, COLUMNS, runs, rows)
+    return Table(title, paper, CLIP_COLUMNS if clips else IMAGE_COLUMNS, runs, rows, presets)
 
 
 def _rows_of_size(
-    size: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]]
+    size: int, seeds: Sequence[int], found: Sequence[Mapping[str, Any]], clips: bool
 ) -> dict[str, Row]:
     """The rows of the finished runs at one size, by method; each over the seeds that have it."""
     from iared2_jax.experiment.compare import methods  # slow to import
 
-    of_seed = [
-        run["methods"] if "methods" in run else methods(run, {}, clips=False) for run in found
-    ]
+    of_seed = [run["methods"] if "methods" in run else methods(run, {}, clips) for run in found]
     rows = {}
     dense = {kind: found[0]["dense"]["flops"][kind] for kind in ("linear", "full")}
+    error = "clip1_error" if clips else "top1_error"
     for method in max(of_seed, key=len):
         pairs = [(s, of) for s, of in zip(seeds, of_seed, strict=True) if method in of]
         mine, errors = (
             [of[method] for _, of in pairs],
-            {name: [of[name]["top1_error"] for _, of in pairs] for name in (method, *_ALWAYS)},
+            {name: [of[name][error] for _, of in pairs] for name in (method, *_ALWAYS)},
         )
         row: Row = {
             "pixels": size,
-            "method": METHODS.get(method, method),
+            "method": METHODS.get(method, method.replace("_", " ")),
             "seeds": [seed for seed, _ in pairs],
-            "top1": mean([100 - error for error in errors[method]]),
             "lost": paired(errors[method], errors["original"]),
             "kept": np.mean([figures["kept_per_group"] for figures in mine], axis=0).tolist(),
             "ours_better_by": (
                 paired(errors[method], errors["iared2"]) if method != "iared2" else None
             ),
         }
+        if clips:
+            for key in ("clip1_error", "video1_error"):
+                row[key] = mean([figures[key] for figures in mine])
+        else:
+            row["top1"] = mean([100 - share for share in errors[method]])
         for kind in ("linear", "full"):
             row[f"{kind}_flops"] = mean([100 * f["flops"][kind] / dense[kind] for f in mine])
         rows[method] = row

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from iared2_jax.config.loading import load
-from iared2_jax.tables import cutouts
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
+from iared2_jax.tables.shared_runs import as_long_as_ours, head_runs, original_run
 from iared2_jax.tables.statistics import mean
 from iared2_jax.tables.table import (
     PLAIN_COLUMNS,
     Column,
-    ConfigOfSize,
     Results,
     Row,
     Table,
@@ -28,36 +28,36 @@ SELECTORS = {
 }
 
 
-def input_drops_table(title: str, paper: str) -> Table:
+def input_drops_table(title: str, paper: str, presets: Sequence[str]) -> Table:
     """The original, and every selector fine-tuned under what it keeps, over seeds."""
-    return Table(title, paper, COLUMNS, _runs, _rows)
+    return Table(title, paper, COLUMNS, _runs, _rows, presets)
 
 
 def _name(size: int, selector: str, seed: int) -> str:
     return f"{size}px-input-{selector}-{seed}"
 
 
-def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
-    cutouts.check_seeds(seeds)
+def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made.append(cutouts.head_run(config, size))
-        made += [_run(config, size, name, seed) for seed in seeds for name in SELECTORS]
+        made += head_runs(preset, size)
+        made += [_run(preset, size, name, seed) for seed in seeds for name in SELECTORS]
     return made
 
 
-def _run(config: ConfigOfSize, size: int, selector: str, seed: int) -> Run:
-    """The head's model fine-tuned under a selector, for as long as Table 2's own blocks are."""
-    recipe = load(config(size), {})
+def _run(preset: Preset, size: int, selector: str, seed: int) -> Run:
+    """The original fine-tuned under a selector, for as long as Table 2's own blocks are."""
+    recipe = load(preset.config(size), {})
     options = {
         "curriculum": "selector",
         "seed": str(seed),
         "model.groups": "1",
+        "model.group_sizes": "()",
         "reduction.selector": selector,
         "reduction.keep_ratios": f"({KEPT},)",
-        "backbone.steps": str(recipe.model.groups * recipe.backbone.steps),
+        **as_long_as_ours(recipe),
     }
-    return cutouts.from_head(_name(size, selector, seed), config(size), size, options, at_112=9)
+    return original_run(preset, _name(size, selector, seed), size, options, kind="selector")
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:

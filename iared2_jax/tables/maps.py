@@ -4,10 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iared2_jax.errors import UsageError
-from iared2_jax.tables import cutouts
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
+from iared2_jax.tables.shared_runs import (
+    finished_seeds,
+    head_and_seeds,
+    maps_name,
+    maps_run,
+)
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, ConfigOfSize, Results, Row, Table
+from iared2_jax.tables.table import Column, Results, Row, Table
 
 COLUMNS = (
     Column("pixel accuracy", "pixel_accuracy"),
@@ -21,24 +27,24 @@ COLUMNS = (
 _CURRICULUM = "interpreters"
 
 
-def maps_table(title: str, paper: str) -> Table:
+def maps_table(title: str, paper: str, presets: Sequence[str]) -> Table:
     """Our scores over seeds; every other map, which no seed changes, once."""
-    return Table(title, paper, COLUMNS, _runs, _rows)
+    return Table(title, paper, COLUMNS, _runs, _rows, presets)
 
 
-def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made += cutouts.head_and_seeds(config, _CURRICULUM, size, seeds)
-        made.append(cutouts.maps_run(config, size))
+        made += head_and_seeds(preset, _CURRICULUM, size, seeds)
+        made.append(maps_run(preset, size))
     return made
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        found = cutouts.finished_seeds(_CURRICULUM, size, seeds, results)
-        every = results.get(cutouts.maps_name(size))
+        found = finished_seeds(_CURRICULUM, size, seeds, results)
+        every = results.get(maps_name(size))
         _check_same_images([*found.values(), *([every] if every else [])])
         ours = [run["segmentation"] for run in found.values()]
         for name in ours[0]:

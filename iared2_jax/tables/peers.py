@@ -6,13 +6,13 @@ from typing import Any
 
 from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables import cutouts
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
+from iared2_jax.tables.shared_runs import head_and_seeds, original_run, seeds_there
 from iared2_jax.tables.statistics import mean
 from iared2_jax.tables.table import (
     PLAIN_COLUMNS,
     Column,
-    ConfigOfSize,
     Results,
     Row,
     Table,
@@ -31,36 +31,36 @@ _NAMES = {**METHODS, "attention": "attention before each group"}
 _CURRICULUM = "interpreters"
 
 
-def peers_table(title: str, paper: str) -> Table:
+def peers_table(title: str, paper: str, presets: Sequence[str]) -> Table:
     """Our interpreters over seeds; every training-free selector, which no seed changes, once."""
-    return Table(title, paper, COLUMNS, _runs, _rows)
+    return Table(title, paper, COLUMNS, _runs, _rows, presets)
 
 
 def _name(size: int, selector: str, share: int) -> str:
     return f"{size}px-{selector}-{share}"
 
 
-def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made += cutouts.head_and_seeds(config, _CURRICULUM, size, seeds)
-        made += [_run(config, size, selector, share) for selector in SELECTORS for share in SHARES]
+        made += head_and_seeds(preset, _CURRICULUM, size, seeds)
+        made += [_run(preset, size, selector, share) for selector in SELECTORS for share in SHARES]
     return made
 
 
-def _run(config: ConfigOfSize, size: int, selector: str, share: int) -> Run:
-    """The evaluation of the head's model under a selector that nobody trained."""
-    groups, ratios = budget(config(size), size, selector, share)
+def _run(preset: Preset, size: int, selector: str, share: int) -> Run:
+    """The evaluation of the original under a selector that nobody trained."""
+    groups, ratios = budget(preset.config(size), size, selector, share)
     options = {
         "mode": "eval",
         "curriculum": "selector",
         "model.groups": str(groups),
+        "model.group_sizes": "()",
         "reduction.selector": selector,
         "reduction.keep_ratios": repr(ratios),
         "eval.maps": "()",
     }
-    name = _name(size, selector, share)
-    return cutouts.from_head(name, config(size), size, options, at_112=1.2)
+    return original_run(preset, _name(size, selector, share), size, options, kind="evaluation")
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     for size in sizes:
         names = {(s, share): _name(size, s, share) for s in SELECTORS for share in SHARES}
         found = {key: results[name] for key, name in names.items() if name in results}
-        ours = cutouts.seeds_there(_CURRICULUM, size, seeds, results)
+        ours = seeds_there(_CURRICULUM, size, seeds, results)
         every = [*ours.values(), *found.values()]
         if every:
             made.append(plain_row(size, "original", {None: (every[0]["dense"],) * 2}))

@@ -19,7 +19,7 @@ from iared2_jax.experiment.run_directory import (
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
-PATHS = ("weights", "data.path", "data.cutouts.backgrounds")
+PATHS = ("weights", "distillation.teacher", "data.path", "data.cutouts.backgrounds")
 # What decides how soon a run is done, and nothing else.
 _PACE = ("data.threads",)
 WEIGHTS = "weights.safetensors"
@@ -34,23 +34,30 @@ class Run:
       name: of its folder, e.g. "interpreters-2".
       config: as the flag --config of `iared2_jax.main` has it.
       options: what is set in it, by key, as text.
-      start: the run whose weights it starts from; "": those that the user gives.
+      start: the run whose weights it starts from; "": those that the user gives, or its config.
+      distils: whether those are its teacher, and it starts from scratch.
       ignored: prefixes of options that may differ in a finished run: they do not change what it
         measures.
-      minutes: about what it takes on two CPU cores, for the plan.
+      minutes: about what it takes on two CPU cores, for the plan; None: nobody knows.
     """
 
     name: str
     config: str
     options: Mapping[str, str]
     start: str = ""
+    distils: bool = False
     ignored: tuple[str, ...] = ()
-    minutes: float = 0.0
+    minutes: float | None = None
 
     def built(self, root: Path, given: Mapping[str, str]) -> ml_collections.ConfigDict:
         """Its config. given: the user's own options, which go before the table's."""
-        start = {"weights": str(root / self.start / WEIGHTS)} if self.start else {}
-        return load(self.config, {**self.options, **given, **start})
+        options = {**self.options, **given}
+        if self.start:
+            options["weights"] = str(root / self.start / WEIGHTS)
+        if self.distils:
+            options["distillation.teacher"] = load(self.config, options).weights
+            options["weights"] = "scratch"
+        return load(self.config, options)
 
 
 def results_of(

@@ -6,14 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean
 
 # "pixels", "method", "seeds" (those that its figures are of), and by their columns' keys the
 # figures: a `Mean` over seeds, or a list of one share per group.
 Row = dict[str, Any]
-# The config, as the flag --config has it, of images of so many pixels.
-ConfigOfSize = Callable[[int], str]
 Results = Mapping[str, Mapping[str, Any]]  # of the runs that are there, by name
 
 
@@ -69,16 +68,16 @@ class Table:
       title: a line above it.
       paper: the paper's own figures, in words.
       columns: of figures, after each row's "pixels" and "method".
-      runs: (config, sizes, seeds) to what must have been run, each after the one it starts from.
+      runs: (preset, sizes, seeds) to what must have been run, each after the one it starts from.
       rows: (sizes, seeds, results of the runs that are there) to the rows, a method at a size each.
-      presets: the data that it can be made on; the first by default.
+      presets: the names of what it can be made on; the first by default.
       plot: of the rows, to be drawn beside them.
     """
 
     title: str
     paper: str
     columns: Sequence[Column]
-    runs: Callable[[ConfigOfSize, Sequence[int], Sequence[int]], list[Run]]
+    runs: Callable[[Preset, Sequence[int], Sequence[int]], list[Run]]
     rows: Callable[[Sequence[int], Sequence[int], Results], list[Row]]
-    presets: Sequence[str] = ("cutouts", "cutouts_kind")
+    presets: Sequence[str]
     plot: Callable[[Sequence[Row]], Figure] | None = None

@@ -5,10 +5,17 @@ from typing import Any
 
 from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables import cutouts
 from iared2_jax.tables.peers import COLUMNS, budget, peer_row
+from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.table import ConfigOfSize, Results, Row, Table, plain_row
+from iared2_jax.tables.shared_runs import (
+    as_long_as_ours,
+    head_and_seeds,
+    num_groups,
+    original_run,
+    seeds_there,
+)
+from iared2_jax.tables.table import Results, Row, Table, plain_row
 
 SHARE = 70  # of the linear FLOPs, per cent
 SELECTORS = ("evit", "tome")  # blocks fine-tuned under what needs no training itself
@@ -18,68 +25,71 @@ _DYNAMICVIT = "dynamicvit"
 _OURS = "iared2"
 
 
-def trained_peers_table(title: str, paper: str) -> Table:
+def trained_peers_table(title: str, paper: str, presets: Sequence[str]) -> Table:
     """Ours with fine-tuned blocks, and every peer, over seeds."""
-    return Table(title, paper, COLUMNS, _runs, _rows)
+    return Table(title, paper, COLUMNS, _runs, _rows, presets)
 
 
 def _name(size: int, peer: str, seed: int) -> str:
     return f"{size}px-{peer}-trained-{seed}"
 
 
-def _runs(config: ConfigOfSize, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
+def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made += cutouts.head_and_seeds(config, _OURS, size, seeds)
+        made += head_and_seeds(preset, _OURS, size, seeds)
         for seed in seeds:
-            made.append(_dynamicvit_run(config, size, seed))
-            made += [_selector_run(config, size, selector, seed) for selector in SELECTORS]
+            made.append(_dynamicvit_run(preset, size, seed))
+            made += [_selector_run(preset, size, selector, seed) for selector in SELECTORS]
     return made
 
 
-def _selector_run(config: ConfigOfSize, size: int, selector: str, seed: int) -> Run:
+def _selector_run(preset: Preset, size: int, selector: str, seed: int) -> Run:
     """All blocks fine-tuned under a selector, for as many steps as ours are."""
-    recipe = load(config(size), {})
-    groups, ratios = budget(config(size), size, selector, SHARE)
+    recipe = load(preset.config(size), {})
+    groups, ratios = budget(preset.config(size), size, selector, SHARE)
     options = {
         "curriculum": "selector",
         "seed": str(seed),
         "model.groups": str(groups),
+        "model.group_sizes": "()",
         "reduction.selector": selector,
         "reduction.keep_ratios": repr(ratios),
-        "backbone.steps": str(recipe.model.groups * recipe.backbone.steps),
+        **as_long_as_ours(recipe),
         "eval.maps": "()",
     }
-    name = _name(size, selector, seed)
-    return cutouts.from_head(name, config(size), size, options, at_112=9)
+    return original_run(preset, _name(size, selector, seed), size, options, kind="selector")
 
 
-def _dynamicvit_run(config: ConfigOfSize, size: int, seed: int) -> Run:
+def _dynamicvit_run(preset: Preset, size: int, seed: int) -> Run:
     """Predictors for as many steps as our interpreters and blocks take, blocks as ours."""
-    recipe = load(config(size), {})
+    recipe = load(preset.config(size), {})
     # Its published groups and rates are EViT's: three of four drop, each the same share.
-    groups, ratios = budget(config(size), size, "attention", SHARE)
-    interpreters = round(sum(recipe.interpreter.lengths) * recipe.interpreter.steps)
-    steps = interpreters + recipe.model.groups * recipe.backbone.steps
-    rate = 1e-3
+    groups, ratios = budget(preset.config(size), size, "attention", SHARE)
+    unit = "steps" if recipe.backbone.steps else "epochs"
+    lengths = recipe.interpreter.lengths
+    lengths = lengths if len(lengths) > 1 else lengths * num_groups(recipe)
+    interpreters = sum(lengths) * recipe.interpreter[unit]
+    blocks = num_groups(recipe) * recipe.backbone[unit]
+    total, rate = interpreters + blocks, 1e-3
     options = {
         "curriculum": _DYNAMICVIT,
         "seed": str(seed),
         "model.groups": str(groups),
+        "model.group_sizes": "()",
         "model.interpreter_kind": _DYNAMICVIT,
         "reduction.keep_ratios": repr(ratios),
         "dynamicvit.keep_target": repr(ratios),
-        "dynamicvit.epochs": "0.0",
-        "dynamicvit.steps": str(steps),
+        "dynamicvit.epochs": str(total if unit == "epochs" else 0.0),
+        "dynamicvit.steps": str(round(total) if unit == "steps" else 0),
         "dynamicvit.batch_size": str(recipe.backbone.batch_size),
         "dynamicvit.clip_norm": str(recipe.backbone.clip_norm),
         "dynamicvit.learning_rate": str(rate),
-        "dynamicvit.backbone_rest": str(interpreters / steps),  # so its blocks move as long as ours
+        "dynamicvit.backbone_rest": str(interpreters / total),  # so its blocks move as long as ours
         "dynamicvit.backbone_rate": str(recipe.backbone.learning_rate / rate),
         "eval.maps": "()",
     }
-    name = _name(size, _DYNAMICVIT, seed)
-    return cutouts.from_head(name, config(size), size, options, at_112=20)
+    return original_run(preset, _name(size, _DYNAMICVIT, seed), size, options, kind=_DYNAMICVIT)
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
@@ -97,7 +107,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
                 of_size.append(peer_row(size, METHODS.get(selector, selector), found, "reduced"))
         if found := there(_DYNAMICVIT):
             of_size.append(peer_row(size, "DynamicViT", found, "iared2"))
-        if ours := cutouts.seeds_there(_OURS, size, seeds, results):
+        if ours := seeds_there(_OURS, size, seeds, results):
             of_size += [_beside_ours(size, method, ours) for method in _BESIDE_OURS]
             of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
         if of_size:
