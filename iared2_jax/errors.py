@@ -16,6 +16,10 @@ class UsageError(ValueError):
     exit_code = 2
 
 
+class InUseError(UsageError):
+    """Another process is at work in a run's folder."""
+
+
 class DataError(UsageError):
     """What was read is damaged; the file has to be mended, not the command."""
 

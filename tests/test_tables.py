@@ -1,5 +1,6 @@
 """The paper's tables over several runs: what is missing, what came of them, as text."""
 
+import contextlib
 import csv
 import io
 import json
@@ -17,6 +18,7 @@ from iared2_jax.config.loading import flatten, load
 from iared2_jax.data.datasets import MADE
 from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.experiment.build import build_module, build_phases
+from iared2_jax.experiment.run_directory import locked
 from iared2_jax.tables import __main__ as command
 from iared2_jax.tables import pruning, shared_runs
 from iared2_jax.tables.ablation import SETTINGS
@@ -497,7 +499,7 @@ def made(monkeypatch):
     def make(run, root, given):
         config = run.built(root, given)
         folder = root / run.name / ("eval" if config.mode == "eval" else "")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         found = SPEED if config.mode == "eval" else fabricated(config.seed)
         record = {**found, "config": flatten(config), "versions": {"jax": "0"}}
         (folder / "results.json").write_text(json.dumps(record))
@@ -528,6 +530,31 @@ def test_the_command_makes_what_is_missing_and_writes_the_table(made, tmp_path, 
         assert str(tmp_path) not in text
     assert command.main(arguments) == 0
     assert len(made) == 4  # nothing was made again
+
+
+def test_runs_that_another_process_is_at_are_left_to_it(made, tmp_path, monkeypatch, caplog):
+    """It goes on with the next, what waits for a start waits, and nothing is made twice."""
+    root = tmp_path / "runs" / "cutouts"
+    arguments = [*FLAGS, f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    head, first, second, speed = TABLES["4"].runs(PRESETS["cutouts"], [112], [1, 2])
+    make, slept = command.make, []
+    make(head, root, GIVEN)
+    del made[:]
+    at_work = contextlib.ExitStack()
+    at_work.enter_context(locked(root / first.name, "table.lock"))
+
+    def sleep(seconds):
+        """Meanwhile the other process finishes the run."""
+        slept.append(list(made))
+        make(first, root, GIVEN)
+        at_work.close()
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    assert command.main(arguments) == 0
+    assert f"{first.name}: another process is at it" in caplog.text
+    assert slept == [[second.name]]
+    assert made == [second.name, first.name, speed.name]
+    assert "79.2 ±" in (tmp_path / "out" / "cutouts" / "table_4.md").read_text()
 
 
 def test_seeds_are_added_to_a_table_whose_runs_are_elsewhere(made, tmp_path, caplog):

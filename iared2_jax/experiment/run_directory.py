@@ -15,7 +15,7 @@ from iared2_jax.config.defaults import RESUMABLE
 from iared2_jax.config.loading import as_stored, flatten, weights_of
 from iared2_jax.config.migration import CONFIG_VERSION, stored_options
 from iared2_jax.data.datasets import Dataset
-from iared2_jax.errors import UsageError, few
+from iared2_jax.errors import InUseError, UsageError, few
 from iared2_jax.experiment.build import load_initial
 from iared2_jax.files import write_json
 from iared2_jax.token_reduction.create import init_variables
@@ -32,12 +32,15 @@ _VERSION, _DATA, _WEIGHTS = "config version", "data found", "weights found"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
     """The folder as one run's own while the block lasts; made if it is not there.
 
+    Args:
+      name: of the file in it that says so.
+
     Raises:
-      UsageError: it is no folder of this machine's file system, it cannot be written, or another
-        run is at work in it.
+      InUseError: another run is at work in it.
+      UsageError: it is no folder of this machine's file system, or it cannot be written.
     """
     if re.match(r"\w+:/", str(folder)):
         raise UsageError(
@@ -47,11 +50,11 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((folder / "lock").open("w"))
+            lock = held.enter_context((folder / name).open("w"))
             # The kernel lets go of it however the process ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(
+            raise InUseError(
                 f"another run is at work in {folder}: wait for it, or give another --workdir"
             ) from error
         except OSError as error:

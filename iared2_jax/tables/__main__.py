@@ -5,9 +5,10 @@
 
 Each run has a folder of its own below --root, and is what `iared2_jax.main` would make of the same
 options, which --config.KEY=VALUE adds to. A run that is there is not made again; one that was
-stopped goes on. --dry-run says which runs are missing, and how long they take. --add keeps the runs
-of the table that is in --out, whose folders may be on another machine, beside those asked for;
---use=4 takes what it needs of another table there.
+stopped goes on. The same command started several times, e.g. once for each GPU, shares the runs
+out. --dry-run says which runs are missing, and how long they take. --add keeps the runs of the
+table that is in --out, whose folders may be on another machine, beside those asked for; --use=4
+takes what it needs of another table there.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from iared2_jax.command import Parser, exit_code
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import InUseError, UsageError
+from iared2_jax.experiment.run_directory import locked
 from iared2_jax.files import writing
 from iared2_jax.main import overrides
 from iared2_jax.tables.presets import PRESETS, TABLES
@@ -40,6 +42,8 @@ from iared2_jax.tables.write import markdown, write_table
 log = logging.getLogger("iared2_jax.tables")
 
 _COMPILED = "compiled"  # below the runs' folder
+_LOCK = "table.lock"  # in a run's folder; a run's own lock is "lock"
+_PATIENCE = 2.0  # seconds between looks at what other processes are at
 
 _SET_BY_TABLES = frozenset({"seed", "curriculum", "mode", "compare.selectors"})
 
@@ -82,7 +86,7 @@ def tabulate(argv: Sequence[str]) -> None:
     """What the flags say.
 
     Raises:
-      UsageError: a flag or option that cannot be, or a run that another process is at.
+      UsageError: a flag or option that cannot be.
       Interrupted: a signal stopped a run: the same command goes on.
     """
     flags, rest = _parser().parse_known_args(argv)
@@ -162,13 +166,33 @@ def _found(
 
 
 def _make(missing: Sequence[Run], root: Path, given: Mapping[str, str]) -> None:
+    """Makes the runs, but those that another process makes meanwhile: for these it waits."""
     from iared2_jax.fast_inference.accelerated import programs_kept  # slow to import
 
-    for place, run in enumerate(missing, 1):
-        left = _time_of(missing[place - 1 :])
-        log.info("run %d of %d, %s; left: %s", place, len(missing), run.name, left)
-        with programs_kept(root / _COMPILED):  # seeds of a setting run the same programs
-            make(run, root, given)
+    left, told = list(missing), set()
+    while left:
+        ready = [run for run in left if run.start not in {other.name for other in left}]
+        made = None
+        for run in ready:
+            try:
+                with locked(root / run.name, _LOCK):
+                    if results_of(run, root, given) is None:
+                        place = len(missing) - len(left) + 1
+                        words = (place, len(missing), run.name, _time_of(left))
+                        log.info("run %d of %d, %s; left: %s", *words)
+                        # Seeds of a setting run the same programs.
+                        with programs_kept(root / _COMPILED):
+                            make(run, root, given)
+                made = run
+                break
+            except InUseError:
+                if run.name not in told:
+                    log.info("%s: another process is at it", run.name)
+                told.add(run.name)
+        if made is not None:
+            left.remove(made)
+        else:
+            time.sleep(_PATIENCE)
 
 
 def _state(run: Run, root: Path, finished: bool) -> str:

@@ -130,7 +130,7 @@ def make(run: Run, root: Path, given: Mapping[str, str]) -> None:
     """Trains and evaluates a run; if it was stopped, from where it was.
 
     Raises:
-      UsageError: as `iared2_jax.main` would say it; e.g. another process is at it.
+      UsageError: as `iared2_jax.main` would say it.
       Interrupted: a signal stopped it: the same call goes on.
     """
     from iared2_jax.experiment.run import run as run_config  # slow to import
