@@ -28,7 +28,7 @@ parity: $(BIN)/.installed-parity
 	  tests/test_augment.py tests/test_images.py tests/test_peers.py tests/test_imagenet_run.py \
 	  tests/test_map_methods.py
 
-# Whole ways that take minutes.
+# Whole ways that take minutes, or most of one.
 slow: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 

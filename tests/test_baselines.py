@@ -242,6 +242,7 @@ def test_a_baseline_is_fine_tuned_only_if_the_run_is(config):
         assert compare.baseline_config(config, "random", (0.5,)).mode == mode
 
 
+@pytest.mark.slow
 def test_baselines_of_a_run_whose_backbone_stays_as_it_was(tmp_path, tiny_config, monkeypatch):
     """The same backbone chooses by other scores: nothing but the kept tokens differs."""
     measured, dense = [], run_results._dense

@@ -153,6 +153,7 @@ def test_the_teacher_sees_the_very_same_images(config):
         np.testing.assert_allclose(batch["teacher"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_is_trained_from_its_config(config, tmp_path):
     """The command, twice: the second goes on from what is there, and trains nothing."""
     arguments = [

@@ -115,7 +115,9 @@ def thresholds_between(scores_of) -> tuple[float, ...]:
     return found
 
 
-@pytest.mark.parametrize("given", ["keep_ratios", "thresholds"])
+@pytest.mark.parametrize(
+    "given", ["thresholds", pytest.param("keep_ratios", marks=pytest.mark.slow)]
+)
 def test_masked_gathered_and_ragged_agree(given):
     """The mean over the tokens that are there is the same, wherever they lie."""
     module, variables = model()
@@ -381,6 +383,7 @@ def test_a_group_whose_target_is_one_keeps_all_and_its_interpreter_stays():
     assert float(metrics["ratio"]) == pytest.approx(np.mean(missed), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_evaluates(tmp_path):
     """From its start to results.json, under the budget that it was trained for."""
     quiet = {

@@ -64,6 +64,7 @@ def old_workdir(tmp_path):
     return tmp_path / "old"
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_goes_on_to_the_same_parameters(old_workdir, caplog):
     config = config_lib.load(DEMO, {"weights": "", "data.eval_size": "16", **OLD_RECIPE})
     caplog.set_level("INFO", "iared2_jax")
@@ -167,6 +168,7 @@ def test_a_run_goes_on_and_is_evaluated_without_its_weights_file(weights_run, tm
     jax.tree.map(np.testing.assert_array_equal, original["params"]["backbone"], expected)
 
 
+@pytest.mark.slow
 def test_a_head_and_then_interpreters_in_one_run(weights_run, tmp_path):
     """The dense row is the backbone with its trained head; a run that was stopped knows it, too."""
     config, source = weights_run
@@ -225,6 +227,7 @@ def evaluation(workdir, *more):
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_leaves_the_one_before(tmp_path, capsys):
     folder = tmp_path / "eval"
     assert evaluation(tmp_path) == 0

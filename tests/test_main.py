@@ -226,6 +226,7 @@ def test_only_our_own_progress_is_printed():
     assert not logging.getLogger("absl").isEnabledFor(logging.INFO)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_finishes(tmp_path):
     command = [
         sys.executable, "-m", "iared2_jax.main", "--config=configs/vit_micro.py:runlocal",

@@ -132,6 +132,7 @@ def video_config(clip_config):
     return config
 
 
+@pytest.mark.slow
 def test_a_video_run_that_was_stopped_goes_on_bitwise(video_config, tmp_path):
     video_config.checkpoint_every = 1
     whole = train(video_config, tmp_path / "whole")

@@ -83,8 +83,9 @@ def photograph(folder):
     Image.fromarray(data.astronaut()).save(folder / "photograph.jpg")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [pytest.param(NAMES[0], marks=pytest.mark.slow), *NAMES[1:]])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name, folder, photograph):
     done = execute(name, folder, SMALLER[name], timeout=240)
     assert not [output for output in outputs(done) if output.output_type == "error"]
