@@ -23,7 +23,7 @@ from iared2_jax.tables import __main__ as command
 from iared2_jax.tables import pruning, shared_runs
 from iared2_jax.tables.ablation import SETTINGS
 from iared2_jax.tables.presets import PRESETS, TABLES
-from iared2_jax.tables.runs import missing_runs, results_of, seconds_of
+from iared2_jax.tables.runs import check_folder, missing_runs, results_of, seconds_of
 from iared2_jax.tables.statistics import mean, paired
 from iared2_jax.tables.write import cells, comma_separated, markdown
 
@@ -363,10 +363,10 @@ def test_settings_of_the_ablation_are_compared_seed_by_seed():
         return {"dense": {"top1": 0.9, "flops": {"linear": 100.0, "full": 200.0}}, "iared2": ours}
 
     found = {
-        "ablation-recipe-1": run(0.88),
-        "ablation-recipe-2": run(0.86),
-        "ablation-heads-1-2": run(0.81),
-        "ablation-heads-1-3": run(0.5),
+        "64px-iared2-1": run(0.88),
+        "64px-iared2-2": run(0.86),
+        "64px-ablation-heads-1-2": run(0.81),
+        "64px-ablation-heads-1-3": run(0.5),
     }
     recipe, one_head = TABLES["ablation"].rows([64], [1, 2, 3], found)
     assert recipe["lost"].values == pytest.approx((2, 4))
@@ -472,6 +472,23 @@ def test_a_run_that_was_stopped_among_its_baselines_is_not_there(tmp_path):
     for methods, there in (({}, False), ({"methods": {}}, True)):
         (tmp_path / run.name / "results.json").write_text(json.dumps({**record, **methods}))
         assert (results_of(run, tmp_path, GIVEN) is not None) == there
+
+
+def test_a_table_without_baselines_takes_a_run_that_has_them(tmp_path):
+    """Not the other way round: then they are made, and nothing else."""
+    preset = PRESETS["cluttered_mnist"]
+    whole = shared_runs.reducing_run(preset, "iared2", 64, 1)
+    bare = shared_runs.reducing_run(preset, "iared2", 64, 1, baselines=False)
+    assert whole.name == bare.name
+    folder = tmp_path / whole.name
+    folder.mkdir()
+    for run, methods in ((whole, {"methods": {}}), (bare, {})):
+        config = flatten(run.built(tmp_path, {}))
+        (folder / "results.json").write_text(json.dumps({"config": config, **methods}))
+        (folder / "config.json").write_text(json.dumps(config))
+        assert results_of(bare, tmp_path, {}) is not None
+        assert (results_of(whole, tmp_path, {}) is not None) == (run is whole)
+        check_folder(whole, tmp_path, {})
 
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_is_made(made, tmp_path, capsys):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.shared_runs import QUIET
+from iared2_jax.tables.shared_runs import QUIET, head_and_seeds, reducing_name
 from iared2_jax.tables.statistics import paired
 from iared2_jax.tables.table import (
     PLAIN_COLUMNS,
@@ -19,17 +19,18 @@ from iared2_jax.tables.table import (
     plain_row,
 )
 
+_CURRICULUM = "iared2"
 _RECIPE = "recipe"
 Options = Mapping[str, str]
 Settings = Mapping[str, tuple[str, Options]]  # by the runs' names: a title, what is changed
 
 
-def _groups(depths: Sequence[int], prices: str) -> Settings:
+def _groups(numbers: Sequence[int], prices: str) -> Settings:
     """Equal groups, with one price for all of them."""
     equal = {"model.group_sizes": "()", "interpreter.tau": prices, "interpreter.lengths": "(1.0,)"}
     return {
         f"groups-{d}": (f"D = {d}, equal groups, one price", {**equal, "model.groups": str(d)})
-        for d in depths
+        for d in numbers
     }
 
 
@@ -85,51 +86,62 @@ def ablation_table(title: str, paper: str) -> Table:
     return Table(title, paper, COLUMNS, _runs, _rows, presets=tuple(SETTINGS), plot=plot)
 
 
-def _name(setting: str, seed: int) -> str:
-    return f"ablation-{setting}-{seed}"
+def _name(size: int, setting: str, seed: int) -> str:
+    """The folder of a setting's run; the recipe itself is a run like other tables'."""
+    if setting == _RECIPE:
+        return reducing_name(_CURRICULUM, size, seed)
+    return f"{size}px-ablation-{setting}-{seed}"
 
 
 def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
-    (size,) = sizes  # the recipe is of one
-    return [
-        Run(
-            _name(setting, seed),
-            preset.config(size),
-            {
-                **preset.options,
-                "curriculum": "iared2",
-                "seed": str(seed),
-                "eval.maps": "()",
-                **QUIET,
-                **options,
-            },
-            minutes=preset.minutes_of("iared2", size),
-        )
-        for setting, (_, options) in SETTINGS[preset.name].items()
-        for seed in seeds
-    ]
+    made = []
+    for size in sizes:
+        made += head_and_seeds(preset, _CURRICULUM, size, seeds, baselines=False)
+        for setting, (_, options) in SETTINGS[preset.name].items():
+            if setting != _RECIPE:
+                made += [_run(preset, size, setting, seed, options) for seed in seeds]
+    return made
+
+
+def _run(preset: Preset, size: int, setting: str, seed: int, options: Options) -> Run:
+    own = {
+        **preset.options,
+        "curriculum": _CURRICULUM,
+        "seed": str(seed),
+        "eval.maps": "()",
+        **QUIET,
+        **options,
+    }
+    return Run(
+        _name(size, setting, seed),
+        preset.config(size),
+        own,
+        minutes=preset.minutes_of(f"{_CURRICULUM} alone", size),
+    )
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
+    return [row for size in sizes for row in _rows_of_size(size, seeds, results)]
+
+
+def _rows_of_size(size: int, seeds: Sequence[int], results: Results) -> list[Row]:
     made, lost_by = [], {}
     # Runs' names say the setting, whichever preset they are of; its title is the same in all.
     titles = {name: title for of in SETTINGS.values() for name, (title, _) in of.items()}
     for setting, method in titles.items():
-        names = {seed: _name(setting, seed) for seed in seeds}
+        names = {seed: _name(size, setting, seed) for seed in seeds}
         found = {seed: results[name] for seed, name in names.items() if name in results}
         if not found:
             continue
-        row = plain_row(
-            sizes[0], method, {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}
-        )
+        pairs = {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}
+        row = plain_row(size, method, pairs)
         kept = [run["iared2"]["kept"] for run in found.values()]
         row["kept"] = np.mean(kept, axis=0).tolist()
         lost_by[setting] = lost = dict(zip(found, row["lost"].values, strict=True))
         both = sorted(lost.keys() & lost_by.get(_RECIPE, {}).keys())
         if both and setting != _RECIPE:
-            row["worse"] = paired(
-                [lost[seed] for seed in both], [lost_by[_RECIPE][seed] for seed in both]
-            )
+            recipe = lost_by[_RECIPE]
+            row["worse"] = paired([lost[seed] for seed in both], [recipe[seed] for seed in both])
         made.append(row)
     return made
 

@@ -41,7 +41,7 @@ def _name(size: int, what: str, seed: int) -> str:
 def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
-        made += head_and_seeds(preset, _OURS, size, seeds)
+        made += head_and_seeds(preset, _OURS, size, seeds, baselines=False)
         for seed in seeds:
             made += [_attention_run(preset, size, what, seed) for what in ATTENTIONS]
             if preset.student:

@@ -20,6 +20,7 @@ _CUTOUT_MINUTES = {
     "head": 7,
     "interpreters": 17,
     "iared2": 55,
+    "iared2 alone": 17,
     "speed": 4,
     "maps": 25,
     "selector": 9,

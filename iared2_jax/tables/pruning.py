@@ -39,7 +39,7 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
     made = []
     options = {"eval.pruning": "8", "data.eval_size": "1000"}
     for size in sizes:
-        made += head_and_seeds(preset, _CURRICULUM, size, seeds)
+        made += head_and_seeds(preset, _CURRICULUM, size, seeds, baselines=False)
         made += [
             evaluation_run(
                 preset, _name(size, seed), _CURRICULUM, size, seed, options, kind="pruning"

@@ -52,12 +52,18 @@ def reducing_name(curriculum: str, size: int, seed: int) -> str:
     return f"{size}px-{curriculum}-{seed}"
 
 
-def reducing_run(preset: Preset, curriculum: str, size: int, seed: int) -> Run:
-    """The run that trains interpreters, and by "iared2" the blocks behind each."""
+def reducing_run(
+    preset: Preset, curriculum: str, size: int, seed: int, baselines: bool = True
+) -> Run:
+    """The run that trains interpreters, and by "iared2" the blocks behind each.
+
+    Args:
+      baselines: False for a table that shows none: a run that has them will do, too.
+    """
     options = {
         "curriculum": curriculum,
         "seed": str(seed),
-        "compare.selectors": repr(preset.baselines[curriculum]),
+        "compare.selectors": repr(preset.baselines[curriculum] if baselines else ()),
         **QUIET,
         "eval.figures": "4",
     }
@@ -66,7 +72,8 @@ def reducing_run(preset: Preset, curriculum: str, size: int, seed: int) -> Run:
         preset.config(size),
         {**preset.options, **options},
         start=_start(preset, size),
-        minutes=preset.minutes_of(curriculum, size),
+        ignored=() if baselines else ("compare.",),
+        minutes=preset.minutes_of(curriculum if baselines else f"{curriculum} alone", size),
     )
 
 
@@ -170,11 +177,13 @@ def maps_run(preset: Preset, size: int) -> Run:
     return original_run(preset, maps_name(size), size, options, kind="maps")
 
 
-def head_and_seeds(preset: Preset, curriculum: str, size: int, seeds: Sequence[int]) -> list[Run]:
+def head_and_seeds(
+    preset: Preset, curriculum: str, size: int, seeds: Sequence[int], baselines: bool = True
+) -> list[Run]:
     """The head's run, if there is one, and each seed's."""
     return [
         *head_runs(preset, size),
-        *(reducing_run(preset, curriculum, size, seed) for seed in seeds),
+        *(reducing_run(preset, curriculum, size, seed, baselines) for seed in seeds),
     ]
 
 
