@@ -710,6 +710,51 @@ def test_mistakes_end_in_one_line(flags, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+SMALL = {
+    "data.path": "small",
+    "weights": "scratch",
+    **{f"{phase}.{key}": text for phase in ("interpreter", "backbone", "supervised", "distillation")
+       for key, text in (("epochs", "0"), ("steps", "1"), ("batch_size", "2"))},
+    "distillation.warmup_steps": "0",
+    "interpreter.lengths": "(1.0,)",
+    "data.eval_size": "4",
+    "eval.batch_size": "2",
+    "log_every": "1",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("table", "preset", "model", "methods"),
+    [
+        ("2", "imagenet", "deit_3_blocks", 6),
+        ("4", "imagenet_b", "deit_3_blocks", 5),
+        ("5", "imagenet", "deit_3_blocks", 6),
+        ("3", "kinetics", "timesformer_micro", 5),
+    ],
+)
+def test_the_papers_own_settings_run_on_small_data_of_the_true_format(
+    table, preset, model, methods, tmp_path, monkeypatch
+):
+    """Every run and row of it, a step each, on a small model from random weights."""
+    if preset == "kinetics":
+        pytest.importorskip("av", reason="videos are read by PyAV")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = {**SMALL, "model.name": model}
+    given = [f"--config.{key}={text}" for key, text in options.items()]
+    flags = [f"--table={table}", f"--preset={preset}", "--seeds", "1"]
+    folders = [f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    assert command.main([*flags, *given, *folders]) == 0
+    written = json.loads((tmp_path / "out" / preset / f"table_{table}.json").read_text())
+    assert len(written["rows"]) == methods
+    assert [row["pixels"] for row in written["rows"]] == [224] * methods
+    for row in written["rows"]:
+        assert 0 < row["full_flops"]["value"] <= 115
+    page = (tmp_path / "out" / preset / f"table_{table}.md").read_text()
+    assert "Not made yet" not in page
+
+
 # -- Photographs.
 
 
