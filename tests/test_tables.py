@@ -214,6 +214,11 @@ def test_peers_are_set_beside_ours_whichever_is_there():
     assert [row["seeds"] for row in found] == [[None], [None], [1, 2]]
     peer = found[1]
     assert peer["kept"].value == pytest.approx(40)
+    expected = [100 * run["iared2"]["top1"] - 50 for run in ours.values()]
+    assert peer["ours_better_by"].values == pytest.approx(expected)  # it has no seed: of each
+    text = comma_separated(found, TABLES["peers"].columns)
+    line = list(csv.DictReader(io.StringIO(text)))[1]
+    assert float(line["ours_better_by"]) == pytest.approx(np.mean(expected))
     assert peer["lost"].value == pytest.approx(100 * (dense["top1"] - 0.5))
     assert peer["linear_flops"].value == pytest.approx(7000 / dense["flops"]["linear"])
     alone = TABLES["peers"].rows([112], [1], {"112px-tome-70": tome})
@@ -249,6 +254,8 @@ def test_trained_peers_are_set_beside_ours_and_what_ours_were_compared_with():
     assert rows["attention before each group"]["top1"].value == pytest.approx(60)
     assert rows["original, fine-tuned as long"]["kept"].value == pytest.approx(50)
     assert rows["IA-RED2"]["lost"].value == pytest.approx(-10)
+    assert rows["EViT"]["ours_better_by"].values == pytest.approx((20,))  # of the seed both have
+    assert "ours_better_by" not in rows["DynamicViT"]  # none is shared
 
 
 def test_what_is_dropped_at_the_input_is_a_row_for_each_selector():
@@ -327,6 +334,9 @@ def test_other_attentions_are_set_beside_ours():
     ]
     assert rows[1]["lost"].value == pytest.approx(10)
     assert rows[1]["full_flops"].value == pytest.approx(75)
+    assert rows[1]["ours_better_by"].values == pytest.approx((8,))
+    assert rows[0]["ours_better_by"].values == pytest.approx((-2,))
+    assert "ours_better_by" not in rows[3]
     with pytest.raises(UsageError, match="no run of 64 px is finished yet"):
         TABLES["attentions"].rows([64], [1], {})
 

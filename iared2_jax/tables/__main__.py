@@ -6,9 +6,9 @@
 Each run has a folder of its own below --root, and is what `iared2_jax.main` would make of the same
 options, which --config.KEY=VALUE adds to. A run that is there is not made again; one that was
 stopped goes on. The same command started several times, e.g. once for each GPU, shares the runs
-out. --dry-run says which runs are missing, and how long they take. --add keeps the runs of the
-table that is in --out, whose folders may be on another machine, beside those asked for; --use=4
-takes what it needs of another table there.
+out (what is timed is then timed beside the others). --dry-run says which runs are missing, and how
+long they take. --add keeps the runs of the table that is in --out, whose folders may be on another
+machine, beside those asked for; --use=4 takes what it needs of another table there.
 """
 
 import argparse

@@ -15,12 +15,12 @@ from iared2_jax.tables.shared_runs import (
     speed_run,
 )
 from iared2_jax.tables.statistics import mean, paired
-from iared2_jax.tables.table import Column, Results, Row, Table
+from iared2_jax.tables.table import OURS_BETTER_BY, Column, Results, Row, Table
 
 _SHARED_COLUMNS = (
     Column("linear FLOPs, %", "linear_flops"),
     Column("full FLOPs, %", "full_flops"),
-    Column("ours better by, points", "ours_better_by"),
+    OURS_BETTER_BY,
 )
 IMAGE_COLUMNS = (
     Column("kept per group", "kept", 2),

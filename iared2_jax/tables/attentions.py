@@ -12,7 +12,15 @@ from iared2_jax.tables.shared_runs import (
     num_groups,
     original_run,
 )
-from iared2_jax.tables.table import PLAIN_COLUMNS, Results, Row, Table, plain_row
+from iared2_jax.tables.table import (
+    OURS_BETTER_BY,
+    PLAIN_COLUMNS,
+    Results,
+    Row,
+    Table,
+    plain_row,
+    set_beside_ours,
+)
 from iared2_jax.token_reduction.create import create_module
 
 _OURS = "iared2"
@@ -31,7 +39,7 @@ ATTENTIONS = {
 
 def attentions_table(title: str, paper: str, presets: Sequence[str]) -> Table:
     """Every attention fine-tuned as long as our blocks, a student, and ours, over seeds."""
-    return Table(title, paper, PLAIN_COLUMNS, _runs, _rows, presets)
+    return Table(title, paper, (*PLAIN_COLUMNS, OURS_BETTER_BY), _runs, _rows, presets)
 
 
 def _name(size: int, what: str, seed: int) -> str:
@@ -90,7 +98,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     for size in sizes:
         ours = finished_seeds(_OURS, size, seeds, results)
         dense = next(iter(ours.values()))["dense"]
-        made.append(plain_row(size, "original", {None: (dense, dense)}))
+        of_size = [plain_row(size, "original", {None: (dense, dense)})]
         for what in (*ATTENTIONS, _STUDENT):
             names = {seed: _name(size, what, seed) for seed in seeds}
             found = {seed: results[name] for seed, name in names.items() if name in results}
@@ -98,9 +106,11 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
                 continue
             config = next(iter(found.values()))["config"]
             pairs = {seed: (run["dense"], dense) for seed, run in found.items()}
-            made.append(plain_row(size, _title(what, config), pairs))
+            of_size.append(plain_row(size, _title(what, config), pairs))
         pairs = {seed: (run["iared2"], dense) for seed, run in ours.items()}
-        made.append(plain_row(size, METHODS["iared2"], pairs))
+        of_size.append(plain_row(size, METHODS["iared2"], pairs))
+        set_beside_ours(of_size, of_size[-1])
+        made += of_size
     return made
 
 

@@ -11,17 +11,19 @@ from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import head_and_seeds, original_run, seeds_there
 from iared2_jax.tables.statistics import mean
 from iared2_jax.tables.table import (
+    OURS_BETTER_BY,
     PLAIN_COLUMNS,
     Column,
     Results,
     Row,
     Table,
     plain_row,
+    set_beside_ours,
 )
 from iared2_jax.token_reduction.create import create_module, split_into_groups
 from iared2_jax.token_reduction.schedules import PUBLISHED, at_linear_flops, published_budget
 
-COLUMNS = (*PLAIN_COLUMNS, Column("kept at the end, %", "kept"))
+COLUMNS = (*PLAIN_COLUMNS, Column("kept at the end, %", "kept"), OURS_BETTER_BY)
 # Shares of the linear FLOPs, in per cent, around what the paper asks for.
 SHARES = (80, 70, 60)
 # EViT and ToMe as published. What attention is worth without EViT's fused token, and chance, at
@@ -83,12 +85,15 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         found = {key: results[name] for key, name in names.items() if name in results}
         ours = seeds_there(_CURRICULUM, size, seeds, results)
         every = [*ours.values(), *found.values()]
+        of_size: list[Row] = []
         if every:
-            made.append(plain_row(size, "original", {None: (every[0]["dense"],) * 2}))
+            of_size.append(plain_row(size, "original", {None: (every[0]["dense"],) * 2}))
         for (selector, _), run in found.items():
-            made.append(peer_row(size, _NAMES.get(selector, selector), {None: run}, "reduced"))
+            of_size.append(peer_row(size, _NAMES.get(selector, selector), {None: run}, "reduced"))
         if ours:
-            made.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
+            of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
+            set_beside_ours(of_size, of_size[-1])
+        made += of_size
     return made
 
 

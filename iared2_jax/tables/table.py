@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from iared2_jax.tables.preset import Preset
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.statistics import mean
+from iared2_jax.tables.statistics import mean, paired
 
 # "pixels", "method", "seeds" (those that its figures are of), and by their columns' keys the
 # figures: a `Mean` over seeds, or a list of one share per group.
@@ -38,6 +38,22 @@ def plain_row(
     return row
 
 
+def set_beside_ours(rows: Sequence[Row], ours: Row) -> None:
+    """Adds to all other rows by how many points of top-1 ours is better, seed by seed.
+
+    What no seed changes is compared with every seed of ours; where no seed is shared, with none.
+    """
+    best = dict(zip(ours["seeds"], ours["top1"].values, strict=True))
+    for row in rows:
+        if row is ours:
+            continue
+        theirs = dict(zip(row["seeds"], row["top1"].values, strict=True))
+        if None in theirs:
+            theirs = dict.fromkeys(best, theirs[None])
+        if both := [seed for seed in best if seed in theirs]:
+            row["ours_better_by"] = paired([best[s] for s in both], [theirs[s] for s in both])
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """A column of figures.
@@ -58,6 +74,7 @@ PLAIN_COLUMNS = (
     Column("linear FLOPs, %", "linear_flops"),
     Column("full FLOPs, %", "full_flops"),
 )
+OURS_BETTER_BY = Column("ours better by, points", "ours_better_by")
 
 
 @dataclasses.dataclass(frozen=True)

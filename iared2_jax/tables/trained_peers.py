@@ -15,7 +15,7 @@ from iared2_jax.tables.shared_runs import (
     original_run,
     seeds_there,
 )
-from iared2_jax.tables.table import Results, Row, Table, plain_row
+from iared2_jax.tables.table import Results, Row, Table, plain_row, set_beside_ours
 
 SHARE = 70  # of the linear FLOPs, per cent
 SELECTORS = ("evit", "tome")  # blocks fine-tuned under what needs no training itself
@@ -114,6 +114,8 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
             runs = [run for peer in (*SELECTORS, _DYNAMICVIT) for run in there(peer).values()]
             dense = [*runs, *ours.values()][0]["dense"]
             of_size.insert(0, plain_row(size, "original", {None: (dense, dense)}))
+        if ours:
+            set_beside_ours(of_size, of_size[-1])
         made += of_size
     return made
 

@@ -49,15 +49,20 @@ def comma_separated(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     table.writerow(["pixels", "method", "seed", *keys])
     for row in rows:
         for place, seed in enumerate(row["seeds"]):
-            figures = [_value(row.get(key), place) for key in keys]
+            figures = [_value(row.get(key), place, len(row["seeds"])) for key in keys]
             table.writerow([row["pixels"], row["method"], seed, *figures])
     return out.getvalue()
 
 
-def _value(found: Mean | None, place: int) -> str:
-    """A seed's own figure; what was measured once stands beside the first."""
-    there = found is not None and place < len(found.values)
-    return f"{found.values[place]:.6g}" if there else ""
+def _value(found: Mean | None, place: int, seeds: int) -> str:
+    """A seed's own figure; what was measured once stands beside the first.
+
+    What is of more seeds than the row (of none, set beside ours) is their mean.
+    """
+    if found is None or place >= len(found.values):
+        return ""
+    own = found.value if len(found.values) > seeds else found.values[place]
+    return f"{own:.6g}"
 
 
 def write_table(
