@@ -79,6 +79,7 @@ class MovingTeacher(BackbonePhase):
         return {"teacher": middle}
 
 
+@pytest.mark.slow
 def test_a_phases_own_state_moves_with_its_steps(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(PHASES, "moving", MovingTeacher())
     monkeypatch.setitem(CURRICULA, "moving", lambda groups: [("moving", 1)])

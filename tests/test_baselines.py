@@ -69,6 +69,7 @@ def test_the_loss_is_that_of_the_tokens_the_selector_keeps(config):
     assert {part_of(path, module) for path in grads} == {("blocks", 1)}
 
 
+@pytest.mark.slow
 def test_interpreters_as_they_are_may_choose_too(config):
     """By thresholds counts differ: where slots do not suffice, the step is masked execution's."""
     config.reduction.selector, config.reduction.keep_ratios = "interpreter", ()

@@ -47,6 +47,7 @@ def explain(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_explain_writes_next_to_the_pictures(checkpoint, pictures, caplog):
     arguments = [f"--config.weights={checkpoint}", f"--config.data.path={pictures}"]
     assert explain(*arguments) == 0

@@ -422,6 +422,7 @@ def test_images_without_foreground_are_warned_of_once(path, caplog):
 EIGHT_DEVICES = ("--config.interpreter.batch_size=8", "--config.backbone.batch_size=8")
 
 
+@pytest.mark.slow
 def test_the_command_fills_the_table(tmp_path, path):
     """From a file in the true layout to figures for every map, without labels."""
     arguments = [
