@@ -685,6 +685,17 @@ def test_a_table_of_what_is_there_says_what_is_not(made, tmp_path, capsys):
     assert "no run of 112 px is finished yet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_of_nothing_is_one_line_and_no_file(table, tmp_path, capsys):
+    folders = [f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
+    given = [f"--config.{key}={text}" for key, text in GIVEN.items()]
+    assert command.main([f"--table={table}", "--finished", *given, *folders]) == 2
+    error = capsys.readouterr().err
+    assert "so there is nothing to tabulate: leave out --finished" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stopped_run_is_told_by_the_exit_code_and_its_time_adds_up(tmp_path, monkeypatch):
     def stopped(config, folder):
         folder.mkdir(parents=True, exist_ok=True)

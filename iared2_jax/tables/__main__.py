@@ -132,7 +132,10 @@ def tabulate(argv: Sequence[str]) -> None:
         _make(missing, root, given)
         here = _found(runs, root, given)
     there = {**before.results(), **here}
-    rows = table.rows(sizes, seeds, there)
+    if not (rows := table.rows(sizes, seeds, there)):
+        raise UsageError(
+            "no run is finished yet, so there is nothing to tabulate: leave out --finished"
+        )
     command = _published(flags, sizes, seeds, given)
     lines = [
         f"`{command}`, with the options that say where the data is.",
