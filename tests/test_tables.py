@@ -385,10 +385,9 @@ def test_settings_of_the_ablation_are_compared_seed_by_seed():
     assert one_head["worse"].values == pytest.approx((5,))  # of seed 2, which both have
     assert one_head["full_flops"].value == pytest.approx(60)
     figure = TABLES["ablation"].plot([recipe, one_head])
-    assert [text.get_text() for text in figure.legends[0].texts] == [
-        "the recipe",
-        "1 head",
-    ]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["the recipe", "1 head"]
+    assert [len(line.get_xdata()) for line in figure.axes[1].lines] == [2, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -147,22 +147,18 @@ def _rows_of_size(size: int, seeds: Sequence[int], results: Results) -> list[Row
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Points lost over FLOPs, a mark for each setting, with the seeds' intervals."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    markers = "osD^v<>pPXh*dH8"
-    for place, row in enumerate(rows):
-        x, y = row["full_flops"], row["lost"]
-        axes.errorbar(
-            x.value,
-            y.value,
-            xerr=x.half or 0,
-            yerr=y.half or 0,
-            fmt=markers[place % len(markers)],
-            capsize=2,
-            label=row["method"],
-        )
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel="full FLOPs, % of the dense model's", ylabel="top-1 lost, points")
-    figure.legend(loc="outside right upper", fontsize="small")
+    """Points lost, and FLOPs: a line for each setting, a dot for each seed, a bar at their mean."""
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"lost": "top-1 lost, points", "full_flops": "full FLOPs, % of the dense model's"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for place, row in enumerate(rows):
+            values = row[key].values
+            axes.plot(values, [place] * len(values), "o", color="C0", alpha=0.6)
+            axes.plot(row[key].value, place, "|", color="black", markersize=14)
+        axes.axvline(rows[0][key].value, color="grey", linewidth=0.8)  # the recipe's own
+        axes.set(xlabel=title)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
+    panels[0].invert_yaxis()
     return figure
