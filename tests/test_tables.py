@@ -734,7 +734,7 @@ SMALL = {
     "data.path": "small",
     "weights": "scratch",
     **{f"{phase}.{key}": text for phase in ("interpreter", "backbone", "supervised", "distillation")
-       for key, text in (("epochs", "0"), ("steps", "1"), ("batch_size", "2"))},
+       for key, text in (("epochs", "0"), ("steps", "1"), ("batch_size", "8"))},
     "distillation.warmup_steps": "0",
     "interpreter.lengths": "(1.0,)",
     "data.eval_size": "4",
@@ -769,8 +769,9 @@ def test_the_papers_own_settings_run_on_small_data_of_the_true_format(
     written = json.loads((tmp_path / "out" / preset / f"table_{table}.json").read_text())
     assert len(written["rows"]) == methods
     assert [row["pixels"] for row in written["rows"]] == [224] * methods
-    for row in written["rows"]:
-        assert 0 < row["full_flops"]["value"] <= 115
+    shares = [row["full_flops"]["value"] for row in written["rows"]]
+    assert shares[0] == pytest.approx(100)
+    assert all(0 < share <= 200 for share in shares)  # two passes, at most
     page = (tmp_path / "out" / preset / f"table_{table}.md").read_text()
     assert "Not made yet" not in page
 
