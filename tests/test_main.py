@@ -86,6 +86,7 @@ def test_a_command_that_means_nothing_is_refused(refusal, arguments, says):
         ("backbone.learning_rate=0", "config.backbone.learning_rate=0.0 would train nothing"),
         ("tau=1,-2,1", "config.interpreter.tau=[1, -2, 1] must not be negative"),
         ("tau=1,2", "give 1 or 3"),
+        ("eval.pruning=8 curriculum=supervised", "config.eval.pruning=8 draws curves"),
         ("backbone.batch_size=12", "config.backbone.batch_size=12 must be a multiple of 8"),
         ("backbone.accumulate=2", "a multiple of 16 (8 devices x 2 micro-batches)"),
         ("interpreter.epochs=2", "exactly one of the two must be above 0"),

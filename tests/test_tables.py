@@ -22,7 +22,8 @@ from iared2_jax.experiment.run_directory import locked
 from iared2_jax.tables import __main__ as command
 from iared2_jax.tables import pruning, shared_runs
 from iared2_jax.tables.ablation import SETTINGS
-from iared2_jax.tables.presets import PRESETS, TABLES
+from iared2_jax.tables.all_tables import TABLES
+from iared2_jax.tables.presets import PRESETS
 from iared2_jax.tables.runs import check_folder, missing_runs, results_of, seconds_of
 from iared2_jax.tables.statistics import mean, paired
 from iared2_jax.tables.write import cells, comma_separated, markdown
@@ -336,7 +337,7 @@ def test_other_attentions_are_set_beside_ours():
     assert rows[1]["full_flops"].value == pytest.approx(75)
     assert rows[1]["ours_better_by"].values == pytest.approx((8,))
     assert rows[0]["ours_better_by"].values == pytest.approx((-2,))
-    assert "ours_better_by" not in rows[3]
+    assert rows[3]["ours_better_by"] is None
     with pytest.raises(UsageError, match="no run of 64 px is finished yet"):
         TABLES["attentions"].rows([64], [1], {})
 
@@ -399,7 +400,16 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     sizes = [112, 168] if preset.name.startswith("cutouts") else [preset.size]
     runs = TABLES[table].runs(preset, sizes, [1, 2])
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) >= 2 * len(sizes)
+    per_size = {
+        **{"1": 4, "2": 4, "3": 4, "4": 4, "5": 1 + 2 * 5, "fig5": 1 + 2 * 2},
+        **{"peers": 1 + 2 + 4 * 3, "trained_peers": 1 + 2 + 2 * 3, "attentions": 1 + 2 + 2 * 6},
+        "ablation": 1 + 2 * len(SETTINGS.get(preset.name, ())),
+    }[table]
+    if table == "attentions" and preset.student:
+        per_size += 2
+    per_size -= not preset.trains_head
+    assert len(set(names)) == len(names) == len(sizes) * per_size
+    built = 0
     for place, run in enumerate(runs):
         config = run.built(tmp_path, GIVEN)
         assert config.data.path == "/objects"
@@ -409,12 +419,14 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
             assert starts_from == str(tmp_path / run.start / "weights.safetensors")
         else:
             assert starts_from == "/published"
-        if config.seed <= 1 and str(sizes[-1]) not in run.name[:3]:
+        if config.seed <= 1 and run.name.startswith(f"{sizes[0]}px"):
+            built += 1
             validate(config, 1)
             config.model.num_classes = config.model.num_classes or 10  # else its data would say
             module = build_module(config)
             if config.data.name in MADE:  # else its data's size decides how long an epoch is
                 assert config.mode == "eval" or build_phases(config, module)
+    assert built >= len(names) / len(sizes) / 2
 
 
 def test_a_setting_is_called_the_same_on_all_data():
@@ -441,8 +453,18 @@ def test_what_takes_as_long_as_ours_takes_as_many_steps(preset, tmp_path):
                 continue
             lengths.add((config[section].steps, config[section].epochs))
         recipe = load(preset.config(preset.size), {})
-        groups = len(recipe.model.group_sizes) or recipe.model.groups
+        groups = recipe.model.groups
         assert lengths == {(groups * recipe.backbone.steps, groups * recipe.backbone.epochs)}
+
+
+def test_a_student_learns_from_what_others_start_from(tmp_path):
+    """By its own config; without weights of the user's, from those that its config names."""
+    runs = TABLES["attentions"].runs(PRESETS["cluttered_mnist"], [64], [1])
+    (student,) = [run for run in runs if run.distils]
+    assert student.built(tmp_path, {}).distillation.teacher == "vit_micro"
+    config = student.built(tmp_path, {"weights": "/published"})
+    assert (config.distillation.teacher, config.weights) == ("/published", "scratch")
+    assert (config.curriculum, config.model.depth) == ("distillation", 4)
 
 
 def _of_seed_1():

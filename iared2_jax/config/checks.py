@@ -91,6 +91,11 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     if config.mode != "train" and not weights_of(config):
         raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
     drops = any(PHASES[name].reduces for name, _ in stages(config.curriculum, len(sizes)))
+    if config.eval.pruning and (not drops or config.reduction.selector != "interpreter"):
+        raise UsageError(
+            f"config.eval.pruning={config.eval.pruning} draws curves over interpreters' "
+            "thresholds, but no interpreters drop tokens here: set --config.eval.pruning=0"
+        )
     if drops and not config.weights and config.data.name not in MADE:
         raise UsageError(
             "config.weights is empty, but interpreters need a trained backbone: name its file "

@@ -25,7 +25,8 @@ from iared2_jax.errors import InUseError, UsageError
 from iared2_jax.experiment.run_directory import locked
 from iared2_jax.files import writing
 from iared2_jax.main import overrides
-from iared2_jax.tables.presets import PRESETS, TABLES
+from iared2_jax.tables.all_tables import TABLES
+from iared2_jax.tables.presets import PRESETS
 from iared2_jax.tables.records import NO_TABLE, check_options, read_record, run_record
 from iared2_jax.tables.runs import (
     PATHS,

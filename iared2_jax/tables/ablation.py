@@ -1,12 +1,13 @@
 """The ablation: what the paper leaves open, one choice at a time, with a plot (section 4.2)."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import QUIET, head_and_seeds, reducing_name
 from iared2_jax.tables.statistics import paired
@@ -17,6 +18,7 @@ from iared2_jax.tables.table import (
     Row,
     Table,
     plain_row,
+    there,
 )
 
 _CURRICULUM = "iared2"
@@ -129,8 +131,7 @@ def _rows_of_size(size: int, seeds: Sequence[int], results: Results) -> list[Row
     # Runs' names say the setting, whichever preset they are of; its title is the same in all.
     titles = {name: title for of in SETTINGS.values() for name, (title, _) in of.items()}
     for setting, method in titles.items():
-        names = {seed: _name(size, setting, seed) for seed in seeds}
-        found = {seed: results[name] for seed, name in names.items() if name in results}
+        found = there(functools.partial(_name, size, setting), seeds, results)
         if not found:
             continue
         pairs = {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import (
     finished_seeds,
@@ -15,7 +15,7 @@ from iared2_jax.tables.shared_runs import (
     speed_run,
 )
 from iared2_jax.tables.statistics import mean, paired
-from iared2_jax.tables.table import OURS_BETTER_BY, Column, Results, Row, Table
+from iared2_jax.tables.table import OURS_BETTER_BY, Column, Results, Row, Table, set_beside_ours
 
 _SHARED_COLUMNS = (
     Column("linear FLOPs, %", "linear_flops"),
@@ -39,8 +39,6 @@ CLIP_COLUMNS = (
     Column("clips/s", "images_per_s"),
     Column("of possible, %", "of_possible", 0),
 )
-
-_ALWAYS = ("original", "iared2")  # without any baseline
 
 
 def accuracy_table(
@@ -90,7 +88,7 @@ def _rows_of_size(
         pairs = [(s, of) for s, of in zip(seeds, of_seed, strict=True) if method in of]
         mine, errors = (
             [of[method] for _, of in pairs],
-            {name: [of[name][error] for _, of in pairs] for name in (method, *_ALWAYS)},
+            {name: [of[name][error] for _, of in pairs] for name in (method, "original")},
         )
         row: Row = {
             "pixels": size,
@@ -98,9 +96,6 @@ def _rows_of_size(
             "seeds": [seed for seed, _ in pairs],
             "lost": paired(errors[method], errors["original"]),
             "kept": np.mean([figures["kept_per_group"] for figures in mine], axis=0).tolist(),
-            "ours_better_by": (
-                paired(errors[method], errors["iared2"]) if method != "iared2" else None
-            ),
         }
         if clips:
             for key in ("clip1_error", "video1_error"):
@@ -110,6 +105,7 @@ def _rows_of_size(
         for kind in ("linear", "full"):
             row[f"{kind}_flops"] = mean([100 * f["flops"][kind] / dense[kind] for f in mine])
         rows[method] = row
+    set_beside_ours(list(rows.values()), rows["iared2"])
     return rows
 
 

@@ -1,15 +1,17 @@
 """The table of what else saves FLOPs: cheaper attentions, and a smaller student (section 4.2)."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import (
+    as_long_as_ours,
     finished_seeds,
     head_and_seeds,
-    num_groups,
     original_run,
 )
 from iared2_jax.tables.table import (
@@ -20,6 +22,7 @@ from iared2_jax.tables.table import (
     Table,
     plain_row,
     set_beside_ours,
+    there,
 )
 from iared2_jax.token_reduction.create import create_module
 
@@ -62,16 +65,17 @@ def _attention_run(preset: Preset, size: int, what: str, seed: int) -> Run:
     recipe = load(preset.config(size), {})
     _, attention, of_patches = ATTENTIONS[what]
     patches = create_module(recipe.model.name, image_size=size).input_spec.num_patches
-    copied = ("batch_size", "optimizer", "learning_rate", "weight_decay", "clip_norm", "momentum")
+    copied = (
+        *("batch_size", "optimizer", "learning_rate", "momentum"),
+        *("weight_decay", "clip_norm", "label_smoothing"),
+    )
     options = {
         "curriculum": "supervised",
         "seed": str(seed),
         "model.attention": attention,
         "model.attention_size": str(of_patches(patches)),
         **{f"supervised.{key}": str(recipe.backbone[key]) for key in copied},
-        "supervised.label_smoothing": str(recipe.backbone.label_smoothing),
-        "supervised.steps": str(num_groups(recipe) * recipe.backbone.steps),
-        "supervised.epochs": str(num_groups(recipe) * recipe.backbone.epochs),
+        **as_long_as_ours(recipe, "supervised"),
         "supervised.train_trunk": "True",
         "supervised.cached_examples": "0",
         "eval.maps": "()",
@@ -81,16 +85,9 @@ def _attention_run(preset: Preset, size: int, what: str, seed: int) -> Run:
 
 def _student_run(preset: Preset, size: int, seed: int) -> Run:
     """A model of fewer blocks from scratch, by the original's answers."""
-    options = {
-        "curriculum": "distillation",
-        "seed": str(seed),
-        "model.group_sizes": "()",
-        "eval.maps": "()",
-        **preset.student,
-    }
-    return original_run(
-        preset, _name(size, _STUDENT, seed), size, options, kind=_STUDENT, distils=True
-    )
+    options = {"seed": str(seed), "eval.maps": "()"}
+    run = original_run(preset, _name(size, _STUDENT, seed), size, options, kind=_STUDENT)
+    return dataclasses.replace(run, config=preset.student, distils=True)
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
@@ -100,8 +97,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         dense = next(iter(ours.values()))["dense"]
         of_size = [plain_row(size, "original", {None: (dense, dense)})]
         for what in (*ATTENTIONS, _STUDENT):
-            names = {seed: _name(size, what, seed) for seed in seeds}
-            found = {seed: results[name] for seed, name in names.items() if name in results}
+            found = there(functools.partial(_name, size, what), seeds, results)
             if not found:
                 continue
             config = next(iter(found.values()))["config"]

@@ -1,9 +1,10 @@
 """The table of baselines as the paper has them: 30% dropped once, at the input (Tables 2 and 5)."""
 
+import functools
 from collections.abc import Sequence
 
 from iared2_jax.config.loading import load
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import as_long_as_ours, head_runs, original_run
 from iared2_jax.tables.statistics import mean
@@ -14,6 +15,7 @@ from iared2_jax.tables.table import (
     Row,
     Table,
     plain_row,
+    there,
 )
 
 KEPT = 0.7  # of the patches, right behind the position embedding; all blocks see them
@@ -65,8 +67,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     for size in sizes:
         of_size: list[Row] = []
         for selector, method in SELECTORS.items():
-            names = {seed: _name(size, selector, seed) for seed in seeds}
-            found = {seed: results[name] for seed, name in names.items() if name in results}
+            found = there(functools.partial(_name, size, selector), seeds, results)
             if not found:
                 continue
             if not of_size:  # the original is the same for all of them

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iared2_jax.errors import UsageError
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import (
     finished_seeds,

@@ -1,12 +1,13 @@
 """The table of peers: training-free selectors at several costs, beside our trained interpreters."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import head_and_seeds, original_run, seeds_there
 from iared2_jax.tables.statistics import mean
@@ -19,6 +20,7 @@ from iared2_jax.tables.table import (
     Table,
     plain_row,
     set_beside_ours,
+    there,
 )
 from iared2_jax.token_reduction.create import create_module, split_into_groups
 from iared2_jax.token_reduction.schedules import PUBLISHED, at_linear_flops, published_budget
@@ -81,8 +83,8 @@ def budget(config: str, size: int, selector: str, share: int) -> tuple[int, tupl
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        names = {(s, share): _name(size, s, share) for s in SELECTORS for share in SHARES}
-        found = {key: results[name] for key, name in names.items() if name in results}
+        budgets = itertools.product(SELECTORS, SHARES)
+        found = there(lambda key: _name(size, *key), budgets, results)  # noqa: B023
         ours = seeds_there(_CURRICULUM, size, seeds, results)
         every = [*ours.values(), *found.values()]
         of_size: list[Row] = []

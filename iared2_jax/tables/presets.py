@@ -1,20 +1,67 @@
-"""What can be asked for: the tables, by their numbers in the paper or a name, and their presets."""
+"""What a table can be made on, by name: a config, its sizes, and where its runs start from."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
-from iared2_jax.data.augment import DEIT
-from iared2_jax.tables.ablation import ablation_table
-from iared2_jax.tables.accuracy import accuracy_table
-from iared2_jax.tables.attentions import attentions_table
-from iared2_jax.tables.input_drops import input_drops_table
-from iared2_jax.tables.maps import maps_table
-from iared2_jax.tables.peers import peers_table
-from iared2_jax.tables.preset import Preset
-from iared2_jax.tables.pruning import pruning_table
-from iared2_jax.tables.table import Table
-from iared2_jax.tables.trained_peers import trained_peers_table
+from iared2_jax.errors import UsageError
 
-_CUTOUTS = "configs/dinov2_cutouts.py"
+HEAD_SEED = 0
+# Beside every run: the paper's baselines, and what EViT and others drop by. Where blocks are
+# fine-tuned, also the original fine-tuned as long.
+IMAGE_BASELINES = {
+    "interpreters": ("random", "attention_block_1", "attention"),
+    "iared2": ("random", "attention_block_1", "attention", "dense"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The data and the model of a table's runs.
+
+    Attributes:
+      name: as the flag --preset has it.
+      config: from pixels to the config, as the flag --config has it.
+      size: pixels, where the command does not say. sizes: all that there are; (): any.
+      trains_head: whether all runs start from a head that is trained first, on the trunk that the
+        user names; else from the weights that the config or the user names.
+      options: that every run has, by key, as text.
+      baselines: the selectors that runs of a curriculum are compared with.
+      student: the config of a smaller model that learns from the original; "": there is none.
+      minutes: about what a kind of run takes at `size` on two CPU cores; {}: nobody knows.
+    """
+
+    name: str
+    config: Callable[[int], str]
+    size: int
+    sizes: tuple[int, ...] = ()
+    trains_head: bool = False
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    baselines: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=lambda: IMAGE_BASELINES
+    )
+    student: str = ""
+    minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def minutes_of(self, kind: str, size: int) -> float | None:
+        """About what a kind of run takes, by the number of tokens; None: nobody knows."""
+        return self.minutes[kind] * (size / self.size) ** 2 if kind in self.minutes else None
+
+    def check(self, sizes: Sequence[int], seeds: Sequence[int]) -> None:
+        """Refuses sizes and seeds that it has no runs of.
+
+        Raises:
+          UsageError: a size that it lacks, or a seed that is the head's.
+        """
+        if self.sizes and (others := sorted({*sizes} - {*self.sizes})):
+            there = " or ".join(map(str, self.sizes))
+            raise UsageError(f"--sizes {others[0]}: {self.name} has images of {there} px alone")
+        if self.trains_head and HEAD_SEED in seeds:
+            raise UsageError(
+                f"--seeds {HEAD_SEED}: the head has learned the answers of that seed's scenes; "
+                "take others"
+            )
+
+
 # Measured; of "iared2" reckoned from its steps.
 _CUTOUT_MINUTES = {
     "head": 7,
@@ -37,36 +84,22 @@ _FEW_MAPS = {
 }
 _CLIP_BASELINES = {"iared2": ("random", "attention_block_1", "temporal_difference")}
 
-# As `configs/deit_s.py:student` has it.
-_DEIT_RECIPE = {
-    "distillation.batch_size": "1024",
-    "distillation.learning_rate": "1e-3",
-    "distillation.epochs": "300.0",
-    "distillation.warmup_steps": "6255",
-    "distillation.label_smoothing": "0.1",
-    "ema_decay": "0.99996",
-    **{f"data.augment.{key}": str(value) for key, value in dataclasses.asdict(DEIT).items()},
-}
+
+def _of_cutouts(name: str, variant: str) -> Preset:
+    return Preset(
+        name,
+        lambda size: f"configs/dinov2_cutouts.py:{variant}size={size}",
+        size=112,
+        trains_head=True,
+        minutes=_CUTOUT_MINUTES,
+    )
+
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        # Which object, of those seen in training.
-        Preset(
-            "cutouts",
-            lambda size: f"{_CUTOUTS}:size={size}",
-            size=112,
-            trains_head=True,
-            minutes=_CUTOUT_MINUTES,
-        ),
-        # Of which class, of objects that training never saw.
-        Preset(
-            "cutouts_kind",
-            lambda size: f"{_CUTOUTS}:kind,size={size}",
-            size=112,
-            trains_head=True,
-            minutes=_CUTOUT_MINUTES,
-        ),
+        _of_cutouts("cutouts", ""),  # which object, of those seen in training
+        _of_cutouts("cutouts_kind", "kind,"),  # of which class, of objects never seen
         Preset(
             "cluttered_mnist",
             lambda size: "configs/cluttered_mnist.py",
@@ -75,19 +108,7 @@ PRESETS = {
             options=_FEW_MAPS,
             # Measured: half of what one of two processes at once takes.
             minutes={"iared2 alone": 2, "pruning": 0.6, "attention": 1.4},
-            # 71% of the linear FLOPs; from scratch, so longer than what is only fine-tuned.
-            student={
-                "model.depth": "4",
-                "model.groups": "2",
-                "distillation.optimizer": "muon",
-                "distillation.learning_rate": "4e-3",
-                "distillation.warmup_steps": "100",
-                "distillation.weight_decay": "0.02",
-                "distillation.clip_norm": "1.0",
-                "distillation.batch_size": "64",
-                "distillation.epochs": "0.0",
-                "distillation.steps": "2000",
-            },
+            student="configs/cluttered_mnist.py:student",
         ),
         Preset(
             "moving_mnist",
@@ -102,7 +123,7 @@ PRESETS = {
             lambda size: "configs/deit_s.py",
             size=224,
             sizes=(224,),
-            student={"model.depth": "8", "model.groups": "4", **_DEIT_RECIPE},
+            student="configs/deit_s.py:student",
         ),
         Preset(
             "imagenet_b",
@@ -118,69 +139,4 @@ PRESETS = {
             baselines=_CLIP_BASELINES,
         ),
     )
-}
-
-_IMAGES = ("cutouts", "cutouts_kind", "cluttered_mnist", "imagenet")
-TABLES: dict[str, Table] = {
-    "1": maps_table(
-        "Where the object is: maps at the paper's threshold, and at any (Table 1's way)",
-        "DeiT-S on ImageNet-Segmentation, pixel accuracy / mAcc / mIoU: raw attention 67.9 / 61.8 "
-        "/ 46.4, LIME 67.3 / 47.8 / 33.9, MemNet 52.8 / 53.7 / 34.7, GradCAM 65.9 / 55.0 / 41.3, "
-        "LRP 50.7 / 50.6 / 32.6, ours 70.4 / 64.9 / 49.4",
-        presets=("cutouts", "cutouts_kind", "cluttered_mnist"),
-    ),
-    "2": accuracy_table(
-        "Interpreters and fine-tuned blocks, beside baselines fine-tuned as long (Table 2's way)",
-        "DeiT-S on ImageNet: original 79.8, random 78.4, attention 78.4, ours 79.1 (70% of FLOPs)",
-        curriculum="iared2",
-        presets=(*_IMAGES, "imagenet_b"),
-    ),
-    "3": accuracy_table(
-        "Clips: one interpreter at the input, beside baselines fine-tuned as long (Table 3)",
-        "TimeSformer on Kinetics-400, error of a clip / of a video: original 28.2 / 23.8 at 24 "
-        "clips/s, random 34.3 / 28.2, attention 38.1 / 31.4, temporal difference 32.3 / 26.9, ours "
-        "35.3 / 29.1 at 81 clips/s",
-        curriculum="iared2",
-        presets=("moving_mnist", "kinetics"),
-        clips=True,
-    ),
-    "4": accuracy_table(
-        "Interpreters on a backbone whose weights stay as they are (Table 4's way)",
-        "DeiT-B on ImageNet: 224 px 81.8 to 80.3 at 70% of the FLOPs, 384 px 82.8 to 81.9 at 70%",
-        curriculum="interpreters",
-        presets=("cutouts", "cutouts_kind", "cluttered_mnist", "imagenet_b"),
-    ),
-    "5": input_drops_table(
-        "30% dropped once, at the input, and fine-tuned (Table 5, and Table 2's baselines)",
-        "DeiT-S on ImageNet, attention of block 0 / 1 / 2: mIoU 37.1 / 46.4 / 42.6, top-1 78.6 / "
-        "78.4 / 79.3 at 2.9 / 3.3 / 3.6 of 4.2 G; random 78.4",
-        presets=_IMAGES,
-    ),
-    "attentions": attentions_table(
-        "Cheaper attentions and a smaller student in place of dropping (section 4.2)",
-        "DeiT-S on ImageNet: Sinkhorn 77.9 at 720 images/s, Routing 77.7 at 663 (window 197, which "
-        "is all), Linformer 75.7, a student of 70% of the FLOPs 76.0, ours 79.1",
-        presets=_IMAGES,
-    ),
-    "fig5": pruning_table(
-        "Dropping tokens, pruning weights, and both (Figure 5)",
-        "both: 1.7 times fewer FLOPs for 1.7 points",
-        presets=("cluttered_mnist", "cutouts", "imagenet"),
-    ),
-    "peers": peers_table(
-        "Beside EViT, ToMe and others, whose weights nobody trained for it",
-        "none. By their own authors: EViT, DeiT-S on ImageNet, trained with it, 79.8 to 79.5 at "
-        "3.0 of 4.6 G; ToMe off the shelf, ViT-S/16 of AugReg, r = 13, 81.4 to 79.3",
-        presets=_IMAGES,
-    ),
-    "trained_peers": trained_peers_table(
-        "Beside EViT, ToMe and DynamicViT, fine-tuned as long",
-        "none. By their own authors, DeiT-S on ImageNet: EViT 79.8 to 79.5 at 3.0 of 4.6 G, "
-        "DynamicViT 79.3 at 2.9 G",
-        presets=_IMAGES,
-    ),
-    "ablation": ablation_table(
-        "What the paper leaves open, one choice at a time (its ablation, and more)",
-        "D = 2 / 3 / 4 groups, DeiT-S on ImageNet at 2.9 G: 78.6 / 79.1 / 78.8; no other choice",
-    ),
 }

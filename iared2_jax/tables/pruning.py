@@ -4,16 +4,17 @@ Nothing is fine-tuned after pruning, which is magnitude pruning of all linear la
 Zeros that lie anywhere make no matrix product faster: only FLOPs are counted, nothing is timed.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import evaluation_run, head_and_seeds, reducing_name
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, Results, Row, Table
+from iared2_jax.tables.table import Column, Results, Row, Table, there
 
 # Points of accuracy that a setting may lose. The paper: 1.7 times fewer FLOPs for 1.7 points.
 LOSSES = (0.5, 1.0, 1.7, 3.0)
@@ -59,12 +60,11 @@ def times_fewer(points: Sequence[Point], loss: float) -> float:
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        names = {seed: _name(size, seed) for seed in seeds}
-        found = {seed: results[name]["pruning"] for seed, name in names.items() if name in results}
+        found = there(functools.partial(_name, size), seeds, results)
         if not found:
             continue
         for kind, title in KINDS.items():
-            curves = [run[kind] for run in found.values()]
+            curves = [run["pruning"][kind] for run in found.values()]
             row: Row = {"pixels": size, "method": title, "seeds": list(found), "curves": curves}
             for loss in LOSSES:
                 row[f"fewer_{loss}"] = mean([times_fewer(points, loss) for points in curves])

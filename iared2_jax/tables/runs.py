@@ -35,7 +35,7 @@ class Run:
       config: as the flag --config of `iared2_jax.main` has it.
       options: what is set in it, by key, as text.
       start: the run whose weights it starts from; "": those that the user gives, or its config.
-      distils: whether those are its teacher, and it starts from scratch.
+      distils: whether those are its teacher instead.
       ignored: prefixes of options that may differ in a finished run: they do not change what it
         measures.
       minutes: about what it takes on two CPU cores, for the plan; None: nobody knows.
@@ -54,9 +54,8 @@ class Run:
         options = {**self.options, **given}
         if self.start:
             options["weights"] = str(root / self.start / WEIGHTS)
-        if self.distils:
-            options["distillation.teacher"] = load(self.config, options).weights
-            options["weights"] = "scratch"
+        if self.distils and "weights" in options:
+            options["distillation.teacher"] = options.pop("weights")
         return load(self.config, options)
 
 

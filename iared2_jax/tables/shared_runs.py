@@ -11,9 +11,9 @@ from typing import Any
 import ml_collections
 
 from iared2_jax.errors import UsageError
-from iared2_jax.tables.preset import HEAD_SEED, Preset
+from iared2_jax.tables.presets import HEAD_SEED, Preset
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.table import Results
+from iared2_jax.tables.table import Results, there
 
 # A head is trained before there are interpreters.
 _OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
@@ -124,40 +124,27 @@ def evaluation_run(
 
 
 def original_run(
-    preset: Preset,
-    name: str,
-    size: int,
-    options: Mapping[str, str],
-    kind: str,
-    distils: bool = False,
+    preset: Preset, name: str, size: int, options: Mapping[str, str], kind: str
 ) -> Run:
     """A run that starts from the original's weights, and asks no interpreter.
 
     Args:
       kind: of its minutes, e.g. "selector" for one that fine-tunes all blocks.
-      distils: it starts from scratch, and learns the original's answers.
     """
     return Run(
         name,
         preset.config(size),
         {**preset.options, **QUIET, **options},
         start=_start(preset, size),
-        distils=distils,
         ignored=_OF_INTERPRETERS,
         minutes=preset.minutes_of(kind, size),
     )
 
 
-def num_groups(recipe: ml_collections.ConfigDict) -> int:
-    """How many groups a config asks for."""
-    return len(recipe.model.group_sizes) or recipe.model.groups
-
-
-def as_long_as_ours(recipe: ml_collections.ConfigDict) -> dict[str, str]:
+def as_long_as_ours(recipe: ml_collections.ConfigDict, section: str = "backbone") -> dict[str, str]:
     """The options by which one phase fine-tunes as long as all of a recipe's groups together."""
-    groups = num_groups(recipe)
-    steps, epochs = groups * recipe.backbone.steps, groups * recipe.backbone.epochs
-    return {"backbone.steps": str(steps), "backbone.epochs": str(epochs)}
+    ours, groups = recipe.backbone, recipe.model.groups
+    return {f"{section}.{unit}": str(groups * ours[unit]) for unit in ("steps", "epochs")}
 
 
 def maps_name(size: int) -> str:
@@ -190,9 +177,8 @@ def head_and_seeds(
 def seeds_there(
     curriculum: str, size: int, seeds: Sequence[int], results: Results
 ) -> dict[int, Mapping[str, Any]]:
-    """The results of those seeds' runs that are there, if any."""
-    names = {seed: reducing_name(curriculum, size, seed) for seed in seeds}
-    return {seed: results[name] for seed, name in names.items() if name in results}
+    """The results of our runs of those seeds that are there, if any."""
+    return there(lambda seed: reducing_name(curriculum, size, seed), seeds, results)
 
 
 def finished_seeds(

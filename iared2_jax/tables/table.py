@@ -1,12 +1,12 @@
 """What a table is: the runs that it needs, and its rows and columns."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.statistics import mean, paired
 
@@ -38,20 +38,28 @@ def plain_row(
     return row
 
 
+def there(
+    name: Callable[[Any], str], keys: Iterable[Any], results: Results
+) -> dict[Any, Mapping[str, Any]]:
+    """The results that are there of the runs `name(key)`, by key, e.g. by seed."""
+    return {key: results[name(key)] for key in keys if name(key) in results}
+
+
 def set_beside_ours(rows: Sequence[Row], ours: Row) -> None:
-    """Adds to all other rows by how many points of top-1 ours is better, seed by seed.
+    """Adds to all other rows by how many points ours loses less, seed by seed.
 
     What no seed changes is compared with every seed of ours; where no seed is shared, with none.
     """
-    best = dict(zip(ours["seeds"], ours["top1"].values, strict=True))
+    best = dict(zip(ours["seeds"], ours["lost"].values, strict=True))
     for row in rows:
         if row is ours:
             continue
-        theirs = dict(zip(row["seeds"], row["top1"].values, strict=True))
+        theirs = dict(zip(row["seeds"], row["lost"].values, strict=True))
         if None in theirs:
             theirs = dict.fromkeys(best, theirs[None])
         if both := [seed for seed in best if seed in theirs]:
-            row["ours_better_by"] = paired([best[s] for s in both], [theirs[s] for s in both])
+            row["ours_better_by"] = paired([theirs[s] for s in both], [best[s] for s in both])
+    ours["ours_better_by"] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,21 +1,22 @@
 """The table of peers that are trained for what they drop, as long as our blocks are."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
 from iared2_jax.tables.peers import COLUMNS, budget, peer_row
-from iared2_jax.tables.preset import Preset
+from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import (
     as_long_as_ours,
     head_and_seeds,
-    num_groups,
     original_run,
     seeds_there,
 )
-from iared2_jax.tables.table import Results, Row, Table, plain_row, set_beside_ours
+from iared2_jax.tables.table import Results, Row, Table, plain_row, set_beside_ours, there
+from iared2_jax.training.phases import PHASES
 
 SHARE = 70  # of the linear FLOPs, per cent
 SELECTORS = ("evit", "tome")  # blocks fine-tuned under what needs no training itself
@@ -67,10 +68,10 @@ def _dynamicvit_run(preset: Preset, size: int, seed: int) -> Run:
     # Its published groups and rates are EViT's: three of four drop, each the same share.
     groups, ratios = budget(preset.config(size), size, "attention", SHARE)
     unit = "steps" if recipe.backbone.steps else "epochs"
-    lengths = recipe.interpreter.lengths
-    lengths = lengths if len(lengths) > 1 else lengths * num_groups(recipe)
+    groups_of_ours = range(1, recipe.model.groups + 1)
+    lengths = [PHASES["interpreter"].length(recipe.interpreter, j) for j in groups_of_ours]
     interpreters = sum(lengths) * recipe.interpreter[unit]
-    blocks = num_groups(recipe) * recipe.backbone[unit]
+    blocks = recipe.model.groups * recipe.backbone[unit]
     total, rate = interpreters + blocks, 1e-3
     options = {
         "curriculum": _DYNAMICVIT,
@@ -97,21 +98,20 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     for size in sizes:
         of_size: list[Row] = []
 
-        def there(peer: str, size: int = size) -> dict[int, Any]:
-            """The finished runs of a peer, by seed."""
-            names = {seed: _name(size, peer, seed) for seed in seeds}
-            return {seed: results[name] for seed, name in names.items() if name in results}
-
+        peers = {
+            peer: there(functools.partial(_name, size, peer), seeds, results)
+            for peer in (*SELECTORS, _DYNAMICVIT)
+        }
         for selector in SELECTORS:
-            if found := there(selector):
+            if found := peers[selector]:
                 of_size.append(peer_row(size, METHODS.get(selector, selector), found, "reduced"))
-        if found := there(_DYNAMICVIT):
+        if found := peers[_DYNAMICVIT]:
             of_size.append(peer_row(size, "DynamicViT", found, "iared2"))
         if ours := seeds_there(_OURS, size, seeds, results):
             of_size += [_beside_ours(size, method, ours) for method in _BESIDE_OURS]
             of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
         if of_size:
-            runs = [run for peer in (*SELECTORS, _DYNAMICVIT) for run in there(peer).values()]
+            runs = [run for found in peers.values() for run in found.values()]
             dense = [*runs, *ours.values()][0]["dense"]
             of_size.insert(0, plain_row(size, "original", {None: (dense, dense)}))
         if ours:
