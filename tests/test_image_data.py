@@ -1,6 +1,7 @@
 """Image datasets through the pipeline: what is read, augmented, counted, and what is refused."""
 
 import dataclasses
+import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import load_config
+from PIL import Image
 
 from iared2_jax.config.checks import validate
 from iared2_jax.data import small
@@ -19,6 +21,7 @@ from iared2_jax.data.pipeline import eval_batches, mixing, train_batches
 from iared2_jax.data.request import DataRequest
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment.build import check_data, dataset_of
+from iared2_jax.experiment.run import run
 from iared2_jax.experiment.run_directory import adopt_config
 from iared2_jax.models.input_spec import HALF_NORM, images
 
@@ -225,3 +228,119 @@ def test_data_that_cannot_be_used_are_refused(cache, changes, says):
     with pytest.raises(UsageError, match=says):  # noqa: PT012
         validate(config, device_count=1)
         check_data(config)
+
+
+# -- A map beside each image (config.data.maps).
+
+WITH_MAPS = dataclasses.replace(images(32, norm=HALF_NORM), map_channel=True)
+
+
+@pytest.fixture
+def maps(folder, tmp_path):
+    """A map of every image of `folder`: its own red, so that whoever moves it can be told."""
+    for path in folder.rglob("*.jpg"):
+        target = (tmp_path / "maps" / path.relative_to(folder)).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(open_image(path))[..., 0]).save(target)
+    return tmp_path / "maps"
+
+
+def opened_with_maps(folder, maps, **changes):
+    request = DataRequest(WITH_MAPS, path=str(folder), maps=str(maps), **changes)
+    return open_dataset("folder", request)
+
+
+MIXED = dataclasses.replace(CROP_FLIP, mixup=0.8, cutmix=1.0)
+
+
+@pytest.mark.parametrize("augment", [CROP_FLIP, MIXED], ids=["crop and flip", "mixed"])
+def test_a_map_goes_through_the_same_crop_flip_and_mixing_as_its_image(folder, maps, augment):
+    source = opened_with_maps(folder, maps, augment=augment)
+    batches = train_batches(source, 8, 0, seed=1, mix=mixing(augment, 10, 0.1))
+    inputs = next(iter(batches))["input"]
+    assert inputs.shape == (8, 32, 32, 4)
+    np.testing.assert_array_equal(inputs[..., 3], inputs[..., 0])
+    plain = train_batches(opened(folder, augment=augment), 8, 0, 1, mix=mixing(augment, 10, 0.1))
+    np.testing.assert_array_equal(next(iter(plain))["input"], inputs[..., :3])
+
+
+def test_colour_changes_and_erasing_leave_a_map_as_it_is(folder, maps, monkeypatch):
+    from iared2_jax.data import augment as module
+
+    colours = {name: op for name, op in module.OPS.items() if not op.moves}
+    moves = {name: op for name, op in module.OPS.items() if op.moves}
+    assert sorted(moves) == ["rotate", "shear_x", "shear_y", "translate_x", "translate_y"]
+    options = dataclasses.replace(CROP_FLIP, rand_augment=True, erasing=1.0)
+    without = [opened_with_maps(folder, maps).train_example(0, i)["input"] for i in range(8)]
+    source = opened_with_maps(folder, maps, augment=options)
+    monkeypatch.setattr(module, "OPS", colours)
+    changed = [source.train_example(0, i)["input"] for i in range(8)]
+    for before, after in zip(without, changed, strict=True):
+        np.testing.assert_array_equal(after[..., 3], before[..., 3])
+        assert (after[..., :3] != before[..., :3]).any()
+    # Where an op moves the image, its map goes along; what comes in from outside matters nothing.
+    monkeypatch.setattr(module, "OPS", moves)
+    source = opened_with_maps(
+        folder, maps, augment=dataclasses.replace(CROP_FLIP, rand_augment=True)
+    )
+    moved = np.stack([source.train_example(0, i)["input"] for i in range(8)]).astype(int)
+    inside = np.abs(moved[..., 3] - moved[..., 0]) <= 1
+    assert (moved != np.stack(without)).any(axis=(1, 2, 3)).sum() >= 4
+    assert 0.5 < inside.mean() < 1
+    assert (inside | (moved[..., 3] <= moved[..., 0])).mean() > 0.95
+
+
+def test_a_map_is_cut_as_an_evaluation_image_is(folder, maps):
+    pixels = opened_with_maps(folder, maps).load("val", 6, 0)[0][:6]
+    assert pixels.shape == (6, 32, 32, 4)
+    np.testing.assert_array_equal(pixels[..., 3], pixels[..., 0])
+
+
+def test_maps_that_do_not_fit_their_images_are_named(folder, maps):
+    path = sorted((maps / "val").rglob("*.png"))[0]
+    picture = Image.open(path)
+
+    def refused(sentence):
+        with pytest.raises(BadImage, match=sentence) as raised:
+            opened_with_maps(folder, maps).load("val", 0, 0)[0][:1]
+        assert str(path) in str(raised.value)
+
+    picture.resize((10, 12)).save(path)
+    refused("is 10 x 12 px, but its image is 64 x 64: a map must be as large as its image")
+    picture.convert("RGB").save(path)
+    refused("is a picture in RGB, but a map must be grey")
+    path.unlink()
+    refused("cannot be read")
+    with pytest.raises(UsageError, match="no_folder' is no folder"):
+        opened_with_maps(folder, maps / "no_folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"reduction.selector": "memorability"}, "reduction.selector has .* set config.data.maps"),
+        ({"compare.selectors": ("memorability",)}, "compare.selectors has"),
+        ({"eval.maps": ("memorability",)}, "eval.maps has"),
+        ({"data.maps": "maps"}, "is of the images of folder and imagenet"),
+        ({"data.maps": "maps", "data.name": "folder", "mode": "explain"}, "leave it out"),
+    ],
+)
+def test_maps_are_asked_for_where_they_are(tiny_config, options, sentence):
+    tiny_config.update_from_flattened_dict(options)
+    with pytest.raises(UsageError, match=sentence):
+        validate(tiny_config, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_with_maps_has_memorabilitys_rows(folder, maps, tiny_config, tmp_path):
+    tiny_config.data.update({"name": "folder", "path": str(folder), "maps": str(maps)})
+    tiny_config.data.eval_split, tiny_config.weights = "val", "scratch"
+    tiny_config.curriculum = "interpreters"
+    tiny_config.compare.selectors, tiny_config.eval.maps = ("memorability",), ("memorability",)
+    tiny_config.eval.perturbation = tiny_config.eval.agreement = False
+    run(tiny_config, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    kept = results["methods"]["memorability"]["kept_per_group"]
+    assert kept == pytest.approx(results["methods"]["iared2"]["kept_per_group"], abs=1 / 64)
+    assert (tmp_path / "run" / "figures").is_dir()

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import runpy
@@ -16,11 +17,13 @@ from iared2_jax import create_model, save_weights
 from iared2_jax.config.checks import validate
 from iared2_jax.config.loading import flatten, load
 from iared2_jax.data.datasets import MADE
+from iared2_jax.data.images import open_image
+from iared2_jax.data.small import small_imagenet
 from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.experiment.build import build_module, build_phases
 from iared2_jax.experiment.run_directory import locked
 from iared2_jax.tables import __main__ as command
-from iared2_jax.tables import pruning, shared_runs
+from iared2_jax.tables import input_drops, pruning, shared_runs
 from iared2_jax.tables.ablation import SETTINGS
 from iared2_jax.tables.all_tables import TABLES
 from iared2_jax.tables.presets import PRESETS
@@ -522,6 +525,51 @@ def test_a_table_without_baselines_takes_a_run_that_has_them(tmp_path):
         check_folder(whole, tmp_path, {})
 
 
+def asked(caplog, *flags):
+    """The runs that a plan names."""
+    caplog.clear()
+    assert command.main([*flags, "--seeds", "1", "--dry-run"]) == 0
+    return [line.split(":")[0] for line in caplog.messages if line.startswith("224px")]
+
+
+def test_maps_of_images_bring_a_baseline_more(caplog):
+    flags = ["--table=5", "--preset=imagenet", "--config.data.path=/images", "--config.weights=/w"]
+    names = [f"224px-input-{name}-1" for name in input_drops.SELECTORS]
+    assert asked(caplog, *flags) == [name for name in names if "memorability" not in name]
+    assert asked(caplog, *flags, "--config.data.maps=/maps") == names
+    preset = PRESETS["imagenet"].with_maps()
+    (run, *_) = TABLES["2"].runs(preset, [224], [1])
+    assert "'memorability'" in run.options["compare.selectors"]
+
+
+def test_maps_of_the_papers_model_are_measured_on_other_images(caplog, capsys):
+    flags = ["--table=1", "--preset=imagenet", "--config.data.path=/images", "--config.weights=/w"]
+    assert command.main([*flags, "--dry-run"]) == 2
+    assert "needs --segmentation=<gtsegs_ijcv.mat>" in capsys.readouterr().err
+    given = [*flags, "--config.data.maps=/maps", "--segmentation=/masks.mat"]
+    own = [f"224px-iared2-1{kind}" for kind in ("", "-segmentation")]
+    assert asked(caplog, *given) == [*own, "224px-maps"]
+    preset = dataclasses.replace(PRESETS["imagenet"], segmentation_path="/masks.mat")
+    options = {"data.path": "/images", "data.maps": "/maps", "weights": "/w"}
+    trained, scores, every = (
+        run.built(ROOT, options) for run in TABLES["1"].runs(preset, [224], [1])
+    )
+    assert (trained.data.path, trained.data.maps) == ("/images", "/maps")
+    for config in (scores, every):
+        assert (config.data.name, config.data.path) == ("imagenet_segmentation", "/masks.mat")
+        assert (config.model.name, config.model.num_classes, config.data.maps) == (
+            "deit_s",
+            1000,
+            "",
+        )
+        validate(config, 1)
+    assert scores.weights.endswith("224px-iared2-1/weights.safetensors")
+    assert every.weights == "/w"
+    for others in (["--table=2", "--preset=imagenet"], ["--table=1", "--preset=cluttered_mnist"]):
+        assert command.main([*others, "--segmentation=/masks.mat", "--dry-run"]) == 2
+        assert "--segmentation=/masks.mat is for --table=1" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_recipe_is_refused_before_anything_is_made(made, tmp_path, capsys):
     arguments = [*FLAGS, f"--root={tmp_path}", f"--out={tmp_path}/out"]
     folder = tmp_path / "cutouts" / _of_seed_1().name
@@ -759,10 +807,24 @@ SMALL = {
        for key, text in (("epochs", "0"), ("steps", "1"), ("batch_size", "8"))},
     "distillation.warmup_steps": "0",
     "interpreter.lengths": "(1.0,)",
+    "eval.lime_samples": "8",
     "data.eval_size": "4",
     "eval.batch_size": "2",
     "log_every": "1",
 }  # fmt: skip
+
+
+def small_maps(folder):
+    """A map of every image of the small imagenet: its brightness."""
+    from iared2_jax.data.imagenet import open_prepared  # TFDS is slow to import
+
+    for split in ("train", "validation"):
+        records = open_prepared(small_imagenet(), split)
+        for record in (records[i] for i in range(len(records))):
+            path = (folder / split / record["file_name"]).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open_image(record["image"]).convert("L").save(path)
+    return folder
 
 
 @pytest.mark.slow
@@ -770,9 +832,9 @@ SMALL = {
 @pytest.mark.parametrize(
     ("table", "preset", "model", "methods"),
     [
-        ("2", "imagenet", "deit_3_blocks", 6),
+        ("2", "imagenet", "deit_3_blocks", 7),
         ("4", "imagenet_b", "deit_3_blocks", 5),
-        ("5", "imagenet", "deit_3_blocks", 6),
+        ("5", "imagenet", "deit_3_blocks", 7),
         ("3", "kinetics", "timesformer_micro", 5),
     ],
 )
@@ -784,6 +846,8 @@ def test_the_papers_own_settings_run_on_small_data_of_the_true_format(
         pytest.importorskip("av", reason="videos are read by PyAV")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = {**SMALL, "model.name": model}
+    if preset == "imagenet":  # with maps of the images: a row more, MemNet's place
+        options["data.maps"] = str(small_maps(tmp_path / "maps"))
     given = [f"--config.{key}={text}" for key, text in options.items()]
     flags = [f"--table={table}", f"--preset={preset}", "--seeds", "1"]
     folders = [f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]
@@ -796,6 +860,22 @@ def test_the_papers_own_settings_run_on_small_data_of_the_true_format(
     assert all(0 < share <= 200 for share in shares)  # two passes, at most
     page = (tmp_path / "out" / preset / f"table_{table}.md").read_text()
     assert "Not made yet" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_table_1_of_the_papers_own_setting_runs_on_small_data(tmp_path, monkeypatch):
+    """DeiT's place, its maps measured on masks in the format of ImageNet-Segmentation."""
+    pytest.importorskip("h5py", reason="gtsegs_ijcv.mat is read by h5py")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {**SMALL, "model.name": "deit_3_blocks", "eval.maps_size": "4"}
+    flags = ["--table=1", "--preset=imagenet", "--seeds", "1", "--segmentation=small"]
+    flags += [f"--config.{key}={text}" for key, text in given.items()]
+    assert command.main([*flags, f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]) == 0
+    written = json.loads((tmp_path / "out" / "imagenet" / "table_1.json").read_text())
+    methods = [row["method"] for row in written["rows"]]
+    assert methods[:3] == [f"IA-RED2, group {group}" for group in (1, 2, 3)]
+    assert {"raw attention block 1", "gradcam", "lrp", "lime", "random"} <= set(methods)
 
 
 # -- Photographs.

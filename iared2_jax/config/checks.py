@@ -12,7 +12,7 @@ from iared2_jax.config.defaults import (
     default_config,
 )
 from iared2_jax.config.loading import flatten, input_spec_of, model_groups, weights_of
-from iared2_jax.data.datasets import MADE, OPENERS
+from iared2_jax.data.datasets import MADE, OPENERS, WITH_MAPS
 from iared2_jax.data.request import CLIP_VIEWS
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.evaluation.compare_maps import EXPLAINED
@@ -56,6 +56,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     one_of("eval.explained", EXPLAINED)
     for key in ("eval.maps", "explain.maps"):
         _check_maps(key, flat[key])
+    _check_map_files(config)
     for selector in config.compare.selectors:
         if selector not in (*SELECTORS, DENSE_BASELINE):
             raise UsageError(
@@ -139,11 +140,28 @@ def _check_maps(key: str, names: list[str]) -> None:
             raise UsageError(
                 f"config.{key} has {name!r}, which is unknown{nearest(str(name), METHODS)}"
             )
-        if name == "memorability":
-            raise UsageError(
-                f'config.{key} has "memorability", which needs a scorer, and no config can name '
-                "one: call iared2_jax.compare_maps from Python"
-            )
+
+
+def _check_map_files(config: ml_collections.ConfigDict) -> None:
+    """Whether maps of files are there where they are asked for, and nowhere else."""
+    if not config.data.maps:
+        asked = {
+            "reduction.selector": [config.reduction.selector],
+            "compare.selectors": config.compare.selectors,
+            "eval.maps": config.eval.maps,
+            "explain.maps": config.explain.maps,
+        }
+        for key, names in asked.items():
+            if "memorability" in names:
+                raise UsageError(
+                    f'config.{key} has "memorability", which needs a map of every image: set '
+                    "config.data.maps to their folder (or give a scorer to iared2_jax.compare_maps)"
+                )
+    elif config.mode == "explain" or config.data.name not in WITH_MAPS:
+        raise UsageError(
+            f"config.data.maps={config.data.maps!r} is of the images of "
+            f"{' and '.join(sorted(WITH_MAPS))}, for the modes train and eval: leave it out"
+        )
 
 
 def _check_keys(config: ml_collections.ConfigDict) -> None:

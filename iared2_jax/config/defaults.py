@@ -68,6 +68,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.cutouts = ml_collections.ConfigDict(dataclasses.asdict(CutoutOptions()))
     config.data.eval_split = "test"  # imagenet: "validation"; folder: "val"; segmentation: "all"
     config.data.eval_size = 2000  # images, evenly spread; 0: all
+    # Of imagenet and folder, what another model says of every image, for the selector and the map
+    # "memorability": <maps>/<split>/<name of the image file>.png, grey, as large as the image.
+    config.data.maps = ""
     config.data.threads = 2  # that prepare batches ahead
     config.data.bad_share = 0.001  # of the training images or videos that may be unreadable
     config.data.sampling_rate = 32  # of videos: how far apart frames are, counted at 30 a second
@@ -182,6 +185,7 @@ RESUMABLE = (
     "model.remat",
     "data.threads",
     "data.path",
+    "data.maps",
     "data.cutouts.backgrounds",
     "data.bad_share",
     "max_bad_steps",

@@ -121,7 +121,8 @@ def weights_of(config: ml_collections.ConfigDict) -> str:
 
 def input_spec_of(config: ml_collections.ConfigDict) -> InputSpec:
     """The inputs of the config's model: its variant's, at the sizes that the config gives."""
-    return resized(get_variant(config.model.name).backbone.input_spec, **input_sizes(config))
+    spec = get_variant(config.model.name).backbone.input_spec
+    return resized(spec, **input_sizes(config), map_channel=bool(config.data.maps))
 
 
 def input_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:

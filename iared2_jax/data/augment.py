@@ -70,10 +70,14 @@ NONE = dataclasses.replace(CROP_FLIP, flip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.
 
 
 class Op(NamedTuple):
-    """An op of RandAugment: `argument` of a strength in [0, 1] and a sign, which `apply` takes."""
+    """An op of RandAugment: `argument` of a strength in [0, 1] and a sign, which `apply` takes.
+
+    moves: whether it moves pixels; else it changes their colours.
+    """
 
     argument: Callable[[float, int], float]
     apply: Callable[[Image.Image, float, Color], Image.Image]
+    moves: bool = False
 
 
 def _solarize_add(image: Image.Image, added: int, fill: Color) -> Image.Image:
@@ -104,6 +108,7 @@ def _affine(largest: float, matrix: Callable[[float, int, int], tuple[float, ...
             resample=Image.Resampling.BICUBIC,
             fillcolor=fill,
         ),
+        moves=True,
     )
 
 
@@ -115,6 +120,7 @@ OPS: dict[str, Op] = {
     "rotate": Op(  # degrees, counter-clockwise
         lambda s, sign: sign * 30 * s,
         lambda im, v, fill: im.rotate(v, resample=Image.Resampling.BICUBIC, fillcolor=fill),
+        moves=True,
     ),
     "posterize": Op(lambda s, _: 4 - int(4 * s), _posterize),  # bits kept, 4 to 0
     "solarize": Op(  # inverted from this value on, 256 to 0
@@ -139,6 +145,7 @@ def rand_augment(
     layers: int = 2,
     magnitude_std: float = 0.5,
     fill: Color = IMAGENET_GREY,
+    moves_only: bool = False,
 ) -> Image.Image:
     """`layers` ops in turn, drawn from `OPS` with replacement, each applied half the time.
 
@@ -151,6 +158,8 @@ def rand_augment(
       magnitude, magnitude_std: in units where 10 is the end of every op's range.
       layers: how many ops are drawn.
       fill: colour, 0..255, of what geometric ops bring in from outside the image.
+      moves_only: of the ops that are drawn, apply those that move pixels alone: so a map of an
+        image goes where the image goes, by a generator of the same state.
 
     Dataset: Cubuk et al., "RandAugment" (2019), with timm's ranges and its noise on the magnitude.
     """
@@ -160,7 +169,8 @@ def rand_augment(
     signs = rng.choice((-1, 1), size=layers)
     for index, strength, sign in zip(ops[applied], strengths[applied], signs[applied], strict=True):
         op = list(OPS.values())[index]
-        image = op.apply(image, op.argument(float(strength), int(sign)), fill)
+        if op.moves or not moves_only:
+            image = op.apply(image, op.argument(float(strength), int(sign)), fill)
     return image
 
 
@@ -211,7 +221,7 @@ def random_erasing(
 
 
 def mixup_cutmix(
-    images: Num[np.ndarray, "b h w 3"],
+    images: Num[np.ndarray, "b h w c"],
     labels: Int[np.ndarray, " b"],
     num_classes: int,
     rng: np.random.Generator,
@@ -220,7 +230,7 @@ def mixup_cutmix(
     switch_prob: float = 0.5,
     probability: float = 1.0,
     smoothing: float = 0.1,
-) -> tuple[Num[np.ndarray, "b h w 3"], Float32[np.ndarray, "b num_classes"]]:
+) -> tuple[Num[np.ndarray, "b h w c"], Float32[np.ndarray, "b num_classes"]]:
     """A batch mixed with itself in reverse, one λ for all rows: image i with image b - 1 - i.
 
     Mixup: x = λ x_i + (1 - λ) x_j, λ ~ Beta(mixup_alpha, mixup_alpha).

@@ -224,10 +224,12 @@ def _cutouts(request: DataRequest) -> Dataset:
 def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
     pictures_of(request.spec, "of image files")
     train = ImageFiles(open_split(Path(request.path), "train"), request)
+    if request.maps and not Path(request.maps).is_dir():
+        raise UsageError(f"config.data.maps={request.maps!r} is no folder")
 
     def load(split: str, size: int, seed: int) -> tuple:
         """Evenly spread over the split, which may be in the order of classes."""
-        files = ImageFiles(open_split(Path(request.path), split), request)
+        files = ImageFiles(open_split(Path(request.path), split), request, split)
         return (*files.evaluation(size), None)
 
     return Dataset(
@@ -316,6 +318,7 @@ OPENERS: dict[str, Callable[[DataRequest], Dataset]] = {
     "imagenet_segmentation": _imagenet_segmentation,
 }
 MADE = {"cluttered_mnist", "moving_mnist"}  # those that need no files
+WITH_MAPS = {"folder", "imagenet"}  # those that read a map beside each image
 
 
 def open_dataset(name: str, request: DataRequest) -> Dataset:

@@ -1,10 +1,12 @@
 """Encoded images, from a folder or from records, as training examples and evaluation images."""
 
+import copy
 import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from iared2_jax.data.augment import rand_augment, random_erasing, repeated_examp
 from iared2_jax.data.images import (
     eval_transform,
     open_image,
+    open_map,
     random_flip,
     random_resized_crop,
     with_channels,
@@ -92,10 +95,14 @@ class ImageFiles:
 
     A split also has `class_names`, `label(i)`, for less than a whole record where it can, and
     `digest()`, which changes with its labels.
+
+    Where the model takes maps, each image's comes with it, through the same crop and flip (and what
+    else moves its pixels): <request.maps>/<split>/<file_name, as .png>.
     """
 
-    def __init__(self, records: Sequence, request: DataRequest):
+    def __init__(self, records: Sequence, request: DataRequest, split: str = "train"):
         self._records, self._request = records, request
+        self._maps = Path(request.maps, split) if request.maps else None
         self.class_names: tuple[str, ...] = tuple(records.class_names)
         self._bad = BadExamples(request.bad_share, len(records))
 
@@ -119,26 +126,39 @@ class ImageFiles:
         epoch, k = divmod(index, size)
         place, _ = repeated_example(k, size, augment.repeats)
         order = shuffled(size, seed, epoch)
-        record, image = self._bad.first_good(order, place, self._opened)
+        record, image, image_map = self._bad.first_good(order, place, self._opened)
         rng = np.random.default_rng((seed, index, EXAMPLE))
-        pixels = self._augmented(image, rng)
+        same_draws = copy.deepcopy(rng)
+        pixels = with_channels(self._augmented(image, rng), self._request.spec.channels)
+        if image_map is not None:
+            moved = self._augmented(image_map, same_draws, is_map=True)
+            pixels = np.concatenate([pixels, moved[..., :1]], axis=-1)
         return {"input": pixels, "label": np.int32(record["label"])}
 
-    def _opened(self, row: int) -> tuple[dict[str, Any], Image.Image]:
+    def _opened(self, row: int) -> tuple[dict[str, Any], Image.Image, Image.Image | None]:
         record = self._records[row]
-        return record, open_image(record["image"], record["file_name"])
+        image = open_image(record["image"], record["file_name"])
+        if self._maps is None:
+            return record, image, None
+        path = (self._maps / record["file_name"]).with_suffix(".png")
+        return record, image, open_map(path, image.size)
 
-    def _augmented(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def _augmented(
+        self, image: Image.Image, rng: np.random.Generator, is_map: bool = False
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """An image as it is trained on; a map goes where its image goes, its values stay."""
         spec, augment = self._request.spec, self._request.augment
         pixels = random_resized_crop(image, spec.size, rng, augment.scale, augment.ratio)
         pixels = random_flip(pixels, rng, augment.flip)
         if augment.rand_augment:
-            # What comes in from outside the image is the mean.
+            # What comes in from outside the image is the mean, and matters nothing.
             grey = tuple(round(255 * mean) for mean in np.broadcast_to(spec.norm[0], 3))
-            pixels = np.array(rand_augment(Image.fromarray(pixels), rng, fill=grey))
-        if augment.erasing:
+            fill = (0, 0, 0) if is_map else grey
+            moved = rand_augment(Image.fromarray(pixels), rng, fill=fill, moves_only=is_map)
+            pixels = np.array(moved)
+        if augment.erasing and not is_map:
             pixels = random_erasing(pixels, rng, spec.norm, augment.erasing)
-        return with_channels(pixels, spec.channels)
+        return pixels
 
     def evaluation(self, size: int = 0) -> tuple["EvalInputs", np.ndarray]:
         """`size` images, evenly spread over the split, as they are evaluated, and their classes.
@@ -151,10 +171,14 @@ class ImageFiles:
             return EvalInputs(self._evaluated, rows), np.fromiter(labels, np.int32, len(rows))
 
     def _evaluated(self, row: int) -> UInt8[np.ndarray, "h w c"]:
-        record, image = self._opened(row)
+        record, image, image_map = self._opened(row)
         spec, name = self._request.spec, record["file_name"]
         pixels = eval_transform(image, spec.size, spec.crop_pct, name=name)
-        return with_channels(pixels, spec.channels)
+        pixels = with_channels(pixels, spec.channels)
+        if image_map is None:
+            return pixels
+        moved = eval_transform(image_map, spec.size, spec.crop_pct, name=f"the map of {name}")
+        return np.concatenate([pixels, moved[..., :1]], axis=-1)
 
 
 def evenly_spread(total: int, size: int) -> np.ndarray:

@@ -79,6 +79,26 @@ def open_cutout(path: str | Path) -> UInt8[np.ndarray, "h w 4"]:
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
+def open_map(path: str | Path, size: tuple[int, int]) -> Image.Image:
+    """A grey PNG (or JPEG), in RGB, that says how much each pixel of an image matters: 0 to 255.
+
+    Args:
+      size: width and height of its image, px.
+
+    Raises:
+      BadImage: as `open_image`; or it is in colour, or of another size than its image.
+    """
+    image = _opened(path)
+    if not image.mode.startswith(("L", "I", "1")):
+        raise BadImage(f"{path} is a picture in {image.mode}, but a map must be grey")
+    if image.size != size:
+        raise BadImage(
+            f"{path} is {image.width} x {image.height} px, but its image is {size[0]} x {size[1]}: "
+            "a map must be as large as its image"
+        )
+    return _rgb(image)
+
+
 def _opened(source: str | Path | bytes, name: str = "", exif_rotation: bool = False) -> Image.Image:
     """The decoded picture, in the mode of its file; see `open_image`."""
     name = name or ("the image" if isinstance(source, bytes) else str(source))

@@ -20,6 +20,7 @@ class DataRequest:
       bad_share: of the training images or videos that may be unreadable.
       sampling_rate: of clips, how far apart their frames are, counted at 30 a second.
       cutouts: how scenes of cut-outs are composed.
+      maps: the folder of a map for every image file; "": there is none.
       clip_view: of the evaluation clips, one of `CLIP_VIEWS`: the centre of each from its video's
         start, or a random crop at a random time.
     """
@@ -30,4 +31,5 @@ class DataRequest:
     bad_share: float = 0.001
     sampling_rate: int = 32
     cutouts: CutoutOptions = DEFAULT
+    maps: str = ""
     clip_view: str = "centre"

@@ -64,7 +64,7 @@ def map_sources(
     """
     options = dict(options or {})
     made: dict[str, MapSource] = {}
-    for method in _named(methods, options):
+    for method in _named(module, methods, options):
         given = dict(options.get(method, {}))
         check_options(method, given)
         if method in ("interpreter", "raw_attention") and given:
@@ -79,11 +79,12 @@ def map_sources(
     return made
 
 
-def _named(methods: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """The methods that are meant; memorability is somebody else's scorer: only if one is given."""
+def _named(module: IARed2, methods: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """The methods that are meant; memorability is somebody else's: only where it is given."""
     if "all" not in methods:
         return list(methods)
-    return [name for name in METHODS if name != "memorability" or name in options]
+    given = module.input_spec.map_channel or "memorability" in options
+    return [name for name in METHODS if name != "memorability" or given]
 
 
 def _scores(module: IARed2, applied: dict[str, Any], name: str) -> dict[str, MapSource]:

@@ -61,7 +61,7 @@ def replacement_for(
     if kind == "mean":
         return jnp.zeros_like(inputs)
     if kind == "black":
-        return jnp.broadcast_to(spec.normalize(jnp.zeros(spec.channels)), inputs.shape)
+        return jnp.broadcast_to(spec.normalize(jnp.zeros(spec.shape[-1])), inputs.shape)
     return _blurred(inputs, _BLUR_SIGMA * min(spec.size))
 
 

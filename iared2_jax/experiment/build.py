@@ -37,6 +37,7 @@ def dataset_of(config: ml_collections.ConfigDict) -> Dataset:
         bad_share=config.data.bad_share,
         sampling_rate=config.data.sampling_rate,
         cutouts=CutoutOptions(**with_tuples(config.data.cutouts)),
+        maps=config.data.maps,
         clip_view=config.eval.clip_view,
     )
     return open_dataset(config.data.name, request)
@@ -116,7 +117,10 @@ def build_module(config: ml_collections.ConfigDict) -> IARed2:
       UsageError: options that make no model, or `config.reduction` does not fit it.
     """
     module = create_module(
-        **model_options(config), dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+        **model_options(config),
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        map_channel=bool(config.data.maps),  # of these inputs, not of the model that is saved
     )
     asked = reduction_of(config)
     try:

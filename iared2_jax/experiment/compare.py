@@ -195,7 +195,9 @@ def rates(
             "keep_ratios": tuple(own["reduction.keep_ratios"]),
             "selector": own["reduction.selector"],
         }
-        variants[row_name(selector)] = fast(*load_model(folder / "weights.safetensors"), reduction)
+        weights = folder / "weights.safetensors"
+        loaded = load_model(weights, map_channel=module.input_spec.map_channel)
+        variants[row_name(selector)] = fast(*loaded, reduction)
     variants["iared2"] = fast(module, trained, reduction_of(config))
     timings = interleaved(variants, config.eval.speed_rounds)
     per_second = {name: len(timed) / timing.median for name, timing in timings.items()}

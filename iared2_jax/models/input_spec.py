@@ -28,9 +28,11 @@ class InputSpec:
       frames: of a clip; None: a picture.
       norm: mean and standard deviation per channel that pixels in [0, 1] are normalised by.
       crop_pct: of an evaluation picture, the share of the shorter edge that the centre crop keeps.
+      map_channel: whether a map of the picture, 0 to 1, comes behind its channels. Selectors see
+        it (`Memorability`), backbones do not.
 
     Raises:
-      ValueError: sizes that are not positive, or that the patch does not divide.
+      ValueError: sizes that are not positive, that the patch does not divide, or maps of clips.
 
     Example:
       >>> spec = InputSpec(224, 320, patch=(32, 32))
@@ -45,6 +47,7 @@ class InputSpec:
     frames: int | None = None
     norm: Norm = IMAGENET_NORM
     crop_pct: float = 1.0
+    map_channel: bool = False
 
     def __post_init__(self):
         sizes = (self.height, self.width, self.channels, *self.patch, self.frames or 1)
@@ -57,6 +60,8 @@ class InputSpec:
             )
         if any(len(values) != self.channels for values in self.norm):
             raise ValueError(f"norm must have a mean and a deviation per channel: {self}")
+        if self.map_channel and self.is_clip:
+            raise ValueError("maps go with images, but the model takes clips")
 
     @property
     def is_clip(self) -> bool:
@@ -69,8 +74,8 @@ class InputSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(height, width, channels), with the frames before them if it is a clip."""
-        picture = (self.height, self.width, self.channels)
+        """(height, width, channels and map), with the frames before them if it is a clip."""
+        picture = (self.height, self.width, self.channels + self.map_channel)
         return (self.frames, *picture) if self.frames is not None else picture
 
     @property
@@ -110,7 +115,14 @@ class InputSpec:
           ValueError: another shape.
         """
         if tuple(inputs.shape[1:]) != self.shape:
-            raise ValueError(f"{self.kind} must be {self.batch_shape}, got {list(inputs.shape)}")
+            behind = ", a map behind the colours" if self.map_channel else ""
+            raise ValueError(
+                f"{self.kind} must be {self.batch_shape}{behind}, got {list(inputs.shape)}"
+            )
+
+    def without_map(self, inputs: Array) -> Array:
+        """The channels of inputs or pixels that the backbone sees."""
+        return inputs[..., : self.channels]
 
     def to_patches(self, inputs: Float[Array, "b ..."]) -> Float[Array, "b n f"]:
         """The patches of a batch, each a vector (row, column, channel), in the order of the grid.
@@ -119,7 +131,7 @@ class InputSpec:
           ValueError: inputs of another shape.
         """
         self.check(inputs)
-        p, q = self.patch
+        inputs, (p, q) = self.without_map(inputs), self.patch
         if self.is_clip:
             return rearrange(inputs, "b t (h p) (w q) c -> b (h w t) (p q c)", p=p, q=q)
         return rearrange(inputs, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=q)
@@ -141,8 +153,12 @@ class InputSpec:
         return rearrange(values, "... (h w t) -> ... t h w", h=h, w=w)
 
     def normalize(self, pixels: Array) -> Float[Array, "b ..."]:
-        """Pixels 0..255 to (x / 255 - mean) / std, on the device."""
-        return normalize(pixels, self.norm)
+        """Pixels 0..255 to (x / 255 - mean) / std, and a map to x / 255, on the device."""
+        inputs = normalize(self.without_map(pixels), self.norm)
+        if not self.map_channel:
+            return inputs
+        maps = pixels[..., self.channels :].astype(jnp.float32) / 255
+        return jnp.concatenate([inputs, maps], axis=-1)
 
 
 def normalize(pixels: Array, norm: Norm) -> Float[Array, "b ..."]:

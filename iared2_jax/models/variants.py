@@ -178,10 +178,11 @@ def resized(
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     num_frames: int | None = None,
+    map_channel: bool = False,
 ) -> InputSpec:
     """A variant's input at another size; None leaves as it is.
 
-    With another number of channels, all get the mean of the norm.
+    With another number of channels, all get the mean of the norm. map_channel: see `InputSpec`.
 
     Raises:
       UsageError: sizes that make no input.
@@ -204,6 +205,7 @@ def resized(
             channels=count,
             frames=frames,
             norm=norm,
+            map_channel=map_channel,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -251,7 +251,7 @@ def _picture(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
 
 
 def _in_colour(picture: np.ndarray) -> np.ndarray:
-    return np.repeat(picture, 3, axis=-1) if picture.shape[-1] < 3 else picture[..., :3]
+    return np.repeat(picture[..., :1], 3, axis=-1) if picture.shape[-1] < 3 else picture[..., :3]
 
 
 def _shaded(pixels: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray:

@@ -12,6 +12,7 @@ machine, beside those asked for; --use=4 takes what it needs of another table th
 """
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import sys
@@ -26,7 +27,7 @@ from iared2_jax.experiment.run_directory import locked
 from iared2_jax.files import writing
 from iared2_jax.main import overrides
 from iared2_jax.tables.all_tables import TABLES
-from iared2_jax.tables.presets import PRESETS
+from iared2_jax.tables.presets import PRESETS, Preset
 from iared2_jax.tables.records import NO_TABLE, check_options, read_record, run_record
 from iared2_jax.tables.runs import (
     PATHS,
@@ -78,6 +79,12 @@ def _parser() -> Parser:
         "--add", action="store_true", help="add to the table in --out, and keep its runs"
     )
     parser.add_argument(
+        "--segmentation",
+        default="",
+        metavar="FILE",
+        help="gtsegs_ijcv.mat: what --table=1 --preset=imagenet measures maps on",
+    )
+    parser.add_argument(
         "--use", nargs="+", default=[], choices=TABLES, help="take runs of these tables in --out"
     )
     return parser
@@ -105,6 +112,9 @@ def tabulate(argv: Sequence[str]) -> None:
             f"--table={flags.table} is made on {' or '.join(table.presets)}, not on {flags.preset}"
         )
     preset = PRESETS[flags.preset]
+    if given.get("data.maps"):
+        preset = preset.with_maps()
+    preset = _with_segmentation(preset, flags)
     flags.sizes = flags.sizes or [preset.size]
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
     before = read_record(path) if flags.add else NO_TABLE
@@ -159,6 +169,25 @@ def tabulate(argv: Sequence[str]) -> None:
         with writing(path.with_suffix(".png")) as draft:
             table.plot(rows).savefig(draft, dpi=120, format="png")
         log.info("written: %s", path.with_suffix(".png"))
+
+
+def _with_segmentation(preset: Preset, flags: argparse.Namespace) -> Preset:
+    """The preset with the file that its maps are measured on, if this table measures any.
+
+    Raises:
+      UsageError: the file is not given, or is of no use.
+    """
+    needed = bool(preset.segmentation) and flags.table == "1"
+    if needed and not flags.segmentation:
+        raise UsageError(
+            f"--table=1 --preset={preset.name} needs --segmentation=<gtsegs_ijcv.mat>: its own "
+            "images have no masks"
+        )
+    if flags.segmentation and not needed:
+        raise UsageError(
+            f"--segmentation={flags.segmentation} is for --table=1 --preset=imagenet: leave it out"
+        )
+    return dataclasses.replace(preset, segmentation_path=flags.segmentation)
 
 
 def _found(

@@ -17,7 +17,7 @@ TABLES: dict[str, Table] = {
         "DeiT-S on ImageNet-Segmentation, pixel accuracy / mAcc / mIoU: raw attention 67.9 / 61.8 "
         "/ 46.4, LIME 67.3 / 47.8 / 33.9, MemNet 52.8 / 53.7 / 34.7, GradCAM 65.9 / 55.0 / 41.3, "
         "LRP 50.7 / 50.6 / 32.6, ours 70.4 / 64.9 / 49.4",
-        presets=("cutouts", "cutouts_kind", "cluttered_mnist"),
+        presets=_IMAGES,
     ),
     "2": accuracy_table(
         "Interpreters and fine-tuned blocks, beside baselines fine-tuned as long (Table 2's way)",

@@ -27,6 +27,7 @@ SELECTORS = {
     "attention_block_2": "attention of block 2, two passes",
     "random": "random",
     "magnitude": "magnitude of the patch embedding",
+    "memorability": "memorability, or whatever the maps are of",
 }
 
 
@@ -43,7 +44,8 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
     made = []
     for size in sizes:
         made += head_runs(preset, size)
-        made += [_run(preset, size, name, seed) for seed in seeds for name in SELECTORS]
+        asked = [name for name in SELECTORS if preset.maps or name != "memorability"]
+        made += [_run(preset, size, name, seed) for seed in seeds for name in asked]
     return made
 
 

@@ -26,6 +26,10 @@ class Preset:
         user names; else from the weights that the config or the user names.
       options: that every run has, by key, as text.
       baselines: the selectors that runs of a curriculum are compared with.
+      maps: whether the user gives a map of every image, `config.data.maps`: what "memorability"
+        drops by is then one more baseline.
+      segmentation: the config of the images that maps are measured on, where its own have no masks;
+        "": they have. segmentation_path: where these lie, as the user says.
       student: the config of a smaller model that learns from the original; "": there is none.
       minutes: about what a kind of run takes at `size` on two CPU cores; {}: nobody knows.
     """
@@ -39,8 +43,16 @@ class Preset:
     baselines: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=lambda: IMAGE_BASELINES
     )
+    maps: bool = False
+    segmentation: str = ""
+    segmentation_path: str = ""
     student: str = ""
     minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def with_maps(self) -> "Preset":
+        """The same, where the user gives maps."""
+        more = {kind: (*names, "memorability") for kind, names in self.baselines.items()}
+        return dataclasses.replace(self, baselines=more, maps=True)
 
     def minutes_of(self, kind: str, size: int) -> float | None:
         """About what a kind of run takes, by the number of tokens; None: nobody knows."""
@@ -123,6 +135,7 @@ PRESETS = {
             lambda size: "configs/deit_s.py",
             size=224,
             sizes=(224,),
+            segmentation="configs/segmentation.py",
             student="configs/deit_s.py:student",
         ),
         Preset(

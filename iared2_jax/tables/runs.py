@@ -19,7 +19,7 @@ from iared2_jax.experiment.run_directory import (
 from iared2_jax.files import write_json
 
 # Where files lie is no part of what a run measures, and is not published.
-PATHS = ("weights", "distillation.teacher", "data.path", "data.cutouts.backgrounds")
+PATHS = ("weights", "distillation.teacher", "data.path", "data.maps", "data.cutouts.backgrounds")
 # What decides how soon a run is done, and nothing else.
 _PACE = ("data.threads",)
 WEIGHTS = "weights.safetensors"
@@ -34,6 +34,7 @@ class Run:
       name: of its folder, e.g. "interpreters-2".
       config: as the flag --config of `iared2_jax.main` has it.
       options: what is set in it, by key, as text.
+      own: of these, what goes before the user's options, e.g. where other data lies.
       start: the run whose weights it starts from; "": those that the user gives, or its config.
       distils: whether those are its teacher instead.
       ignored: prefixes of options that may differ in a finished run: they do not change what it
@@ -44,14 +45,15 @@ class Run:
     name: str
     config: str
     options: Mapping[str, str]
+    own: Mapping[str, str] = dataclasses.field(default_factory=dict)
     start: str = ""
     distils: bool = False
     ignored: tuple[str, ...] = ()
     minutes: float | None = None
 
     def built(self, root: Path, given: Mapping[str, str]) -> ml_collections.ConfigDict:
-        """Its config. given: the user's own options, which go before the table's."""
-        options = {**self.options, **given}
+        """Its config. given: the user's own options, which go before the table's but `own`."""
+        options = {**self.options, **given, **self.own}
         if self.start:
             options["weights"] = str(root / self.start / WEIGHTS)
         if self.distils and "weights" in options:

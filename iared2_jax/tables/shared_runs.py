@@ -152,12 +152,15 @@ def maps_name(size: int) -> str:
     return f"{size}px-maps"
 
 
+def maps_options() -> dict[str, str]:
+    """The options by which the original's every map is measured."""
+    return {"mode": "eval", "curriculum": "supervised", "eval.maps": "('all',)"}
+
+
 def maps_run(preset: Preset, size: int) -> Run:
     """The run that measures every map of the model before anything is dropped."""
     options = {
-        "mode": "eval",
-        "curriculum": "supervised",
-        "eval.maps": "('all',)",
+        **maps_options(),
         "eval.lime_samples": "128",  # 200 images; a CPU takes a minute for 20 samples of each
         "data.eval_size": "200",
     }

@@ -55,6 +55,7 @@ def create_module(
     depth: int | None = None,
     attention: str = "dense",
     attention_size: int | None = None,
+    map_channel: bool = False,
     **interpreter: Any,
 ) -> IARed2:
     """The module alone, without parameters; the arguments are `create_model`'s."""
@@ -89,7 +90,7 @@ def create_module(
         raise UsageError(f"depth={depth} must be at least 1 block")
     changes = {"num_classes": backbone.num_classes if num_classes is None else num_classes}
     changes |= {} if depth is None else {"depth": depth}
-    spec = resized(backbone.input_spec, image_size, patch_size, channels, num_frames)
+    spec = resized(backbone.input_spec, image_size, patch_size, channels, num_frames, map_channel)
     if spec != backbone.input_spec:
         changes["input_spec"] = spec
     if attention != "dense":
@@ -136,6 +137,7 @@ def create_model(
     depth: int | None = None,
     attention: str = "dense",
     attention_size: int | None = None,
+    map_channel: bool = False,
     **interpreter: Any,
 ) -> tuple[IARed2, dict[str, Any]]:
     """A named backbone with its interpreters, freshly initialised.
@@ -156,6 +158,8 @@ def create_model(
       attention: "dense", or in its place "linformer", "sinkhorn" or "routing", of a ViT: see
         `models.attention_variants`.
       attention_size: Linformer's k (None: 64), or the window w of the others (None: 49).
+      map_channel: inputs have a map of each image, 0 to 1, as a last channel, which the backbone
+        does not see: what the selector "memorability" drops by.
       **interpreter: interpreter_heads, scale, init_bias (see `Interpreter`), interpreter_kind (see
         `IARed2`).
 
@@ -185,6 +189,7 @@ def create_model(
         depth,
         attention,
         attention_size,
+        map_channel,
         **interpreter,
     )
     return module, init_variables(module, seed)

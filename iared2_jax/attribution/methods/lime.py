@@ -86,7 +86,8 @@ def _segmented(module: IARed2, inputs: Array, segments: Any) -> tuple[Array, int
     """Segments counted from 0 in every image, and the greatest number of them."""
     if callable(segments):
         mean, std = (np.asarray(part) for part in module.input_spec.norm)
-        pixels = np.clip(np.asarray(inputs) * std + mean, 0, 1)
+        colours = module.input_spec.without_map(np.asarray(inputs))
+        pixels = np.clip(colours * std + mean, 0, 1)
         segments = np.stack([segments(image) for image in pixels])
     segments = np.asarray(segments)
     if segments.shape != inputs.shape[:-1] or segments.dtype.kind not in "iu":

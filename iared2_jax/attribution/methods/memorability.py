@@ -27,7 +27,8 @@ def memorability(
 
     The paper's baseline is MemNet, whose weights are not to be had. Give what you have: `maps`, cut
     and resized as the images were; or a `scorer` of whole pictures, which is slid over the image:
-    a pixel's value is the mean score of the windows that cover it.
+    a pixel's value is the mean score of the windows that cover it. By default, the inputs' own
+    map, if they have one (`InputSpec.map_channel`).
 
     Args:
       scorer: windows [b, window, window, C] of normalised pixels to a number each.
@@ -36,6 +37,8 @@ def memorability(
     Raises:
       UsageError: not exactly one of scorer and maps, or they do not fit the images.
     """
+    if scorer is None and maps is None and module.input_spec.map_channel:
+        maps = inputs[..., -1]
     if (scorer is None) == (maps is None):
         raise UsageError(
             "memorability needs a scorer=.. of pictures or maps=.. that are there already"
@@ -52,7 +55,7 @@ def memorability(
     stride = stride or max(1, window // 2)
     if not 1 <= window <= min(spec.size) or stride < 1:
         raise UsageError(f"window={window} and stride={stride} px do not fit images of {spec.size}")
-    return _slide(np.asarray(inputs), scorer, window, stride)
+    return _slide(np.asarray(spec.without_map(inputs)), scorer, window, stride)
 
 
 def _slide(

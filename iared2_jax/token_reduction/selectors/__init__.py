@@ -16,7 +16,7 @@ from iared2_jax.token_reduction.selectors.budgets import (
     top_k,
     within_budget,
 )
-from iared2_jax.token_reduction.selectors.by_map import ByMap
+from iared2_jax.token_reduction.selectors.by_map import ByMap, Memorability
 from iared2_jax.token_reduction.selectors.evit import EViT
 from iared2_jax.token_reduction.selectors.interpreter import ByInterpreter
 from iared2_jax.token_reduction.selectors.magnitude import Magnitude
@@ -30,6 +30,7 @@ SELECTORS: dict[str, Selector] = {
     "random": Random(),
     **{f"attention_block_{block}": Attention(block) for block in range(3)},
     "magnitude": Magnitude(),
+    "memorability": Memorability(),
     "temporal_difference": TemporalDifference(),
     "evit": EViT(),
     "tome": ToMe(),
@@ -67,6 +68,7 @@ __all__ = [
     "EViT",
     "Evidence",
     "Magnitude",
+    "Memorability",
     "Random",
     "Selector",
     "TemporalDifference",

@@ -1,5 +1,6 @@
 """Training of a smaller backbone by a larger one's answers: the paper's teacher-student row."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,10 +154,12 @@ def _teacher(module: IARed2, options: ml_collections.ConfigDict) -> tuple[IARed2
         raise UsageError(
             f"{found} knows {theirs.num_classes} classes, the student {mine.num_classes}"
         )
-    if theirs.input_spec.shape != mine.input_spec.shape:
+    # A map behind the images is no matter to a teacher.
+    shapes = [dataclasses.replace(x.input_spec, map_channel=False).shape for x in (theirs, mine)]
+    if shapes[0] != shapes[1]:
         raise UsageError(
-            f"{found} takes inputs of {theirs.input_spec.shape}, the student of "
-            f"{mine.input_spec.shape}: set config.model.image_size"
+            f"{found} takes inputs of {shapes[0]}, the student of {shapes[1]}: set "
+            "config.model.image_size"
         )
     if mine.depth > theirs.depth:
         raise UsageError(
