@@ -868,7 +868,10 @@ def test_table_1_of_the_papers_own_setting_runs_on_small_data(tmp_path, monkeypa
     """DeiT's place, its maps measured on masks in the format of ImageNet-Segmentation."""
     pytest.importorskip("h5py", reason="gtsegs_ijcv.mat is read by h5py")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given = {**SMALL, "model.name": "deit_3_blocks", "eval.maps_size": "4"}
+    weights = tmp_path / "original.safetensors"
+    save_weights(create_model("deit_3_blocks")[1], weights, interpreters=False)
+    own = {"model.name": "deit_3_blocks", "weights": str(weights), "eval.maps_size": "4"}
+    given = {**SMALL, **own}
     flags = ["--table=1", "--preset=imagenet", "--seeds", "1", "--segmentation=small"]
     flags += [f"--config.{key}={text}" for key, text in given.items()]
     assert command.main([*flags, f"--root={tmp_path}/runs", f"--out={tmp_path}/out"]) == 0

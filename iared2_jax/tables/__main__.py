@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from iared2_jax.command import Parser, exit_code
+from iared2_jax.config.checks import validate
 from iared2_jax.errors import InUseError, UsageError
 from iared2_jax.experiment.run_directory import locked
 from iared2_jax.files import writing
@@ -134,6 +135,7 @@ def tabulate(argv: Sequence[str]) -> None:
     if not flags.finished:
         for run in missing:
             check_folder(run, root, given)
+            validate(run.built(root, given), device_count=1)  # before the first has taken hours
     for run in asked:
         log.info("%s", _state(run, root, run not in missing))
     log.info("%s", _time_of(missing))
