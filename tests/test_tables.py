@@ -399,7 +399,7 @@ def test_settings_of_the_ablation_are_compared_seed_by_seed():
 )
 def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     """Every option is one, every model can be, and what starts from another takes its weights."""
-    preset = PRESETS[preset]
+    preset = dataclasses.replace(PRESETS[preset], segmentation_path="/masks.mat")
     sizes = [112, 168] if preset.name.startswith("cutouts") else [preset.size]
     runs = TABLES[table].runs(preset, sizes, [1, 2])
     names = [run.name for run in runs]
@@ -416,7 +416,8 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     built = 0
     for place, run in enumerate(runs):
         config = run.built(tmp_path, GIVEN)
-        assert config.data.path == "/objects"
+        on_masks = config.data.name == "imagenet_segmentation"
+        assert config.data.path == ("/masks.mat" if on_masks else "/objects")
         starts_from = config.distillation.teacher if run.distils else config.weights
         if run.start:
             assert names.index(run.start) < place
