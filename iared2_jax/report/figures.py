@@ -17,6 +17,7 @@ from iared2_jax.attribution.maps import (
     to_heatmaps,
 )
 from iared2_jax.models.input_spec import InputSpec
+from iared2_jax.report.packing import in_colour
 from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.typing import Array
 
@@ -184,7 +185,7 @@ def draw_animation(
     for t in range(spec.frames):
         rows = []
         for clip, heatmap, kept in zip(pixels, scores, keep, strict=True):
-            picture = _in_colour(clip[t])
+            picture = in_colour(clip[t])
             hot = colormaps["jet"](_stretched(heatmap)[t])[..., :3]
             parts = (picture / 255, 0.5 * picture / 255 + 0.5 * hot, _lit(picture, kept[t], spec))
             rows.append(np.concatenate(parts, axis=1))
@@ -247,16 +248,12 @@ def _in_a_row(values: np.ndarray, spec: InputSpec, gap: float) -> np.ndarray:
 
 def _picture(pixels: np.ndarray, spec: InputSpec) -> np.ndarray:
     """Pixels [H, W, 3] of an input; grey ones in colour, of more channels the first three."""
-    return _in_a_row(_in_colour(pixels), spec, gap=255)
-
-
-def _in_colour(picture: np.ndarray) -> np.ndarray:
-    return np.repeat(picture[..., :1], 3, axis=-1) if picture.shape[-1] < 3 else picture[..., :3]
+    return _in_a_row(in_colour(pixels), spec, gap=255)
 
 
 def _shaded(pixels: np.ndarray, kept: np.ndarray, spec: InputSpec) -> np.ndarray:
     """An input, its dropped patches dimmed."""
-    lit = _lit(_in_colour(pixels), spec.on_grid(kept), spec)
+    lit = _lit(in_colour(pixels), spec.on_grid(kept), spec)
     return _in_a_row(lit, spec, gap=1)
 
 

@@ -64,11 +64,16 @@ def to_base64(values: UInt8[np.ndarray, "..."]) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 
+def in_colour(pixels: UInt8[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w 3"]:
+    """Pixels as they are shown: grey ones in colour, of more channels the first three."""
+    return np.repeat(pixels[..., :1], 3, axis=-1) if pixels.shape[-1] < 3 else pixels[..., :3]
+
+
 def shown_pictures(
     pixels: UInt8[np.ndarray, "b ..."], spec: InputSpec
 ) -> UInt8[np.ndarray, "b h w 3"]:
     """Inputs as they are shown: in colour, no larger than needed, a clip's frames side by side."""
-    colour = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    colour = in_colour(pixels)
     if spec.is_clip:
         colour = rearrange(colour, "b t h w c -> b h (t w) c")
     scale = min(1, _FRAME / max(spec.size), _STRIP / max(colour.shape[1:3]))

@@ -115,6 +115,7 @@ def evaluation_run(
             "mode": "eval",
             "curriculum": curriculum,
             "eval.maps": "()",
+            "compare.selectors": "()",  # a config may name some
             **QUIET,
             **options,
         },
