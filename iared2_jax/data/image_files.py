@@ -129,11 +129,9 @@ class ImageFiles:
         record, image, image_map = self._bad.first_good(order, place, self._opened)
         rng = np.random.default_rng((seed, index, EXAMPLE))
         same_draws = copy.deepcopy(rng)
-        pixels = with_channels(self._augmented(image, rng), self._request.spec.channels)
-        if image_map is not None:
-            moved = self._augmented(image_map, same_draws, is_map=True)
-            pixels = np.concatenate([pixels, moved[..., :1]], axis=-1)
-        return {"input": pixels, "label": np.int32(record["label"])}
+        pixels = self._augmented(image, rng)
+        moved = image_map and self._augmented(image_map, same_draws, is_map=True)
+        return {"input": self._joined(pixels, moved), "label": np.int32(record["label"])}
 
     def _opened(self, row: int) -> tuple[dict[str, Any], Image.Image, Image.Image | None]:
         record = self._records[row]
@@ -174,11 +172,15 @@ class ImageFiles:
         record, image, image_map = self._opened(row)
         spec, name = self._request.spec, record["file_name"]
         pixels = eval_transform(image, spec.size, spec.crop_pct, name=name)
-        pixels = with_channels(pixels, spec.channels)
-        if image_map is None:
-            return pixels
-        moved = eval_transform(image_map, spec.size, spec.crop_pct, name=f"the map of {name}")
-        return np.concatenate([pixels, moved[..., :1]], axis=-1)
+        moved = image_map and eval_transform(image_map, spec.size, spec.crop_pct, name=name)
+        return self._joined(pixels, moved)
+
+    def _joined(
+        self, pixels: UInt8[np.ndarray, "h w 3"], moved: UInt8[np.ndarray, "h w 3"] | None
+    ) -> UInt8[np.ndarray, "h w c"]:
+        """An image in the model's channels, and behind them its map, if it has one."""
+        pixels = with_channels(pixels, self._request.spec.channels)
+        return pixels if moved is None else np.concatenate([pixels, moved[..., :1]], axis=-1)
 
 
 def evenly_spread(total: int, size: int) -> np.ndarray:
