@@ -25,9 +25,10 @@ from iared2_jax.fast_inference.sub_batches import run_dense
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.model import KEEP_ALL
-from iared2_jax.training.optimizers import merge, split_trainable
+from iared2_jax.training.optimizers import split_trainable
 from iared2_jax.training.phases import PHASES, PhaseContext
 from iared2_jax.training.phases.base import Phase
+from iared2_jax.training.step import fitting_gradients
 
 LEARNING_RATE = 1e-6  # so small that all steps are alike
 
@@ -52,12 +53,8 @@ def _phases(module) -> dict[str, Phase]:
 def _step(task: PhaseContext):
     def step(params, batch, key):
         """Forward, backward, SGD; and the tokens that found no slot."""
-        trainable, frozen = split_trainable(params, task.phase.trains, task.module)
-
-        def loss(trainable):
-            return task.phase.kind.loss(task, merge(trainable, frozen), batch, key)
-
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        trainable, _ = split_trainable(params, task.phase.trains, task.module)
+        grads, metrics = fitting_gradients(task, params, batch, key)
         moved = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, trainable, grads)
         return moved, metrics["overflow"]
 

@@ -18,7 +18,7 @@ from iared2_jax.evaluation.pruning import SHARES
 from iared2_jax.experiment.build import build_model, dataset_of, model_options
 from iared2_jax.report import results as run_results
 from iared2_jax.report.results import evaluate_run
-from iared2_jax.report.tables import as_text
+from iared2_jax.report.tables import as_text, tables
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.token_reduction.flops import count_flops
@@ -111,6 +111,7 @@ def test_results_have_the_promised_keys(evaluated):
         assert points[0]["linear"] == results["dense"]["flops"]["linear"]
         assert points[-1]["linear"] < points[0]["linear"]
     speed = results["images_per_second"]
+    assert speed["inputs"] == "images"
     assert {"dense", "masked", "ragged"} < set(speed["executions"])
     assert speed["baseline"] in speed["executions"]
     assert speed["baseline"].startswith("dense")
@@ -186,6 +187,26 @@ def test_random_masks_are_nested_and_keep_the_counts():
     for mask, count in zip(masks, counts, strict=True):
         np.testing.assert_array_equal(mask.sum(-1), count)
     assert not bool((masks[1] & ~masks[0]).any() | (masks[2] & ~masks[1]).any())
+
+
+@pytest.mark.parametrize(("found", "unit"), [({"inputs": "clips"}, "clips/s"), ({}, "images/s")])
+def test_rates_are_of_what_was_timed(found, unit):
+    """Results of version 0.1 do not say it: they are of images."""
+    speed = {
+        "executions": {"dense": {"median": 5.0, "p25": 4.0, "p75": 6.0}},
+        "baseline": "dense",
+        "batch": 2,
+        "dtype": "float32",
+        "device": "cpu x 1",
+        **found,
+    }
+    dense = {"top1": 0.5, "top5": 1.0, "flops": {"linear": 1e6, "full": 2e6}}
+    (*_, (title, rows)) = tables({"examples": 2, "dense": dense, "images_per_second": speed})
+    assert title == "Throughput, batch 2, float32, cpu x 1"
+    assert rows == [
+        ["execution", unit, "quartiles", "over dense"],
+        ["dense", "5", "4 .. 6", "1.00x"],
+    ]
 
 
 def test_a_table_lines_up():

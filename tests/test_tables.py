@@ -238,9 +238,9 @@ def test_trained_peers_are_set_beside_ours_and_what_ours_were_compared_with():
     beside = {"original_fine_tuned": row, "attention_before_group": {**row, "top1_error": 40.0}}
     found = {
         "112px-iared2-1": {**run("iared2", 0.9), "methods": beside},
-        "112px-evit-trained-1": run("reduced", 0.7),
-        "112px-evit-trained-2": run("reduced", 0.72),
-        "112px-dynamicvit-trained-2": run("iared2", 0.6),
+        "112px-evit-70-trained-1": run("reduced", 0.7),
+        "112px-evit-70-trained-2": run("reduced", 0.72),
+        "112px-dynamicvit-70-trained-2": run("iared2", 0.6),
     }
     rows = {row["method"]: row for row in TABLES["trained_peers"].rows([112], [1, 2], found)}
     assert list(rows) == [
@@ -410,6 +410,8 @@ def test_a_tables_runs_can_be_built(table, preset, tmp_path):
     }[table]
     if table == "attentions" and preset.student:
         per_size += 2
+    if preset.name == "cluttered_mnist":  # at the share of the FLOPs that ours has there, too
+        per_size += {"peers": 4, "trained_peers": 2 * 3}.get(table, 0)
     per_size += 2 * bool(table == "1" and preset.segmentation)  # our scores, measured on masks
     per_size -= not preset.trains_head
     assert len(set(names)) == len(names) == len(sizes) * per_size

@@ -1,6 +1,8 @@
 """Training steps: what moves, with how many devices, and that all phases run."""
 
+import collections
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +265,35 @@ def test_gathered_training_makes_the_update_of_masked(tiny_config, batch, index,
     assert (gathered[2]["overflow"] == 0) == enough
     assert masked[2]["overflow"] == 0
     assert_same_update(masked, gathered)
+
+
+def matrix_products(program):
+    """How many each computation of a compiled program has, by its name; the whole is ENTRY."""
+    counts, name = collections.Counter(), ""
+    for line in program.splitlines():
+        if line.endswith("{") and " -> " in line:
+            name = line.split()[0]
+        counts[name] += " dot(" in line
+    return counts
+
+
+@pytest.mark.parametrize("index", [2, 3])
+def test_a_step_that_fits_is_not_computed_again(tiny_config, batch, index):
+    """XLA moves out of a loop what is the same in every turn, even of one that has no turn."""
+    phase = plan_of(tiny_config, "iared2")[index]
+    mesh = data_mesh(jax.devices()[:1])
+    module, variables = build_model(tiny_config)
+    state = enter_phase(start(tiny_config, phase, variables["params"], mesh), phase, module)
+
+    def program(capacities):
+        step = make_train_step(module, phase, tiny_config, mesh, capacities)
+        return step.lower(state, batch).compile().as_text()
+
+    masked = matrix_products(program(None))["ENTRY"]
+    gathered = program((64,) * phase.kind.fixed_groups(phase.group))
+    products = matrix_products(gathered)
+    bodies = re.findall(r"body=(%[\w.-]+)", gathered)
+    assert products["ENTRY"] == max(products[body] for body in bodies) == masked > 5
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -259,7 +259,7 @@ def _pruning(comparison: Comparison) -> dict[str, list[dict[str, float]]]:
 
 
 def _speed(comparison: Comparison) -> dict[str, Any]:
-    """Images per second of one batch; the ragged plan is made with other images than the timed."""
+    """Images, or clips, per second of one batch; the ragged plan is made with others."""
     config = comparison.config
     spec, size = comparison.module.input_spec, config.eval.speed_batch
     timed, sample = evaluators.speed_sample(spec, comparison.pixels, size)
@@ -274,6 +274,7 @@ def _speed(comparison: Comparison) -> dict[str, Any]:
     )
     return {
         "batch": len(timed),
+        "inputs": "clips" if spec.is_clip else "images",
         "dtype": config.model.dtype,
         "device": f"{jax.devices()[0].device_kind} x 1",
         **dict(figures),

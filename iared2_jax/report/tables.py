@@ -188,7 +188,8 @@ def _with_spread(figures: dict[str, Any], key: str) -> str:
 def _speed(results: dict[str, Any]) -> Table:
     speed = results["images_per_second"]
     baseline = speed["executions"][speed["baseline"]]["median"]
-    rows = [["execution", "images/s", "quartiles", f"over {speed['baseline']}"]]
+    unit = f"{speed.get('inputs', 'images')}/s"  # version 0.1 knew images alone
+    rows = [["execution", unit, "quartiles", f"over {speed['baseline']}"]]
     for name, rate in speed["executions"].items():
         quartiles = f"{rate['p25']:.0f} .. {rate['p75']:.0f}"
         over = f"{rate['median'] / baseline:.2f}x"

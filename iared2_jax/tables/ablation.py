@@ -20,20 +20,57 @@ from iared2_jax.tables.table import (
     plain_row,
     there,
 )
+from iared2_jax.token_reduction.create import create_module, split_into_groups
+from iared2_jax.token_reduction.schedules import at_linear_flops
 
 _CURRICULUM = "iared2"
 _RECIPE = "recipe"
 Options = Mapping[str, str]
 Settings = Mapping[str, tuple[str, Options]]  # by the runs' names: a title, what is changed
+_EQUAL_GROUPS = {"model.group_sizes": "()", "interpreter.lengths": "(1.0,)"}
 
 
 def _groups(numbers: Sequence[int], prices: str) -> Settings:
     """Equal groups, with one price for all of them."""
-    equal = {"model.group_sizes": "()", "interpreter.tau": prices, "interpreter.lengths": "(1.0,)"}
     return {
-        f"groups-{d}": (f"D = {d}, equal groups, one price", {**equal, "model.groups": str(d)})
+        f"groups-{d}": (
+            f"D = {d}, equal groups, one price",
+            {**_EQUAL_GROUPS, "model.groups": str(d), "interpreter.tau": prices},
+        )
         for d in numbers
     }
+
+
+def _falling(groups: int, drop: float) -> tuple[float, ...]:
+    """Every group drops the same share of the tokens that enter it."""
+    return tuple((1 - drop) ** group for group in range(1, groups + 1))
+
+
+def _groups_at(model: str, numbers: Sequence[int], share: float) -> Settings:
+    """Equal groups that all have the same linear FLOPs, as the paper compares them.
+
+    Each is to keep the same share of the tokens that enter it (`keep_target`).
+
+    Args:
+      share: of the dense model's linear FLOPs, in [0, 1].
+    """
+    module, settings = create_module(model), {}
+    for d in numbers:
+        own = module.clone(group_sizes=split_into_groups(module.backbone.depth, d))
+        budget = at_linear_flops(own, "interpreter", functools.partial(_falling, d), share)
+        settings[f"groups-{d}-budget"] = (
+            f"D = {d}, equal groups, equal FLOPs",
+            {
+                **_EQUAL_GROUPS,
+                "model.groups": str(d),
+                "interpreter.keep_target": repr(tuple(round(kept, 4) for kept in budget)),
+                "interpreter.target_weight": "100.0",
+                "interpreter.exact_saving": "False",
+                "interpreter.reward_denominator": "initial",
+                "interpreter.tau": "(10.0,)",
+            },
+        )
+    return settings
 
 
 _MODEL: Settings = {
@@ -46,6 +83,7 @@ SETTINGS: dict[str, Settings] = {
     "cluttered_mnist": {
         _RECIPE: ("the recipe", {}),
         **_groups((2, 3, 6), prices="(60.0,)"),
+        **_groups_at("vit_micro", (2, 3, 6), share=0.43),  # the recipe's
         "heads-1": ("1 head", {"model.interpreter_heads": "1"}),
         "heads-4": ("4 heads", {"model.interpreter_heads": "4"}),
         **_MODEL,
@@ -61,6 +99,7 @@ SETTINGS: dict[str, Settings] = {
     "imagenet": {
         _RECIPE: ("the recipe", {}),
         **_groups((2, 4), prices="(1.0,)"),
+        **_groups_at("deit_s", (2, 3, 4), share=0.68),  # the paper's 2.9 of 4.24 G
         "heads-1": ("1 head", {"model.interpreter_heads": "1"}),
         **_MODEL,
         "denominator-entering": (

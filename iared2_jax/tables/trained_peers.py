@@ -1,13 +1,14 @@
 """The table of peers that are trained for what they drop, as long as our blocks are."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
-from iared2_jax.tables.peers import COLUMNS, budget, peer_row
-from iared2_jax.tables.presets import Preset
+from iared2_jax.tables.peers import COLUMNS, budget, peer_row, with_ours
+from iared2_jax.tables.presets import PRESETS, Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import (
     as_long_as_ours,
@@ -18,11 +19,14 @@ from iared2_jax.tables.shared_runs import (
 from iared2_jax.tables.table import Results, Row, Table, plain_row, set_beside_ours, there
 from iared2_jax.training.phases import PHASES
 
-SHARE = 70  # of the linear FLOPs, per cent
+_SHARES = (70,)  # of the linear FLOPs, per cent
 SELECTORS = ("evit", "tome")  # blocks fine-tuned under what needs no training itself
 # Rows that our own run has already, fine-tuned as long in its groups.
 _BESIDE_OURS = ("original_fine_tuned", "attention_before_group")
 _DYNAMICVIT = "dynamicvit"
+# Every peer: the block of its results that holds its figures, and its name.
+_BLOCKS = {**dict.fromkeys(SELECTORS, "reduced"), _DYNAMICVIT: "iared2"}
+_NAMES = {**METHODS, _DYNAMICVIT: "DynamicViT"}
 _OURS = "iared2"
 
 
@@ -31,24 +35,24 @@ def trained_peers_table(title: str, paper: str, presets: Sequence[str]) -> Table
     return Table(title, paper, COLUMNS, _runs, _rows, presets)
 
 
-def _name(size: int, peer: str, seed: int) -> str:
-    return f"{size}px-{peer}-trained-{seed}"
+def _name(size: int, peer: str, share: int, seed: int) -> str:
+    return f"{size}px-{peer}-{share}-trained-{seed}"
 
 
 def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     made = []
     for size in sizes:
         made += head_and_seeds(preset, _OURS, size, seeds)
-        for seed in seeds:
-            made.append(_dynamicvit_run(preset, size, seed))
-            made += [_selector_run(preset, size, selector, seed) for selector in SELECTORS]
+        for share, seed in itertools.product(with_ours(_SHARES, [preset.name]), seeds):
+            made.append(_dynamicvit_run(preset, size, share, seed))
+            made += [_selector_run(preset, size, selector, share, seed) for selector in SELECTORS]
     return made
 
 
-def _selector_run(preset: Preset, size: int, selector: str, seed: int) -> Run:
+def _selector_run(preset: Preset, size: int, selector: str, share: int, seed: int) -> Run:
     """All blocks fine-tuned under a selector, for as many steps as ours are."""
     recipe = load(preset.config(size), {})
-    groups, ratios = budget(preset.config(size), size, selector, SHARE)
+    groups, ratios = budget(preset.config(size), size, selector, share)
     options = {
         "curriculum": "selector",
         "seed": str(seed),
@@ -59,14 +63,15 @@ def _selector_run(preset: Preset, size: int, selector: str, seed: int) -> Run:
         **as_long_as_ours(recipe),
         "eval.maps": "()",
     }
-    return original_run(preset, _name(size, selector, seed), size, options, kind="selector")
+    name = _name(size, selector, share, seed)
+    return original_run(preset, name, size, options, kind="selector")
 
 
-def _dynamicvit_run(preset: Preset, size: int, seed: int) -> Run:
+def _dynamicvit_run(preset: Preset, size: int, share: int, seed: int) -> Run:
     """Predictors for as many steps as our interpreters and blocks take, blocks as ours."""
     recipe = load(preset.config(size), {})
     # Its published groups and rates are EViT's: three of four drop, each the same share.
-    groups, ratios = budget(preset.config(size), size, "attention", SHARE)
+    groups, ratios = budget(preset.config(size), size, "attention", share)
     unit = "steps" if recipe.backbone.steps else "epochs"
     groups_of_ours = range(1, recipe.model.groups + 1)
     lengths = [PHASES["interpreter"].length(recipe.interpreter, j) for j in groups_of_ours]
@@ -90,28 +95,24 @@ def _dynamicvit_run(preset: Preset, size: int, seed: int) -> Run:
         "dynamicvit.backbone_rate": str(recipe.backbone.learning_rate / rate),
         "eval.maps": "()",
     }
-    return original_run(preset, _name(size, _DYNAMICVIT, seed), size, options, kind=_DYNAMICVIT)
+    name = _name(size, _DYNAMICVIT, share, seed)
+    return original_run(preset, name, size, options, kind=_DYNAMICVIT)
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
         of_size: list[Row] = []
-
-        peers = {
-            peer: there(functools.partial(_name, size, peer), seeds, results)
-            for peer in (*SELECTORS, _DYNAMICVIT)
-        }
-        for selector in SELECTORS:
-            if found := peers[selector]:
-                of_size.append(peer_row(size, METHODS.get(selector, selector), found, "reduced"))
-        if found := peers[_DYNAMICVIT]:
-            of_size.append(peer_row(size, "DynamicViT", found, "iared2"))
+        peers: list[Mapping[int, Mapping[str, Any]]] = []
+        for peer, share in itertools.product(_BLOCKS, with_ours(_SHARES, [*PRESETS])):
+            if found := there(functools.partial(_name, size, peer, share), seeds, results):
+                peers.append(found)
+                of_size.append(peer_row(size, _NAMES[peer], found, _BLOCKS[peer]))
         if ours := seeds_there(_OURS, size, seeds, results):
             of_size += [_beside_ours(size, method, ours) for method in _BESIDE_OURS]
             of_size.append(peer_row(size, METHODS["iared2"], ours, "iared2"))
         if of_size:
-            runs = [run for found in peers.values() for run in found.values()]
+            runs = [run for found in peers for run in found.values()]
             dense = [*runs, *ours.values()][0]["dense"]
             of_size.insert(0, plain_row(size, "original", {None: (dense, dense)}))
         if ours:

@@ -92,7 +92,7 @@ def make_train_step(
         if "input" in batch:  # a phase may have taken features in its place
             batch = {**batch, "input": module.input_spec.normalize(batch["input"])}
         context = PhaseContext(module, phase, capacities, state.extra)
-        grads, metrics = _fitting_gradients(context, state.params, batch, key)
+        grads, metrics = fitting_gradients(context, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         trainable, frozen = optimizers.split_trainable(state.params, phase.trains, module)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
@@ -127,19 +127,24 @@ def make_train_step(
     )
 
 
-def _fitting_gradients(
+def fitting_gradients(
     context: PhaseContext, params: Params, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Params, Metrics]:
-    """`_gradients`; where tokens found no slot, computed again without slots."""
+    """Gradients of what the phase trains, and the metrics, as `make_train_step` takes them.
+
+    Where tokens found no slot, all is computed again without slots.
+    """
     grads, metrics = _gradients(context, params, batch, key)
     if not context.capacities:
         return grads, metrics
     lost = metrics["overflow"]
 
-    def masked(_, __):
+    def masked(turn, _):
         """Masked execution needs no slots."""
         whole = dataclasses.replace(context, capacities=None)
-        again, figures = _gradients(whole, params, batch, key)
+        # Without it, all of this is the same in every turn, and XLA moves it before the loop.
+        given = jax.lax.optimization_barrier((params, batch, key, turn))[:3]
+        again, figures = _gradients(whole, *given)
         return again, {**figures, "overflow": lost}
 
     # A loop of one turn or none: XLA:CPU runs a conditional's branch on one core.
