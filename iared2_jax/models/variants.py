@@ -147,6 +147,19 @@ VARIANTS: dict[str, Variant] = {
         interpreter_heads=3,
         parameters=474_730,
     ),
+    # Ours, as small: section 4.2's other backbone on the same digits.
+    "cait_micro": Variant(
+        CaiT(
+            images(64, 8, norm=HALF_NORM),
+            embed_dim=96,
+            depth=6,
+            num_heads=3,
+            mlp_ratio=2,
+            num_classes=10,
+        ),
+        interpreter_heads=3,
+        parameters=625_882,
+    ),
 }
 
 _TIMM_NAMES = {variant.timm: name for name, variant in VARIANTS.items() if variant.timm}

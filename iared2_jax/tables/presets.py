@@ -23,7 +23,7 @@ class Preset:
       config: from pixels to the config, as the flag --config has it.
       size: pixels, where the command does not say. sizes: all that there are; (): any.
       trains_head: whether all runs start from a head that is trained first, on the trunk that the
-        user names; else from the weights that the config or the user names.
+        user names or from scratch with it; else from the weights that the config or the user names.
       options: that every run has, by key, as text.
       baselines: the selectors that runs of a curriculum are compared with.
       maps: whether the user gives a map of every image, `config.data.maps`: what "memorability"
@@ -108,6 +108,7 @@ _FEW_MAPS = {
     "eval.maps_size": "200",
     "eval.perturbation": "False",
 }
+_CAIT_BASELINES = {"iared2": ("random", "magnitude", "dense")}  # its groups see no CLS token
 _CLIP_BASELINES = {"iared2": ("random", "attention_block_1", "temporal_difference")}
 
 
@@ -143,7 +144,16 @@ PRESETS = {
             baselines=_CLIP_BASELINES,
             minutes={"iared2": 6, "speed": 1},
         ),
-        # The paper's own settings: DeiT-S, DeiT-B, and TimeSformer.
+        Preset(
+            "cluttered_mnist_cait",
+            lambda size: "configs/cait_micro.py",
+            size=64,
+            sizes=(64,),
+            trains_head=True,  # the whole backbone, from scratch
+            options=_FEW_MAPS,
+            baselines=_CAIT_BASELINES,
+        ),
+        # The paper's own settings: DeiT-S, DeiT-B, CaiT-S24 and TimeSformer.
         Preset(
             "imagenet",
             lambda size: "configs/deit_s.py",
@@ -157,6 +167,13 @@ PRESETS = {
             lambda size: f"configs/deit_b_384.py:size={size}",
             size=224,
             sizes=(224, 384),
+        ),
+        Preset(
+            "imagenet_cait",
+            lambda size: "configs/cait_s24.py",
+            size=224,
+            sizes=(224,),
+            baselines=_CAIT_BASELINES,
         ),
         Preset(
             "kinetics",
