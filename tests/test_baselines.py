@@ -24,7 +24,7 @@ from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.training.optimizers import part_of
 from iared2_jax.training.phases import PhaseContext
-from iared2_jax.training.step import _fitting_gradients, _gradients
+from iared2_jax.training.step import _gradients, fitting_gradients
 from iared2_jax.weights.save import save_weights
 
 
@@ -81,7 +81,7 @@ def test_interpreters_as_they_are_may_choose_too(config):
     batch = {"input": inputs, "label": jnp.arange(4)}
     (masked, figures), (gathered, lost) = (
         jax.jit(
-            lambda p, slots=slots: _fitting_gradients(
+            lambda p, slots=slots: fitting_gradients(
                 PhaseContext(module, phase, slots), p, batch, jax.random.key(0)
             )
         )(params)
