@@ -11,7 +11,7 @@ Hardware: 2 CPU cores, 44 minutes beside other work.
 Variants: `:runlocal` takes a few steps, to see that it runs.
 """
 
-from iared2_jax.config import default_config, parse_arg
+from iared2_jax.config import default_config, from_scratch, parse_arg
 
 
 def get_config(arg=None):
@@ -22,14 +22,7 @@ def get_config(arg=None):
     config.model.name = "vit_micro"
     config.model.num_classes = 10
 
-    config.supervised.batch_size = 64
-    config.supervised.epochs = 0.0
-    config.supervised.steps = 6000
-    config.supervised.optimizer = "muon"
-    config.supervised.learning_rate = 4e-3
-    config.supervised.warmup_steps = 100
-    config.supervised.weight_decay = 0.02
-    config.supervised.clip_norm = 1.0
+    from_scratch(config.supervised, steps=6000)
     config.supervised.label_smoothing = 0.05
     config.checkpoint_every = 500
 

@@ -161,6 +161,18 @@ def imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+def from_scratch(phase: ml_collections.ConfigDict, steps: int, batch_size: int = 64) -> None:
+    """Sets a phase to the recipe that trained the small models that ship: Muon, a few minutes."""
+    phase.batch_size = batch_size
+    phase.epochs = 0.0
+    phase.steps = steps
+    phase.optimizer = "muon"
+    phase.learning_rate = 4e-3
+    phase.warmup_steps = 100
+    phase.weight_decay = 0.02
+    phase.clip_norm = 1.0
+
+
 def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config for a look at the machinery: two small steps of every phase, random weights."""
     config.weights = "scratch"

@@ -38,6 +38,7 @@ _IMAGENET_384 = images(384)
 _HALF_224 = images(224, norm=HALF_NORM, crop_pct=0.9)
 _HALF_384 = images(384, norm=HALF_NORM)
 _CAIT_224 = images(224)
+_MICRO = {"embed_dim": 96, "depth": 6, "num_heads": 3, "mlp_ratio": 2}  # for a CPU
 _DINO_518 = images(518, 14)
 _CLIP_224 = clips(224, frames=8, crop_pct=0.875)  # of 256 px
 
@@ -125,38 +126,21 @@ VARIANTS: dict[str, Variant] = {
     "timesformer_micro": Variant(
         ViT(
             clips(64, frames=4, patch=8, norm=HALF_NORM),
-            embed_dim=96,
-            depth=6,
-            num_heads=3,
-            mlp_ratio=2,
             num_classes=8,
+            **_MICRO,
         ),
         interpreter_heads=3,
         parameters=474_920,
     ),
     # Ours, for 64 px: the demo on Cluttered MNIST. Trained weights ship with the package.
     "vit_micro": Variant(
-        ViT(
-            images(64, 8, norm=HALF_NORM),
-            embed_dim=96,
-            depth=6,
-            num_heads=3,
-            mlp_ratio=2,
-            num_classes=10,
-        ),
+        ViT(images(64, 8, norm=HALF_NORM), num_classes=10, **_MICRO),
         interpreter_heads=3,
         parameters=474_730,
     ),
     # Ours, as small: section 4.2's other backbone on the same digits.
     "cait_micro": Variant(
-        CaiT(
-            images(64, 8, norm=HALF_NORM),
-            embed_dim=96,
-            depth=6,
-            num_heads=3,
-            mlp_ratio=2,
-            num_classes=10,
-        ),
+        CaiT(images(64, 8, norm=HALF_NORM), num_classes=10, **_MICRO),
         interpreter_heads=3,
         parameters=625_882,
     ),

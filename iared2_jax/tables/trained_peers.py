@@ -43,7 +43,7 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
     made = []
     for size in sizes:
         made += head_and_seeds(preset, _OURS, size, seeds)
-        for share, seed in itertools.product(with_ours(_SHARES, [preset.name]), seeds):
+        for share, seed in itertools.product(with_ours(_SHARES, [preset]), seeds):
             made.append(_dynamicvit_run(preset, size, share, seed))
             made += [_selector_run(preset, size, selector, share, seed) for selector in SELECTORS]
     return made
@@ -104,7 +104,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     for size in sizes:
         of_size: list[Row] = []
         peers: list[Mapping[int, Mapping[str, Any]]] = []
-        for peer, share in itertools.product(_BLOCKS, with_ours(_SHARES, [*PRESETS])):
+        for peer, share in itertools.product(_BLOCKS, with_ours(_SHARES, PRESETS.values())):
             if found := there(functools.partial(_name, size, peer, share), seeds, results):
                 peers.append(found)
                 of_size.append(peer_row(size, _NAMES[peer], found, _BLOCKS[peer]))
