@@ -87,6 +87,7 @@ def get_config(arg=None):
     if arg.runlocal:
         for phase in (config.interpreter, config.backbone, config.distillation, config.supervised):
             phase.batch_size = 8
+            phase.epochs = 0.0
             phase.steps = 2
         config.interpreter.lengths = (1.0,)
         config.log_every = 1

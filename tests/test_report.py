@@ -23,6 +23,7 @@ from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import create_module
 from iared2_jax.token_reduction.flops import count_flops
 from iared2_jax.token_reduction.selectors import random_like
+from iared2_jax.training.phases import PHASES
 from iared2_jax.training.step import data_mesh
 from iared2_jax.weights.files import read_tensors
 
@@ -36,6 +37,15 @@ def test_every_config_builds_and_is_valid(name):
     assert config.name == name
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"--config=configs/{name}.py" in text
+
+
+@pytest.mark.parametrize("arg", ["", "runlocal"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_phase_of_every_config_has_steps_or_epochs(name, arg):
+    """Those, too, that its own curriculum does not read: a user may ask for another one."""
+    config = load_config(name, arg)
+    for section in {kind.section for kind in PHASES.values()}:
+        assert (config[section].steps > 0) != (config[section].epochs > 0), section
 
 
 def evaluated_into(config, workdir, stop=None):
