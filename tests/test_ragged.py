@@ -431,6 +431,10 @@ def test_usage_counts_what_only_the_largest_shape_held():
         (Plan(3, (GroupPlan("padded", 3, ((30, 10),)),) * 2), "does not hold 3 images of 17"),
         (Plan(3, (GroupPlan("heap", 3, (full(3),)),) * 2), "malformed"),
         (Plan(3, (GroupPlan("padded", 3, (full(3), full(3))),) * 2), "out of order"),
+        # The second holds more places than the first, but not its rows.
+        (Plan(3, (GroupPlan("packed", 3, ((10, 9), (12, 5), full(3))),) * 2), "out of order"),
+        (Plan(3, (GroupPlan("padded", 3, ()),) * 2), "malformed"),
+        (Plan(3, (GroupPlan("padded", 3, ((51,),)),) * 2), "malformed"),
     ],
 )
 def test_plans_for_something_else_are_refused(plan, words):
@@ -479,6 +483,17 @@ def test_chosen_shapes_hold_what_was_seen(data):
     if kind == "packed" and places[-1] > needed[:, 0].max() + max(4, rows):
         assert (needed <= np.array(largest)).all()
     assert (needed <= np.array(shapes[-1])).all()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_one_image_that_keeps_all_needs_no_whole_sub_batch(step):
+    """Nor a few tokens more in all than were seen: a packed plan has them to spare."""
+    rows, most = 16, 65
+    needed = needs(np.full((3, rows), 30), rows, blocks=2).reshape(-1, 3)
+    *_, spare, whole = choose_shapes("packed", needed, rows, most, 3, step)
+    later = needs(np.array([[29] * 15 + [most]]), rows, blocks=2).reshape(3)
+    assert (later <= spare).all()
+    assert spare[0] < 0.6 * whole[0]
 
 
 @hypothesis.given(st.lists(st.integers(1, 12), min_size=1, max_size=10), st.integers(1, 4))

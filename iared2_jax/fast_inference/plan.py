@@ -26,7 +26,8 @@ class GroupPlan:
       shapes: ascending tuples (places, row_length, ..), in tokens with the prefix: the places that
         the linear layers see (rows * row_length when padded), and the length of an image's row in
         attention, for each of some equal blocks of the sub-batch's images (one when padded). A
-        sub-batch runs in the first shape that holds it. The last holds anything.
+        sub-batch runs in the first shape that holds it. None is smaller than the one before in any
+        entry. The last holds anything.
     """
 
     kind: str
@@ -123,15 +124,20 @@ class Plan:
         ):
             if group.kind not in KINDS or not 1 <= group.rows <= batch_size:
                 raise UsageError(f"the plan's group {number} is malformed: {group}")
-            if group.rows % group.blocks or len({len(shape) for shape in group.shapes}) > 1:
+            entries = {len(shape) for shape in group.shapes}
+            if len(entries) != 1 or entries == {0} or entries == {1} or group.rows % group.blocks:
                 raise UsageError(f"the plan's group {number} is malformed: {group}")
             if group.shapes[-1] != (group.rows * num_tokens, *(num_tokens,) * group.blocks):
                 raise UsageError(
                     f"the plan's group {number} ends with the shape {group.shapes[-1]}, which "
                     f"does not hold {group.rows} images of {num_tokens} tokens: plan anew"
                 )
-            if any(low >= high for low, high in itertools.pairwise(group.shapes)):
-                raise UsageError(f"the plan's group {number} has shapes out of order")
+            # A sub-batch takes the shape whose place is the number of those too small for it.
+            for low, high in itertools.pairwise(group.shapes):
+                if low == high or any(a > b for a, b in zip(low, high, strict=True)):
+                    raise UsageError(
+                        f"the plan's group {number} has shapes out of order: {high} behind {low}"
+                    )
 
     def __str__(self) -> str:
         head = f"batches of {self.batch_size}, attention by {self.attention_kernel}"
@@ -180,37 +186,61 @@ def choose_shapes(
 ) -> tuple[tuple[int, ...], ...]:
     """The shapes, at most `limit` and one that holds anything, with least padding on `needed`.
 
+    What comes later may need more than was seen, and a whole sub-batch in the last shape is dear.
+    So some have tokens to spare.
+
     Args:
       kind: see `GroupPlan`.
       needed: (places, row_length, ..) of sub-batches that were seen [n, 1 + blocks].
       rows: images per sub-batch.
       num_tokens: of an image of which nothing is dropped.
       limit: shapes besides the last; each is a compiled loop body.
-      step: row lengths are multiples of it (places of rows * step / 4, at least step). The longest,
-        and packed all of them, have two steps to spare: one image longer than any that was seen
-        would send its whole sub-batch to the last shape.
+      step: row lengths are multiples of it, places of rows * step / 4 or of it.
 
     Returns:
-      Ascending tuples (places, row_length, ..).
+      Tuples (places, row_length, ..), each at least as large as the one before in every place.
     """
+    choose = _padded_shapes if kind == "padded" else _packed_shapes
     full = (rows * num_tokens, *(num_tokens,) * (needed.shape[1] - 1))
+    shapes = choose(needed, rows, num_tokens, limit, step)
+    return (*(shape for shape in shapes if shape[0] < full[0]), full)
 
-    def up(values, step):
-        return -(-values // step) * step
 
-    lengths = np.minimum(up(needed[:, 1:], step), num_tokens)
-    if kind == "padded":
-        *below, largest = _cuts(lengths[:, 0], limit)
-        cuts = [*below, largest + 2 * step]
-        return (*((rows * c, c) for c in cuts if c < num_tokens), full)
-    places = np.minimum(up(needed[:, 0], max(step, rows * step // 4)), full[0])
+def _padded_shapes(
+    needed: np.ndarray, rows: int, num_tokens: int, limit: int, step: int
+) -> list[tuple[int, ...]]:
+    """Row lengths that waste least; the longest with two steps to spare."""
+    lengths = np.minimum(_round_up(needed[:, 1], step), num_tokens)
+    *below, largest = _cuts(lengths, limit)
+    return [(rows * length, length) for length in (*below, largest + 2 * step)]
+
+
+def _packed_shapes(
+    needed: np.ndarray, rows: int, num_tokens: int, limit: int, step: int
+) -> list[tuple[int, ...]]:
+    """Places that waste least, each with the row lengths that its sub-batches need and two steps.
+
+    The largest of several spares a tenth more places than were seen, and rows of any length: these
+    are padding for attention alone, and one image that keeps all would need them.
+    """
+    unit = max(step, rows * step // 4)
+    lengths = np.minimum(_round_up(needed[:, 1:], step), num_tokens)
+    places = np.minimum(_round_up(needed[:, 0], unit), rows * num_tokens)
     shapes: list[tuple[int, ...]] = []
     longest = np.ones(lengths.shape[1], int)
-    for cut in _cuts(places, limit):
+    for cut in _cuts(places, max(limit - 1, 1)):
         longest = np.maximum(longest, lengths[places <= cut].max(axis=0))
         spare = np.minimum(longest + 2 * step, num_tokens)
         shapes.append((cut, *(int(length) for length in spare)))
-    return (*(shape for shape in shapes if shape[0] < full[0]), full)
+    if limit > 1:
+        spare = int(_round_up(1.1 * places.max(), unit))
+        shapes.append((spare, *(num_tokens,) * lengths.shape[1]))
+    return shapes
+
+
+def _round_up(values: Any, unit: int) -> Any:
+    """The next multiples of a unit."""
+    return (-(-values // unit) * unit).astype(int)
 
 
 def _cuts(values: np.ndarray, limit: int) -> list[int]:
