@@ -283,6 +283,24 @@ def test_the_backbone_rests_and_then_learns_slowly():
             np.testing.assert_allclose(update, factor * expected[path], rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_what_wakes_takes_no_larger_steps_than_its_learning_rate(clip_norm):
+    """Adam's means have followed its gradients; those of zeros would wake it with a leap."""
+    module, variables = model()
+    phase = phase_of(module, steps=60, backbone_rest=2 / 3, optimizer="adam")
+    phase.options.weight_decay, phase.options.clip_norm = 0.0, clip_norm
+    made = optimizers.make_optimizer(phase.options, phase.steps, module, phase.kind.rate)
+    path = "backbone/cls_token"
+    params = {path: variables["params"]["backbone"]["cls_token"]}
+    state, step = made.init(params), jax.jit(made.update)
+    for count in range(60):
+        updates, state = step({path: jnp.ones_like(params[path])}, state, params)
+        cosine = 0.5 * (1 + np.cos(np.pi * count / 60))
+        rate = phase.options.learning_rate * min(phase.options.backbone_rate, cosine)
+        expected = -rate if count >= 40 else 0.0
+        np.testing.assert_allclose(updates[path], expected, rtol=0.05, atol=1e-12)
+
+
 def test_a_file_says_which_interpreters_it_has(tmp_path):
     options = {"name": "vit_3_blocks", "groups": 3, "interpreter_kind": "dynamicvit"}
     module, variables = iared2_jax.create_model(**options, seed=3)

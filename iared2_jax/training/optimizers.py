@@ -127,19 +127,28 @@ def make_optimizer(
         return {path: path in weights for path in params}
 
     optimizer = OPTIMIZERS[options.optimizer](learning_rate_schedule(options, steps), options, mask)
-    if options.clip_norm > 0:
-        optimizer = optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer)
-    return optimizer if rate_of is None else _with_rates(optimizer, options, steps, module, rate_of)
+    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm > 0 else None
+    if rate_of is not None:
+        return _with_rates(optimizer, clip, options, steps, module, rate_of)
+    return optimizer if clip is None else optax.chain(clip, optimizer)
 
 
 def _with_rates(
     optimizer: optax.GradientTransformation,
+    clip: optax.GradientTransformation | None,
     options: ml_collections.ConfigDict,
     steps: int,
     module: IARed2,
     rate_of: RateOf,
 ) -> optax.GradientTransformation:
-    """The optimizer with some parts' learning rates multiplied; itself where there are none."""
+    """The optimizer behind `clip`, with some parts' learning rates multiplied.
+
+    A part whose rate is 0 rests: it stays as it is, while the optimizer's means go on following its
+    gradients. (Of zeros they would know nothing when it wakes, and Adam's count of steps would say
+    that they do: its first updates would be several times too large.)
+    """
+    # With the clipping's state, which is empty, where it has always been in checkpoints.
+    chained = optimizer if clip is None else optax.chain(optax.identity(), optimizer)
 
     def rates(params: FlatParams) -> dict[str, optax.Schedule]:
         """The schedules of the parameters that have one, by path."""
@@ -148,9 +157,10 @@ def _with_rates(
 
     def init(params: FlatParams) -> optax.OptState:
         """The optimizer's state, and the step that the rates go by."""
-        state = optimizer.init(params)
+        state = chained.init(params)
         if not rates(params):
             return state
+        # This class, so that `keep_unapplied` lets it advance like any schedule.
         return state, optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
     def update(
@@ -159,17 +169,31 @@ def _with_rates(
         """The updates, each times its part's rate at this step."""
         chosen = rates(params)
         if not chosen:
-            return optimizer.update(grads, state, params)
+            return chained.update(_clipped(clip, grads, {}), state, params)
         state, scale = state
         factors = {path: rate(scale.count) for path, rate in chosen.items()}
-        # What rests has no part in the norm that gradients are clipped by.
-        resting = {path: jnp.where(f == 0, 0.0, 1.0) * grads[path] for path, f in factors.items()}
-        updates, state = optimizer.update({**grads, **resting}, state, params)
+        updates, state = chained.update(_clipped(clip, grads, factors), state, params)
         scaled = {path: factor * updates[path] for path, factor in factors.items()}
         count = optax.ScaleByScheduleState(count=optax.safe_increment(scale.count))
         return {**updates, **scaled}, (state, count)
 
     return optax.GradientTransformation(init, update)
+
+
+def _clipped(
+    clip: optax.GradientTransformation | None, grads: FlatParams, factors: Mapping[str, Array]
+) -> FlatParams:
+    """Gradients clipped by their norm; those of what rests apart, which has no part in it."""
+    if clip is None:
+        return grads
+
+    def norm_of(chosen: FlatParams) -> FlatParams:
+        return clip.update(chosen, optax.EmptyState())[0]
+
+    rests = {path: factors.get(path, 1.0) == 0 for path in grads}
+    moving = norm_of({path: jnp.where(rests[path], 0, g) for path, g in grads.items()})
+    resting = norm_of({path: jnp.where(rests[path], g, 0) for path, g in grads.items()})
+    return {path: jnp.where(rests[path], resting[path], moving[path]) for path in grads}
 
 
 def keep_unapplied(new: optax.OptState, old: optax.OptState, applied: Array) -> optax.OptState:
