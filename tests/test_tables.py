@@ -446,24 +446,45 @@ def test_a_setting_is_called_the_same_on_all_data():
             assert titles.setdefault(name, title) == title
 
 
+@pytest.mark.parametrize("mine", [{}, {"backbone.steps": "7", "backbone.epochs": "0.0"}])
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-def test_what_takes_as_long_as_ours_takes_as_many_steps(preset, tmp_path):
-    """Peers and other attentions, whose blocks learn in one phase, beside ours, group by group."""
+def test_what_takes_as_long_as_ours_takes_as_many_steps(preset, mine, tmp_path):
+    """Peers and other attentions, whose blocks learn in one phase, beside ours, group by group.
+
+    So, too, where the user's recipe is shorter, or says how long the head is to be trained.
+    """
+    given = {**GIVEN, **mine, "supervised.steps": "3", "supervised.epochs": "0.0"}
+    preset = dataclasses.replace(preset, given=given)
     for table in ("trained_peers", "attentions", "5"):
         if preset.name not in TABLES[table].presets:
             continue
         lengths = set()
         for run in TABLES[table].runs(preset, [preset.size], [1]):
-            config = run.built(tmp_path, GIVEN)
+            config = run.built(tmp_path, given)
             if run.distils or config.curriculum in ("dynamicvit", "iared2"):
                 continue
             section = {"selector": "backbone"}.get(config.curriculum, config.curriculum)
             if run.name.endswith("-head"):
                 continue
             lengths.add((config[section].steps, config[section].epochs))
-        recipe = load(preset.config(preset.size), {})
+        recipe = load(preset.config(preset.size), mine)
         groups = recipe.model.groups
         assert lengths == {(groups * recipe.backbone.steps, groups * recipe.backbone.epochs)}
+
+
+def test_a_row_is_of_the_setting_that_it_names_whatever_the_user_sets(tmp_path):
+    given = {"interpreter.tau": "(1.0,)", "model.groups": "6", "reduction.selector": "random"}
+    preset = dataclasses.replace(PRESETS["cluttered_mnist"], given=given)
+    settings = {run.name: run.built(tmp_path, given) for run in
+                TABLES["ablation"].runs(preset, [64], [1])}  # fmt: skip
+    assert settings["64px-iared2-1"].interpreter.tau == (1.0,)
+    assert settings["64px-ablation-heads-1-1"].interpreter.tau == (1.0,)
+    assert settings["64px-ablation-tau-half-1"].interpreter.tau == (20.0, 30.0, 300.0)
+    assert settings["64px-ablation-groups-2-1"].model.groups == 2
+    for run in TABLES["5"].runs(preset, [64], [1]):
+        config = run.built(tmp_path, given)
+        assert config.model.groups == 1
+        assert f"input-{config.reduction.selector}-" in run.name
 
 
 def test_a_student_learns_from_what_others_start_from(tmp_path):

@@ -115,7 +115,7 @@ def tabulate(argv: Sequence[str]) -> None:
     preset = PRESETS[flags.preset]
     if given.get("data.maps"):
         preset = preset.with_maps()
-    preset = _with_segmentation(preset, flags)
+    preset = _with_segmentation(dataclasses.replace(preset, given=given), flags)
     flags.sizes = flags.sizes or [preset.size]
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
     before = read_record(path) if flags.add else NO_TABLE

@@ -145,18 +145,18 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
 
 
 def _run(preset: Preset, size: int, setting: str, seed: int, options: Options) -> Run:
-    own = {
+    shared = {
         **preset.options,
         "curriculum": _CURRICULUM,
         "seed": str(seed),
         "eval.maps": "()",
         **QUIET,
-        **options,
     }
     return Run(
         _name(size, setting, seed),
         preset.config(size),
-        own,
+        shared,
+        own=options,
         minutes=preset.minutes_of(f"{_CURRICULUM} alone", size),
     )
 

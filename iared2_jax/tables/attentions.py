@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
 from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
@@ -62,14 +61,14 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
 
 def _attention_run(preset: Preset, size: int, what: str, seed: int) -> Run:
     """The original with another attention, all of it fine-tuned by our blocks' recipe."""
-    recipe = load(preset.config(size), {})
+    recipe = preset.recipe(size)
     _, attention, of_patches = ATTENTIONS[what]
     patches = create_module(recipe.model.name, image_size=size).input_spec.num_patches
     copied = (
         *("batch_size", "optimizer", "learning_rate", "momentum"),
         *("weight_decay", "clip_norm", "label_smoothing"),
     )
-    options = {
+    own = {
         "curriculum": "supervised",
         "seed": str(seed),
         "model.attention": attention,
@@ -78,9 +77,9 @@ def _attention_run(preset: Preset, size: int, what: str, seed: int) -> Run:
         **as_long_as_ours(recipe, "supervised"),
         "supervised.train_trunk": "True",
         "supervised.cached_examples": "0",
-        "eval.maps": "()",
     }
-    return original_run(preset, _name(size, what, seed), size, options, kind="attention")
+    name, options = _name(size, what, seed), {"eval.maps": "()"}
+    return original_run(preset, name, size, options, kind="attention", own=own)
 
 
 def _student_run(preset: Preset, size: int, seed: int) -> Run:

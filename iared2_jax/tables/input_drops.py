@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 
-from iared2_jax.config.loading import load
 from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import as_long_as_ours, head_runs, original_run
@@ -51,17 +50,16 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
 
 def _run(preset: Preset, size: int, selector: str, seed: int) -> Run:
     """The original fine-tuned under a selector, for as long as Table 2's own blocks are."""
-    recipe = load(preset.config(size), {})
-    options = {
+    own = {
         "curriculum": "selector",
         "seed": str(seed),
         "model.groups": "1",
         "model.group_sizes": "()",
         "reduction.selector": selector,
         "reduction.keep_ratios": f"({KEPT},)",
-        **as_long_as_ours(recipe),
+        **as_long_as_ours(preset.recipe(size)),
     }
-    return original_run(preset, _name(size, selector, seed), size, options, kind="selector")
+    return original_run(preset, _name(size, selector, seed), size, {}, kind="selector", own=own)
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iared2_jax.config.loading import load
 from iared2_jax.errors import UsageError
 from iared2_jax.models.variants import get_variant
 from iared2_jax.tables.presets import Preset
@@ -62,7 +61,7 @@ def _scores_name(size: int, seed: int) -> str:
 
 def _on_masks(preset: Preset, size: int, name: str, start: str, options: Mapping[str, str]) -> Run:
     """A run that measures maps of the preset's model on the images that have masks."""
-    model = load(preset.config(size), {}).model.name
+    model = preset.recipe(size).model.name
     named = {
         "model.name": model,
         "model.num_classes": str(get_variant(model).backbone.num_classes),

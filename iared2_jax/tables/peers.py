@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
 from iared2_jax.tables.presets import PRESETS, Preset
 from iared2_jax.tables.runs import Run
@@ -60,23 +59,23 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
 
 def _run(preset: Preset, size: int, selector: str, share: int) -> Run:
     """The evaluation of the original under a selector that nobody trained."""
-    groups, ratios = budget(preset.config(size), size, selector, share)
-    options = {
+    groups, ratios = budget(preset.recipe(size).model.name, size, selector, share)
+    own = {
         "mode": "eval",
         "curriculum": "selector",
         "model.groups": str(groups),
         "model.group_sizes": "()",
         "reduction.selector": selector,
         "reduction.keep_ratios": repr(ratios),
-        "eval.maps": "()",
     }
-    return original_run(preset, _name(size, selector, share), size, options, kind="evaluation")
+    name, options = _name(size, selector, share), {"eval.maps": "()"}
+    return original_run(preset, name, size, options, kind="evaluation", own=own)
 
 
 @functools.cache
-def budget(config: str, size: int, selector: str, share: int) -> tuple[int, tuple[float, ...]]:
+def budget(model: str, size: int, selector: str, share: int) -> tuple[int, tuple[float, ...]]:
     """A peer's groups, and what each keeps, at a share of the linear FLOPs, in per cent."""
-    module = create_module(load(config, {}).model.name, image_size=size)
+    module = create_module(model, image_size=size)
     if selector in PUBLISHED:
         return published_budget(module, selector, share / 100)
     evit, depth, n = PUBLISHED["evit"], module.backbone.depth, module.input_spec.num_patches

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import ml_collections
+
+from iared2_jax.config.loading import load
 from iared2_jax.errors import UsageError
 
 HEAD_SEED = 0
@@ -24,7 +27,7 @@ class Preset:
       size: pixels, where the command does not say. sizes: all that there are; (): any.
       trains_head: whether all runs start from a head that is trained first, on the trunk that the
         user names or from scratch with it; else from the weights that the config or the user names.
-      options: that every run has, by key, as text.
+      options: that every run has, by key, as text. given: those of the user, which go before them.
       baselines: the selectors that runs of a curriculum are compared with.
       maps: whether the user gives a map of every image, `config.data.maps`: what "memorability"
         drops by is then one more baseline.
@@ -42,6 +45,7 @@ class Preset:
     sizes: tuple[int, ...] = ()
     trains_head: bool = False
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
     baselines: Mapping[str, tuple[str, ...]] = dataclasses.field(
         default_factory=lambda: IMAGE_BASELINES
     )
@@ -51,6 +55,10 @@ class Preset:
     share_of_ours: int | None = None
     student: str = ""
     minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def recipe(self, size: int) -> ml_collections.ConfigDict:
+        """The config of our own runs, with the user's options: what rivals are to be equal to."""
+        return load(self.config(size), {**self.options, **self.given})
 
     def with_maps(self) -> "Preset":
         """The same, where the user gives maps."""

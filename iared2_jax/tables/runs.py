@@ -34,7 +34,8 @@ class Run:
       name: of its folder, e.g. "interpreters-2".
       config: as the flag --config of `iared2_jax.main` has it.
       options: what is set in it, by key, as text.
-      own: of these, what goes before the user's options, e.g. where other data lies.
+      own: what goes before the user's options: what makes this run the one that its row names, and
+        where other data lies.
       start: the run whose weights it starts from; "": those that the user gives, or its config.
       distils: whether those are its teacher instead.
       ignored: prefixes of options that may differ in a finished run: they do not change what it

@@ -125,17 +125,25 @@ def evaluation_run(
 
 
 def original_run(
-    preset: Preset, name: str, size: int, options: Mapping[str, str], kind: str
+    preset: Preset,
+    name: str,
+    size: int,
+    options: Mapping[str, str],
+    kind: str,
+    own: Mapping[str, str] | None = None,
 ) -> Run:
     """A run that starts from the original's weights, and asks no interpreter.
 
     Args:
+      options: that the user's own go before. own: that go before the user's, such as a length that
+        was made equal to ours.
       kind: of its minutes, e.g. "selector" for one that fine-tunes all blocks.
     """
     return Run(
         name,
         preset.config(size),
         {**preset.options, **QUIET, **options},
+        own=own or {},
         start=_start(preset, size),
         ignored=_OF_INTERPRETERS,
         minutes=preset.minutes_of(kind, size),

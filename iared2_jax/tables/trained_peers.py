@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iared2_jax.config.loading import load
 from iared2_jax.report.tables import METHODS
 from iared2_jax.tables.peers import COLUMNS, budget, peer_row, with_ours
 from iared2_jax.tables.presets import PRESETS, Preset
@@ -51,9 +50,9 @@ def _runs(preset: Preset, sizes: Sequence[int], seeds: Sequence[int]) -> list[Ru
 
 def _selector_run(preset: Preset, size: int, selector: str, share: int, seed: int) -> Run:
     """All blocks fine-tuned under a selector, for as many steps as ours are."""
-    recipe = load(preset.config(size), {})
-    groups, ratios = budget(preset.config(size), size, selector, share)
-    options = {
+    recipe = preset.recipe(size)
+    groups, ratios = budget(recipe.model.name, size, selector, share)
+    own = {
         "curriculum": "selector",
         "seed": str(seed),
         "model.groups": str(groups),
@@ -61,24 +60,23 @@ def _selector_run(preset: Preset, size: int, selector: str, share: int, seed: in
         "reduction.selector": selector,
         "reduction.keep_ratios": repr(ratios),
         **as_long_as_ours(recipe),
-        "eval.maps": "()",
     }
-    name = _name(size, selector, share, seed)
-    return original_run(preset, name, size, options, kind="selector")
+    name, options = _name(size, selector, share, seed), {"eval.maps": "()"}
+    return original_run(preset, name, size, options, kind="selector", own=own)
 
 
 def _dynamicvit_run(preset: Preset, size: int, share: int, seed: int) -> Run:
     """Predictors for as many steps as our interpreters and blocks take, blocks as ours."""
-    recipe = load(preset.config(size), {})
+    recipe = preset.recipe(size)
     # Its published groups and rates are EViT's: three of four drop, each the same share.
-    groups, ratios = budget(preset.config(size), size, "attention", share)
+    groups, ratios = budget(recipe.model.name, size, "attention", share)
     unit = "steps" if recipe.backbone.steps else "epochs"
     groups_of_ours = range(1, recipe.model.groups + 1)
     lengths = [PHASES["interpreter"].length(recipe.interpreter, j) for j in groups_of_ours]
     interpreters = sum(lengths) * recipe.interpreter[unit]
     blocks = recipe.model.groups * recipe.backbone[unit]
     total, rate = interpreters + blocks, 1e-3
-    options = {
+    own = {
         "curriculum": _DYNAMICVIT,
         "seed": str(seed),
         "model.groups": str(groups),
@@ -93,10 +91,9 @@ def _dynamicvit_run(preset: Preset, size: int, share: int, seed: int) -> Run:
         "dynamicvit.learning_rate": str(rate),
         "dynamicvit.backbone_rest": str(interpreters / total),  # so its blocks move as long as ours
         "dynamicvit.backbone_rate": str(recipe.backbone.learning_rate / rate),
-        "eval.maps": "()",
     }
-    name = _name(size, _DYNAMICVIT, share, seed)
-    return original_run(preset, name, size, options, kind=_DYNAMICVIT)
+    name, options = _name(size, _DYNAMICVIT, share, seed), {"eval.maps": "()"}
+    return original_run(preset, name, size, options, kind=_DYNAMICVIT, own=own)
 
 
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
