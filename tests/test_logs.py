@@ -93,3 +93,15 @@ def test_windows_of_a_phase_are_read_back(tmp_path):
         assert writer.windows("interpreter 1") == [(20, {"keep_rate": 0.9})]
     with MetricWriter(tmp_path, 30) as writer:  # begins again at step 30
         assert writer.windows("backbone 1") == []
+
+
+def test_a_damaged_line_costs_no_other(tmp_path, caplog):
+    """A disk that was full for a moment leaves two lines in one; the run goes on."""
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(20, "interpreter 1", {"keep_rate": 0.9})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "pha{"step": 60}\n{"step": 80, "phase": "interpreter 1"}\n7\n')
+    with MetricWriter(tmp_path, 100) as writer:
+        assert "metrics.jsonl: 2 damaged lines are left out" in caplog.text
+        assert writer.windows("interpreter 1") == [(20, {"keep_rate": 0.9}), (80, {})]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

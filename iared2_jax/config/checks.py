@@ -109,7 +109,15 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             f"config.curriculum={config.curriculum!r} does not train under one: set "
             "--config.curriculum=selector"
         )
-    for kind in {PHASES[name] for name, _ in stages(config.curriculum, len(sizes))}:
+    kinds = {PHASES[name] for name, _ in stages(config.curriculum, len(sizes))}
+    by_threshold = any(kind.reduces and not kind.budgeted for kind in kinds)
+    if config.mode == "train" and config.reduction.keep_ratios and by_threshold:
+        raise UsageError(
+            f"config.reduction.keep_ratios={list(config.reduction.keep_ratios)} is a fixed budget, "
+            f"but config.curriculum={config.curriculum!r} trains by thresholds: leave it out, or "
+            "evaluate the trained model under it (--config.mode=eval)"
+        )
+    for kind in kinds:
         _check_phase(kind.section, config[kind.section], device_count)
         kind.check(config[kind.section], len(sizes))
 
@@ -121,8 +129,9 @@ def _check_curriculum(config: ml_collections.ConfigDict) -> None:
             raise UsageError(f"config.curriculum={name!r} is unknown{nearest(name, CURRICULA)}")
     phases = stages(config.curriculum, 1)
     drops = [PHASES[kind].reduces for kind, _ in phases]
+    named = {(PHASES[kind].section, group) for kind, group in phases}
     # Metrics and capacities go by a phase's name; and dense training would undo what drops tokens.
-    if len(set(phases)) < len(phases) or drops != sorted(drops):
+    if len(named) < len(phases) or drops != sorted(drops):
         raise UsageError(
             f"config.curriculum={config.curriculum!r} cannot be: a phase comes once in a run, and "
             "what trains the dense backbone comes before what drops tokens"
@@ -182,10 +191,12 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         ("interpreter.tau", (int, float)),
         ("interpreter.lengths", (int, float)),
         ("interpreter.keep_target", (int, float)),
+        ("dynamicvit.keep_target", (int, float)),
         ("reduction.keep_ratios", (int, float)),
         *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
         *((pair, (int, float)) for pair in pairs),
         ("data.cutouts.clutter", (int,)),
+        *((names, (str,)) for names in ("eval.maps", "explain.maps", "compare.selectors")),
     ):
         if any(type(item) not in kinds for item in flat[key]):
             names = " or ".join(kind.__name__ for kind in kinds)

@@ -115,8 +115,12 @@ def check_comparison(config: ml_collections.ConfigDict) -> None:
 
 
 def kept_shares(results: dict[str, Any]) -> tuple[float, ...]:
-    """The share of the N tokens that each group of a finished run keeps, rounded up to 0.001."""
-    return tuple(float(np.ceil(1000 * share) / 1000) for share in results["iared2"]["kept"])
+    """The share of the N tokens that each group of a finished run keeps, rounded up to 0.001.
+
+    Of a group that keeps none it is 0.001, too: a budget is one token at least.
+    """
+    shares = np.ceil(1000 * np.array(results["iared2"]["kept"], float)) / 1000
+    return tuple(np.maximum(shares, 0.001).tolist())
 
 
 def finished(config: ml_collections.ConfigDict, folder: Path) -> dict[str, Any] | None:
@@ -196,7 +200,9 @@ def rates(
             "selector": own["reduction.selector"],
         }
         weights = folder / "weights.safetensors"
-        loaded = load_model(weights, map_channel=module.input_spec.map_channel)
+        loaded = load_model(
+            weights, map_channel=module.input_spec.map_channel, dtype=module.backbone.dtype
+        )
         variants[row_name(selector)] = fast(*loaded, reduction)
     variants["iared2"] = fast(module, trained, reduction_of(config))
     timings = interleaved(variants, config.eval.speed_rounds)

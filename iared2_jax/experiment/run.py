@@ -1,5 +1,6 @@
 """What a config asks for: train and evaluate, only evaluate, or explain pictures."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from iared2_jax.experiment.run_directory import (
     DENSE,
     adopt_config,
     dense_backbone,
+    has_begun,
     keep_dense,
     keep_start,
     locked,
@@ -80,17 +82,26 @@ def train(
       CheckpointError: no checkpoint could be written, or none of those there is whole.
     """
     workdir = Path(workdir)
-    module = _checked_module(config)
+    module = _checked_module(config, workdir)
     variables = starting_point(config, module, workdir)
-    with locked(workdir):
-        return _train(config, workdir, module, variables, stop or Stop())
+    with contextlib.nullcontext(stop) if stop is not None else Stop() as asked, locked(workdir):
+        return _train(config, workdir, module, variables, asked)
 
 
-def _checked_module(config: ml_collections.ConfigDict) -> IARed2:
-    """The config's model; everything that the config will need is opened and checked on the way."""
+def _checked_module(config: ml_collections.ConfigDict, workdir: Path | None = None) -> IARed2:
+    """The config's model; everything that the config will need is opened and checked on the way.
+
+    Args:
+      workdir: of a run that is to train. One that has begun goes on without what it began with.
+    """
     _check(config)
     check_data(config)
-    return build_module(config)
+    module = build_module(config)
+    if workdir is not None:
+        for phase in build_phases(config, module):
+            if not has_begun(workdir):
+                phase.kind.open(module, phase.options)
+    return module
 
 
 def _train(
@@ -123,7 +134,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
       Interrupted: a signal stopped it; the state is saved, and the same call goes on.
     """
     workdir = Path(workdir)
-    module = _checked_module(config)
+    module = _checked_module(config, workdir)
     compare.check_comparison(config)
     with Stop() as stop:
         state, results = _train_and_evaluate(config, workdir, module, stop)

@@ -64,6 +64,11 @@ def locked(folder: Path, name: str = "lock") -> Iterator[None]:
         yield
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a folder is a run's already."""
+    return (folder / _CONFIG).exists()
+
+
 def adopt_config(config: ml_collections.ConfigDict, dataset: Dataset, folder: Path) -> None:
     """Writes config.json into a run's folder; refuses one that holds another run's.
 

@@ -116,7 +116,8 @@ def tabulate(argv: Sequence[str]) -> None:
     if given.get("data.maps"):
         preset = preset.with_maps()
     preset = _with_segmentation(dataclasses.replace(preset, given=given), flags)
-    flags.sizes = flags.sizes or [preset.size]
+    flags.sizes = sorted({*(flags.sizes or [preset.size])})
+    flags.seeds = sorted({*flags.seeds})  # as the table's own are: what is timed is the first's
     root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
     before = read_record(path) if flags.add else NO_TABLE
     others = [read_record(path.with_name(f"table_{name}.json"), "--use") for name in flags.use]

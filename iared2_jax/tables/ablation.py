@@ -181,7 +181,8 @@ def _rows_of_size(size: int, seeds: Sequence[int], results: Results) -> list[Row
         both = sorted(lost.keys() & lost_by.get(_RECIPE, {}).keys())
         if both and setting != _RECIPE:
             recipe = lost_by[_RECIPE]
-            row["worse"] = paired([lost[seed] for seed in both], [recipe[seed] for seed in both])
+            losses = [lost[seed] for seed in both], [recipe[seed] for seed in both]
+            row["worse"] = paired(*losses, seeds=both)
         made.append(row)
     return made
 

@@ -66,7 +66,7 @@ def accuracy_table(
             of_size = _rows_of_size(size, list(found), list(found.values()), clips)
             for place, seed in enumerate(found):
                 if speed := results.get(speed_name(curriculum, size, seed)):
-                    _add_speed(of_size, speed, place)
+                    _add_speed(of_size, speed, seed, place)
                     break
             made += of_size.values()
         return made
@@ -99,7 +99,8 @@ def _rows_of_size(
         }
         if clips:
             for key in ("clip1_error", "video1_error"):
-                row[key] = mean([figures[key] for figures in mine])
+                if all(key in figures for figures in mine):  # config.eval.video may be off
+                    row[key] = mean([figures[key] for figures in mine])
         else:
             row["top1"] = mean([100 - share for share in errors[method]])
         for kind in ("linear", "full"):
@@ -109,7 +110,7 @@ def _rows_of_size(
     return rows
 
 
-def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any], place: int) -> None:
+def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any], seed: int, place: int) -> None:
     """Images a second of one seed's model and the dense one, and what FLOPs allow of it.
 
     place: of that seed among the row's.
@@ -117,6 +118,6 @@ def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any], place: int) ->
     rates = speed["images_per_second"]["executions"]
     dense = max(rate["median"] for name, rate in rates.items() if name.startswith("dense"))
     ragged, share = rates["ragged"]["median"], rows["iared2"]["full_flops"].values[place] / 100
-    rows["original"]["images_per_s"] = mean([dense])
-    rows["iared2"]["images_per_s"] = mean([ragged])
-    rows["iared2"]["of_possible"] = mean([100 * ragged / dense * share])
+    rows["original"]["images_per_s"] = mean([dense], [seed])
+    rows["iared2"]["images_per_s"] = mean([ragged], [seed])
+    rows["iared2"]["of_possible"] = mean([100 * ragged / dense * share], [seed])

@@ -14,11 +14,13 @@ class Mean(NamedTuple):
     Attributes:
       value: the mean. half: half of its 95% interval by Student's t; None for one value.
       values: all of them, in the seeds' order.
+      seeds: those that they are of, where these may be fewer than the row's; None: they are all.
     """
 
     value: float
     half: float | None
     values: tuple[float, ...]
+    seeds: tuple[int, ...] | None = None
 
     def text(self, digits: int) -> str:
         """ "84.5 ±0.3"; of one value only the value."""
@@ -26,7 +28,7 @@ class Mean(NamedTuple):
         return f"{self.value:.{digits}f}{spread}"
 
 
-def mean(values: Sequence[float]) -> Mean:
+def mean(values: Sequence[float], seeds: Sequence[int] | None = None) -> Mean:
     """The mean, with t(.975, n - 1) s / sqrt(n) to both sides.
 
     Raises:
@@ -37,13 +39,16 @@ def mean(values: Sequence[float]) -> Mean:
     n, half = len(values), None
     if n > 1:
         half = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return Mean(float(np.mean(values)), half, tuple(map(float, values)))
+    of = None if seeds is None else tuple(seeds)
+    return Mean(float(np.mean(values)), half, tuple(map(float, values)), of)
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
+def paired(
+    ours: Sequence[float], theirs: Sequence[float], seeds: Sequence[int] | None = None
+) -> Mean:
     """The mean difference, ours - theirs, seed by seed.
 
     Raises:
       ValueError: there are not as many of both.
     """
-    return mean([a - b for a, b in zip(ours, theirs, strict=True)])
+    return mean([a - b for a, b in zip(ours, theirs, strict=True)], seeds)

@@ -58,7 +58,8 @@ def set_beside_ours(rows: Sequence[Row], ours: Row) -> None:
         if None in theirs:
             theirs = dict.fromkeys(best, theirs[None])
         if both := [seed for seed in best if seed in theirs]:
-            row["ours_better_by"] = paired([theirs[s] for s in both], [best[s] for s in both])
+            losses = [theirs[s] for s in both], [best[s] for s in both]
+            row["ours_better_by"] = paired(*losses, seeds=both)
     ours["ours_better_by"] = None
 
 

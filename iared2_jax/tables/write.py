@@ -49,20 +49,21 @@ def comma_separated(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     table.writerow(["pixels", "method", "seed", *keys])
     for row in rows:
         for place, seed in enumerate(row["seeds"]):
-            figures = [_value(row.get(key), place, len(row["seeds"])) for key in keys]
+            figures = [_value(row.get(key), place, seed) for key in keys]
             table.writerow([row["pixels"], row["method"], seed, *figures])
     return out.getvalue()
 
 
-def _value(found: Mean | None, place: int, seeds: int) -> str:
-    """A seed's own figure; what was measured once stands beside the first.
-
-    What is of more seeds than the row (of none, set beside ours) is their mean.
-    """
-    if found is None or place >= len(found.values):
+def _value(found: Mean | None, place: int, seed: int | None) -> str:
+    """A seed's own figure, if it has one; of what no seed changes, set beside ours, the mean."""
+    if found is None:
         return ""
-    own = found.value if len(found.values) > seeds else found.values[place]
-    return f"{own:.6g}"
+    if found.seeds is None:  # all of the row's, in its order
+        return f"{found.values[place]:.6g}"
+    if seed is None:
+        return f"{found.value:.6g}"
+    own = dict(zip(found.seeds, found.values, strict=True))
+    return f"{own[seed]:.6g}" if seed in own else ""
 
 
 def write_table(

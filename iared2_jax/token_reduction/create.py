@@ -81,6 +81,8 @@ def create_module(
     backbone = variant.backbone
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"num_classes={num_classes} must be at least 1")
+    if interpreter["interpreter_heads"] < 1:
+        raise UsageError(f"interpreter_heads={interpreter['interpreter_heads']} must be at least 1")
     if backbone.embed_dim % interpreter["interpreter_heads"]:
         raise UsageError(
             f"interpreter_heads={interpreter['interpreter_heads']} does not divide the width "

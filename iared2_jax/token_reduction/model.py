@@ -263,7 +263,7 @@ class IARed2(nn.Module):
 
         Raises:
           ValueError: inputs of another shape or of integers; an unknown execution; thresholds,
-            capacities or ratios that do not fit the groups.
+            capacities, ratios or masks that do not fit the groups.
         """
         selector = asked_selector(selector, score)
         reducer = get_reducer(selector.reducer if reducer is None else reducer)
@@ -274,6 +274,8 @@ class IARed2(nn.Module):
                 f"the reducer {type(reducer).__name__} compares the keys of the attention before "
                 f'it, which {type(selector).__name__} does not run: use selector="tome"'
             )
+        if keep is not None and len(keep) != self.num_groups:
+            raise ValueError(f"keep has {len(keep)} masks, the model {self.num_groups} groups")
         capacities = self._check_execution(execution, capacities)
         thresholds = self.per_group(thresholds)
         counts = self.keep_counts(keep_ratios, reducer)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -80,14 +80,30 @@ class MetricWriter:
     def _forget_after(self, step: int) -> None:
         """Drops what a run that was killed had logged beyond its last checkpoint."""
         if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
-            write_text(self._path, "".join(x for x in whole if json.loads(x)["step"] <= step))
+            kept = [json.dumps(line) for line in self._lines() if line["step"] <= step]
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What has been written so far. Lines that are torn or damaged are left out, and told."""
+        found, damaged = [], 0
+        for text in self._path.read_text(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+                found.append({"step": int(line["step"]), "phase": str(line["phase"]), **line})
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            log.warning("%s: %d damaged lines are left out", self._path, damaged)
+        return found
 
     def windows(self, phase: str) -> list[tuple[int, dict[str, float]]]:
         """What has been written of a phase so far: each window's last step and figures."""
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-        return [(line.pop("step"), line) for line in lines if line.pop("phase") == phase]
+        made = []
+        for line in self._lines():
+            step, of = line.pop("step"), line.pop("phase")
+            if of == phase:
+                made.append((step, line))
+        return made
 
     def write(self, step: int, phase: str, figures: dict[str, float]) -> None:
         try:

@@ -18,5 +18,5 @@ def of_pixels(
     Args:
       inputs: normalised. tokens: what the model embeds them as, prefix first.
     """
-    constant = model.embed(jnp.zeros_like(inputs[:1]))
-    return (tokens - constant)[:, model.num_prefix :].astype(jnp.float32)
+    constant = model.embed(jnp.zeros_like(inputs[:1])).astype(jnp.float32)
+    return (tokens.astype(jnp.float32) - constant)[:, model.num_prefix :]

@@ -48,11 +48,14 @@ class PhaseKind:
       section: of the config, where its options are.
       mixes: whether its images may be mixed with each other (mixup, CutMix).
       reduces: whether tokens are dropped in it.
+      budgeted: whether a fixed budget, `config.reduction.keep_ratios`, goes with it, in training or
+        when what it has trained is evaluated.
     """
 
     section: str
     mixes: bool = True
     reduces: bool = True
+    budgeted: bool = False
 
     def options(self) -> dict[str, Any]:
         """The options of its section of the config, with their defaults."""
@@ -151,6 +154,13 @@ class PhaseKind:
 
         Raises:
           UsageError: one sentence.
+        """
+
+    def open(self, module: IARed2, options: ml_collections.ConfigDict) -> None:
+        """Opens the files that the phase needs beside data and weights, before anything is written.
+
+        Raises:
+          UsageError: one sentence that names the file.
         """
 
 

@@ -79,6 +79,10 @@ class DistillationPhase(PhaseKind):
                 "name its weights (--config.distillation.teacher=deit_base.safetensors)"
             )
 
+    def open(self, module: IARed2, options: ml_collections.ConfigDict) -> None:
+        """Refuses a teacher that is not there, or cannot teach this model."""
+        _teacher(module, options)
+
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
     ) -> frozenset[Part]:

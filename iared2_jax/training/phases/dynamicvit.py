@@ -45,6 +45,7 @@ class DynamicViTPhase(PhaseKind):
     """
 
     section = "dynamicvit"
+    budgeted = True
 
     def options(self) -> dict[str, Any]:
         """The published recipe: 30 epochs, the backbone at rest for the first 5."""

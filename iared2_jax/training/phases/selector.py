@@ -22,6 +22,8 @@ class SelectorPhase(BackbonePhase):
     both sides of a comparison have the same recipe. All blocks move; interpreters do not.
     """
 
+    budgeted = True
+
     def trains(
         self, options: ml_collections.ConfigDict, group: int, num_groups: int
     ) -> frozenset[Part]:
