@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from benchmarks import common, peers
 from benchmarks.workload import KEPT, SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
+from iared2_jax.evaluation.evaluators import padding_share
 from iared2_jax.fast_inference import Accelerated, Plan, planner
 from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan_request import PlanRequest
@@ -207,7 +208,7 @@ def _errors(timed: Workload, images: jax.Array, variants: dict[str, Variant]) ->
 
 
 def _report(timed, variants, timings, errors, skipped) -> dict[str, Any]:
-    b, prefix = len(timed.images), timed.module.backbone.num_prefix
+    b = len(timed.images)
     dense = min(
         (name for name, v in variants.items() if v.kind == "dense"), key=lambda n: timings[n].median
     )
@@ -237,9 +238,7 @@ def _report(timed, variants, timings, errors, skipped) -> dict[str, Any]:
             row["shapes"] = sum(len(group.shapes) for group in variant.run.plan.groups)
             usage = variant.run.usage
             if usage:
-                calls = sum(usage[0]["shapes"].values()) // -(-b // variant.run.plan.groups[0].rows)
-                tokens = calls * (timed.counts + prefix).sum()
-                row["padding_share"] = float(1 - tokens / sum(g["places"] for g in usage))
+                row["padding_share"] = padding_share(variant.run, timed.counts)
                 row["larger"] = sum(g["larger"] for g in usage)
         rows[name] = row
     return {

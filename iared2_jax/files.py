@@ -26,7 +26,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
       CheckpointError: the disk is full, or refuses; the draft is gone, what was at `path` stays.
     """
-    draft = path.with_name(f"{path.name}.draft")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")  # two processes may write it
     try:
         yield draft
         draft.replace(path)
@@ -47,6 +47,11 @@ def write_text(path: Path, text: str) -> None:
     with writing(path) as draft:
         # What is no Unicode, as a file name of another encoding, comes back as it was.
         draft.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def read_text(path: Path) -> str:
+    """A file's text; what is no Unicode, as a file name of another encoding, stays as it is."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -41,13 +41,22 @@ def overrides(arguments: Iterable[str], flags: Sequence[str] = FLAGS) -> Iterato
 
     Args:
       flags: of the command; one of them may have been meant by what is no option.
+
+    Raises:
+      UsageError: a flag that there is not, or an option without a value.
     """
     rest = iter(arguments)
     for argument in rest:
         flag, equals, text = argument.partition("=")
         if not flag.startswith("--config."):
             raise UsageError(f"there is no flag {flag!r}{nearest(flag, flags)}")
-        yield flag.removeprefix("--config."), text if equals else next(rest, "")
+        if not equals:
+            text = next(rest, "")
+            if not text or text.startswith("--"):  # a shell's variable may have been empty
+                raise UsageError(
+                    f"{flag} has no value: give {flag}=<value>, or {flag}= to empty it"
+                )
+        yield flag.removeprefix("--config."), text
 
 
 def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, str]:

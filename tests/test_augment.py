@@ -301,6 +301,21 @@ def test_cutmix_pastes_a_box_of_the_reversed_batch():
     assert max(shares) > 0.9
 
 
+def test_cutmix_of_clips_cuts_the_same_box_in_every_frame():
+    clips = np.broadcast_to(
+        np.arange(2, dtype=np.uint8)[:, None, None, None, None], (2, 3, 8, 6, 3)
+    )
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        mixed, targets = mixup_cutmix(clips, np.array([0, 1]), 2, rng, mixup_alpha=0)
+        pasted = mixed[0, ..., 0] == 1
+        np.testing.assert_array_equal(pasted, np.broadcast_to(pasted[:1], pasted.shape))
+        rows, columns = pasted[0].any(1), pasted[0].any(0)
+        np.testing.assert_array_equal(pasted[0], rows[:, None] & columns)
+        share = 1 - pasted.mean()  # of the labels, without their smoothing
+        assert (targets[0, 0] - 0.05) / 0.9 == pytest.approx(share, abs=1e-6)
+
+
 def test_mixup_is_a_convex_combination():
     for seed in range(20):
         images, targets = mixup_cutmix(

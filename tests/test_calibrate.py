@@ -1,5 +1,6 @@
 """The budget dial: every target is met, or the sentence says what can be."""
 
+import importlib
 import itertools
 
 import jax
@@ -9,9 +10,13 @@ from test_ragged import model, some_images
 
 import iared2_jax
 from iared2_jax.errors import UsageError
-from iared2_jax.fast_inference import budget_curve, calibrate
+from iared2_jax.fast_inference import budget_curve, calibrate, planner
 from iared2_jax.fast_inference.calibrate import BudgetPoint, _for_speed
+from iared2_jax.timing import Timing
 from iared2_jax.token_reduction.model import KEEP_ALL
+
+# The module; the package's attribute of that name is the function.
+calibration = importlib.import_module("iared2_jax.fast_inference.calibrate")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,28 @@ def test_target_speed_takes_the_dearest_that_is_fast_enough():
     assert _for_speed(curve, 10, speeds.__getitem__) is curve[0]
     with pytest.raises(UsageError, match=r"cannot be reached: .* it is 140"):
         _for_speed(curve, 141, speeds.__getitem__)
+
+
+def test_a_setting_is_as_fast_as_its_fastest_execution(setting, monkeypatch):
+    """Masked where all is kept, ragged where little is, whatever was planned first."""
+    module, variables, images, _ = setting
+    seen = []
+
+    def timed(calls, rounds):
+        logits = {name: np.asarray(call()) for name, call in calls.items()}
+        np.testing.assert_allclose(logits["whole"], logits["ragged"], rtol=1e-4, atol=1e-4)
+        seconds = {"whole": 2.0, "ragged": 4.0 if not seen else 1.0}
+        seen.append(logits["whole"])
+        return {name: Timing(s, s, s, s) for name, s in seconds.items()}
+
+    monkeypatch.setattr(calibration, "interleaved", timed)
+    monkeypatch.setattr(
+        planner, "plan_groups", lambda request: planner.uniform_plan(request, "padded", 4)
+    )
+    speed_of = calibration.speed_meter(module, variables, images, 4)
+    assert speed_of((KEEP_ALL, KEEP_ALL)) == 4 / 2
+    assert speed_of((0.5, 0.5)) == 4 / 1
+    assert not np.allclose(*seen)  # each at its own thresholds
 
 
 @pytest.mark.slow

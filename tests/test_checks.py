@@ -47,6 +47,15 @@ def test_a_budget_goes_with_what_learns_or_is_evaluated_under_one():
     validate(config, 1)
 
 
+@pytest.mark.parametrize("change", [{"mode": "explain"}, {"eval.pruning": 2}])
+def test_what_goes_by_thresholds_takes_no_budget(change):
+    config = load_config("cluttered_mnist", "runlocal")
+    config.mode, config.reduction.keep_ratios = "eval", (0.5, 0.4, 0.3)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UsageError, match=r"goes by thresholds, not by the fixed budget"):
+        validate(config, 1)
+
+
 def test_two_phases_of_one_name_are_refused():
     """Blocks fine-tuned behind interpreters, and under a selector: both are "backbone 3"."""
     config = load_config("cluttered_mnist", "runlocal")

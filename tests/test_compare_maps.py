@@ -442,6 +442,13 @@ def test_the_network_is_asked_with_what_it_kept_and_with_as_many_others(micro):
     turned = answers_when_shown(module, variables, inputs[::-1], key, thresholds)
     for name in SHOWN:
         np.testing.assert_allclose(turned[name][::-1], shown[name], rtol=1e-4, atol=1e-5)
+    # As trained can be a fixed budget, too.
+    budget = (0.5, 0.25)
+    under_it = answers_when_shown(module, variables, inputs, key, keep_ratios=budget)
+    expected, out = module.apply(variables, inputs, keep_ratios=budget)
+    np.testing.assert_allclose(under_it["as_trained"], expected, rtol=1e-4, atol=1e-5)
+    alone = forced(variables, inputs, out.keep[-1])
+    np.testing.assert_allclose(under_it["kept_from_the_start"], alone, rtol=1e-4, atol=1e-5)
 
 
 # -- Figures.

@@ -21,7 +21,9 @@ from iared2_jax.data.images import (
     random_flip,
     random_resized_crop,
 )
+from iared2_jax.data.inputs import as_inputs
 from iared2_jax.errors import UsageError
+from iared2_jax.models import input_spec
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 ODD_SIZES = ((457, 301), (301, 457), (225, 225), (640, 223), (97, 1001))  # width, height
@@ -297,6 +299,9 @@ def test_16_bit_grey_is_scaled_and_not_clipped():
         np.testing.assert_array_equal(opened[..., channel], expected)
     upright = open_image(encoded(Image.fromarray(ramp), "PNG"), exif_rotation=True)
     np.testing.assert_array_equal(np.asarray(upright), opened)
+    spec = input_spec.images(256)  # and handed in as an image
+    as_image = as_inputs(Image.fromarray(ramp), spec)
+    np.testing.assert_array_equal(as_image, as_inputs(opened, spec))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

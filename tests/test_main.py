@@ -66,7 +66,11 @@ def refusal(monkeypatch, capsys, tmp_path):
         ([DEMO, "--config.model=x"], "config.model is a section: give one of model."),
         ([DEMO, "--config.seed=abc"], "config.seed='abc' is not a whole number"),
         ([DEMO, "--config.seed", "1.5"], "config.seed='1.5' is not a whole number"),
-        ([DEMO, "--config.profile"], "config.profile='' is not true or false"),
+        ([DEMO, "--config.profile"], "--config.profile has no value"),
+        ([DEMO, "--config.weights", "--config.seed=3"], "--config.weights has no value"),
+        ([DEMO, "--config.weights", ""], "--config.weights= to empty it"),
+        ([DEMO, "--config.eval.maps=rollot"], "config.eval.maps has 'rollot', which is unknown"),
+        ([DEMO, "--config.eval.maps=('a"], "is not a list of names like rollout,lrp"),
         (
             [DEMO, "--config.interpreter.tau=x"],
             "config.interpreter.tau='x' is not a list of numbers",

@@ -1,5 +1,6 @@
 """Ragged execution gives masked execution's numbers, whatever the counts, shapes and plans."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -187,8 +188,8 @@ def test_every_count_from_none_to_all(name):
         edges = np.concatenate([[1.0], scores[image], [0.0]])
         thresholds[image, 0] = (edges[count] + edges[count + 1]) / 2
     thresholds[:, 1] = [0.4, KEEP_ALL, 0.5, 0.6, KEEP_ALL, 0.5]
-    run = Accelerated(request(module, variables, 6, thresholds), Plan(6, (PLANS[name],) * 2))
-    logits, out = run(images)
+    run = Accelerated(request(module, variables, 6), Plan(6, (PLANS[name],) * 2))
+    logits, out = run(images, thresholds)
     masked = module.apply(variables, images, thresholds)
     assert np.asarray(out.keep[0]).sum(-1).tolist() == counts
     assert_same((logits, out), masked)
@@ -383,6 +384,24 @@ def test_a_plan_is_pinned_and_saved(tmp_path):
     assert_same(run(some_images(3)), module.apply(variables, some_images(3), 0.5))
 
 
+def test_a_cache_that_cannot_be_written_is_only_told(tmp_path, caplog):
+    module, variables = model(2)
+    (tmp_path / "plans").write_text("a file, where there should be a folder")
+    keep_plan(request(module, variables, 2), Plan(2, masked_rows=2), tmp_path)
+    assert "the plan cannot be kept" in caplog.text
+    other = tmp_path / "other"
+    (other / "plans").mkdir(parents=True)
+    asked = request(module, variables, 2)
+    keep_plan(asked, Plan(2, masked_rows=2), other)
+    (file,) = (other / "plans").iterdir()
+    file.unlink()
+    file.mkdir()  # nor the file itself
+    (file / "x").touch()
+    caplog.clear()
+    keep_plan(asked, Plan(2, masked_rows=2), other)
+    assert "the plan cannot be kept" in caplog.text
+
+
 @pytest.mark.parametrize(
     "content", ["not JSON", '{"batch_size": 2, "groups": [], "of": "tomorrow"}']
 )
@@ -541,7 +560,7 @@ def test_the_planners_stand_in_is_the_group_with_equal_blocks(kind, cait):
 
 def test_kernels_are_einsum_on_a_cpu():
     module, variables = model(2)
-    assert planner.attention_kernels(request(module, variables, 2)) == ["einsum"]
+    assert planner.attention_kernels(module, variables, "cpu") == ["einsum"]
 
 
 def test_a_plan_that_packs_is_refused_where_all_images_are_as_long():
@@ -553,14 +572,13 @@ def test_a_plan_that_packs_is_refused_where_all_images_are_as_long():
         )
 
 
-def test_kernels_are_tried_without_interpreters(monkeypatch, caplog):
+def test_kernels_are_tried_without_interpreters(caplog):
     """EViT's and ToMe's models have groups for which the weights need have no interpreter."""
     module, variables = model(2)
     bare = {"params": {"backbone": variables["params"]["backbone"]}}
     half = module.clone(backbone=module.backbone.clone(dtype=jnp.bfloat16))
-    monkeypatch.setattr(PlanRequest, "platform", "gpu")
     # There is no cuDNN here: that it is tried, and said not to run, shows that the einsum has run.
-    assert planner.attention_kernels(request(half, bare, 2)) == ["einsum"]
+    assert planner.attention_kernels(half, bare, "gpu") == ["einsum"]
     assert "cuDNN attention does not run here" in caplog.text
 
 
@@ -575,7 +593,7 @@ def test_the_faster_attention_kernel_is_planned_with(monkeypatch):
         timed.append((kernel, group, plans))
         return dict.fromkeys(plans, seconds[kernel])
 
-    monkeypatch.setattr(planner, "attention_kernels", lambda request: list(seconds))
+    monkeypatch.setattr(planner, "attention_kernels", lambda *asked: list(seconds))
     monkeypatch.setattr(planner, "_time_group", time)
     assert planner._fastest_kernel(ask, keep) == "cudnn"
     assert {kernel for kernel, *_ in timed} == set(seconds)
@@ -669,3 +687,34 @@ def test_thresholds_per_image_need_their_images():
     module, variables = iared2_jax.create_model("vit_micro")
     with pytest.raises(UsageError, match="thresholds per image need the images"):
         iared2_jax.accelerate(module, variables, 2, np.full((2, 3), 0.5), cache_dir=None)
+
+
+def test_thresholds_of_other_images_are_refused():
+    """None is padded with 0, by which an image would keep nearly all, and nobody would know."""
+    module, variables = model(2)
+    plan = Plan(4, (GroupPlan("padded", 4, (full(4),)),) * 2)
+    run = Accelerated(request(module, variables, 4), plan)
+    for count, given in ((4, 3), (3, 4), (3, 2), (9, 8), (9, 4)):
+        with pytest.raises(UsageError, match=f"for {given} images, the call has {count}"):
+            run(some_images(count), np.full((given, 2), 0.5))
+    images = some_images(9)
+    mixed = np.linspace(0.3, 0.7, 18, dtype=np.float32).reshape(9, 2)
+    for thresholds in (mixed, np.array([[0.4, 0.6]]), (0.4, 0.6), 0.5):
+        assert_same(run(images, thresholds), module.apply(variables, images, thresholds))
+    of_a_sample = Accelerated(request(module, variables, 4, mixed[:4]), plan)
+    with pytest.raises(UsageError, match=r"give those of these images, run\(images, thresholds"):
+        of_a_sample(images[:4])
+    expected = module.apply(variables, images[:4], mixed[:4])
+    assert_same(of_a_sample(images[:4], mixed[:4]), expected)
+    on_device = jax.device_put(mixed[:4], of_a_sample.sharding)
+    assert_same(of_a_sample(images[:4], on_device), expected)
+
+
+def test_a_small_samples_thresholds_are_repeated_with_its_images():
+    module, variables = model(2)
+    sample = request(module, variables, 5, np.array([[0.2, 0.3], [0.6, 0.7]]))
+    sample = dataclasses.replace(sample, images=some_images(2))
+    images, thresholds = planner.example_batch(sample)
+    for row in range(5):
+        np.testing.assert_array_equal(images[row], sample.images[row % 2])
+        np.testing.assert_array_equal(thresholds[row], sample.thresholds[row % 2])

@@ -11,7 +11,13 @@ from iared2_jax.config.defaults import (
     TRAIN_EXECUTIONS,
     default_config,
 )
-from iared2_jax.config.loading import flatten, input_spec_of, model_groups, weights_of
+from iared2_jax.config.loading import (
+    NAME_LISTS,
+    flatten,
+    input_spec_of,
+    model_groups,
+    weights_of,
+)
 from iared2_jax.data.datasets import MADE, OPENERS, WITH_MAPS
 from iared2_jax.data.request import CLIP_VIEWS
 from iared2_jax.errors import UsageError, nearest
@@ -96,6 +102,12 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         raise UsageError(
             f"config.eval.pruning={config.eval.pruning} draws curves over interpreters' "
             "thresholds, but no interpreters drop tokens here: set --config.eval.pruning=0"
+        )
+    if config.reduction.keep_ratios and (config.eval.pruning or config.mode == "explain"):
+        what = "config.mode=explain" if config.mode == "explain" else "config.eval.pruning"
+        raise UsageError(
+            f"{what} goes by thresholds, not by the fixed budget config.reduction.keep_ratios="
+            f"{list(config.reduction.keep_ratios)}: empty it with --config.reduction.keep_ratios=()"
         )
     if drops and not config.weights and config.data.name not in MADE:
         raise UsageError(
@@ -196,7 +208,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         *((f"model.{name}", (int,)) for name in ("group_sizes", "image_size", "patch_size")),
         *((pair, (int, float)) for pair in pairs),
         ("data.cutouts.clutter", (int,)),
-        *((names, (str,)) for names in ("eval.maps", "explain.maps", "compare.selectors")),
+        *((names, (str,)) for names in NAME_LISTS),
     ):
         if any(type(item) not in kinds for item in flat[key]):
             names = " or ".join(kind.__name__ for kind in kinds)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import runpy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from iared2_jax.config.migration import MOVED_KEYS, adopt_old_names, hint
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.variants import get_variant, resized
+
+# Options that are lists of names; the other lists are of numbers.
+NAME_LISTS = ("eval.maps", "explain.maps", "compare.selectors")
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -87,12 +91,15 @@ def _typed(name: str, text: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple and name.removeprefix("config.") in NAME_LISTS and re.search(r"^\w", text):
+            return tuple(word.strip() for word in text.split(","))  # bare: eval.maps=rollout,lrp
         if kind is tuple:
             return tuple(ast.literal_eval(f"[{text.strip('()[]')}]"))
         return kind(text)
     except (KeyError, ValueError, SyntaxError) as error:
         kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-        wanted = kinds.get(kind, "a list of numbers like 2,4")
+        listed = "names like rollout,lrp" if name.removeprefix("config.") in NAME_LISTS else None
+        wanted = kinds.get(kind, f"a list of {listed or 'numbers like 2,4'}")
         raise UsageError(f"{name}={text!r} is not {wanted}") from error
 
 

@@ -161,7 +161,7 @@ def rand_augment(
       moves_only: of the ops that are drawn, apply those that move pixels alone: so a map of an
         image goes where the image goes, by a generator of the same state.
 
-    Dataset: Cubuk et al., "RandAugment" (2019), with timm's ranges and its noise on the magnitude.
+    Source: Cubuk et al., "RandAugment" (2019), with timm's ranges and its noise on the magnitude.
     """
     ops = rng.integers(len(OPS), size=layers)
     applied = rng.random(layers) < OP_PROBABILITY
@@ -198,7 +198,7 @@ def random_erasing(
       norm: mean and standard deviation per channel that the model's input is normalised by, 0..1.
       probability: of erasing anything.
 
-    Dataset: Zhong et al., "Random Erasing Data Augmentation" (2017); timm's mode 'pixel'.
+    Source: Zhong et al., "Random Erasing Data Augmentation" (2017); timm's mode 'pixel'.
     """
     if rng.random() >= probability:
         return pixels
@@ -221,7 +221,7 @@ def random_erasing(
 
 
 def mixup_cutmix(
-    images: Num[np.ndarray, "b h w c"],
+    images: Num[np.ndarray, "b ... h w c"],
     labels: Int[np.ndarray, " b"],
     num_classes: int,
     rng: np.random.Generator,
@@ -230,7 +230,7 @@ def mixup_cutmix(
     switch_prob: float = 0.5,
     probability: float = 1.0,
     smoothing: float = 0.1,
-) -> tuple[Num[np.ndarray, "b h w c"], Float32[np.ndarray, "b num_classes"]]:
+) -> tuple[Num[np.ndarray, "b ... h w c"], Float32[np.ndarray, "b num_classes"]]:
     """A batch mixed with itself in reverse, one λ for all rows: image i with image b - 1 - i.
 
     Mixup: x = λ x_i + (1 - λ) x_j, λ ~ Beta(mixup_alpha, mixup_alpha).
@@ -250,7 +250,7 @@ def mixup_cutmix(
       probability: of mixing the batch at all.
       smoothing: of the labels.
 
-    Dataset: Zhang et al., "mixup" (2017), eq. 1; Yun et al., "CutMix" (2019), eqs. 1 and 2;
+    Source: Zhang et al., "mixup" (2017), eq. 1; Yun et al., "CutMix" (2019), eqs. 1 and 2;
     "batch" mode of timm.
     """
     lam = 1.0
@@ -271,12 +271,12 @@ def _mixup(images: np.ndarray, lam: float, rng: np.random.Generator) -> tuple[np
 
 
 def _cutmix(images: np.ndarray, lam: float, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    box = tuple(_span(side, (1 - lam) ** 0.5, rng) for side in images.shape[1:3])
-    rows, columns = box
+    height, width = images.shape[-3:-1]  # of a clip, too: the box is in all of its frames
+    rows, columns = (_span(side, (1 - lam) ** 0.5, rng) for side in (height, width))
     mixed = images.copy()
-    mixed[:, rows, columns] = images[::-1, rows, columns]
+    mixed[..., rows, columns, :] = images[::-1][..., rows, columns, :]
     area = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return mixed, 1 - area / (images.shape[1] * images.shape[2])
+    return mixed, 1 - area / (height * width)
 
 
 def _span(side: int, share: float, rng: np.random.Generator) -> slice:
@@ -296,7 +296,7 @@ def repeated_example(k: int, epoch_size: int, repeats: int = 3) -> tuple[int, in
     an epoch has as many examples as without repeats, and sees the first ceil(epoch_size / repeats)
     images of its shuffle. `repeats=1` is the plain order.
 
-    Dataset: Hoffer et al., "Augment your batch" (2020); DeiT's sampler, which also drops what is
+    Source: Hoffer et al., "Augment your batch" (2020); DeiT's sampler, which also drops what is
     left over from a multiple of 256.
 
     Example:

@@ -221,8 +221,10 @@ def _cutouts(request: DataRequest) -> Dataset:
     )
 
 
-def _files(open_split: Callable, splits: tuple[str, ...], request: DataRequest) -> Dataset:
-    pictures_of(request.spec, "of image files")
+def _files(
+    name: str, open_split: Callable, splits: tuple[str, ...], request: DataRequest
+) -> Dataset:
+    pictures_of(request.spec, name)
     train = ImageFiles(open_split(Path(request.path), "train"), request)
     if request.maps and not Path(request.maps).is_dir():
         raise UsageError(f"config.data.maps={request.maps!r} is no folder")
@@ -248,13 +250,13 @@ def _imagenet(request: DataRequest) -> Dataset:
 
     if request.path == SMALL:
         request = dataclasses.replace(request, path=str(small_imagenet()))
-    return _files(open_prepared, ("train", "validation"), request)
+    return _files("imagenet", open_prepared, ("train", "validation"), request)
 
 
 def _folder(request: DataRequest) -> Dataset:
     if request.path == SMALL:
         request = dataclasses.replace(request, path=str(small_folder()))
-    return _files(open_folder, ("train", "val"), request)
+    return _files("folder", open_folder, ("train", "val"), request)
 
 
 def _videos(request: DataRequest) -> Dataset:

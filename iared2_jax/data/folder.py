@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from iared2_jax.errors import DataError, UsageError, nearest
+from iared2_jax.files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _in_class_folders(split: Path, found: Sequence[str], classes: Sequence[str])
 
 
 def _lines(path: Path, expected: int) -> list[str]:
-    lines = path.read_text().strip().splitlines()
+    lines = read_text(path).strip().splitlines()
     if len(lines) != expected:
         raise UsageError(f"{path} has {len(lines)} lines for {expected} images")
     return [line.strip() for line in lines]

@@ -57,7 +57,7 @@ def open_image(
         pixels, or is truncated or damaged.
       UsageError: if `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` is on.
     """
-    return _rgb(_opened(source, name, exif_rotation))
+    return to_rgb(_opened(source, name, exif_rotation))
 
 
 def open_cutout(path: str | Path) -> UInt8[np.ndarray, "h w 4"]:
@@ -96,7 +96,7 @@ def open_map(path: str | Path, size: tuple[int, int]) -> Image.Image:
             f"{path} is {image.width} x {image.height} px, but its image is {size[0]} x {size[1]}: "
             "a map must be as large as its image"
         )
-    return _rgb(image)
+    return to_rgb(image)
 
 
 def _opened(source: str | Path | bytes, name: str = "", exif_rotation: bool = False) -> Image.Image:
@@ -130,12 +130,14 @@ def _opened(source: str | Path | bytes, name: str = "", exif_rotation: bool = Fa
         raise BadImage(f"{name} {why}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """`image` in RGB, its 16-bit grey scaled to 8 bits."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` in RGB, its 16-bit grey scaled to 8 bits (Pillow itself would clip it to white)."""
     if image.mode.startswith("I"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 = 257 * 255: no ties
         image = Image.fromarray(grey.astype(np.uint8))
-    image.info.pop("transparency", None)  # changes no pixel in RGB, but Pillow may warn of it
+    if "transparency" in image.info:  # changes no pixel in RGB, but Pillow may warn of it
+        image = image.copy()
+        del image.info["transparency"]
     return image.convert("RGB")
 
 
@@ -166,7 +168,7 @@ def eval_transform(
       UsageError: if `size`, `crop_pct` or `interpolation` cannot be used.
       BadImage: if the image is so elongated that it would pass `MAX_PIXELS` once resized.
 
-    Dataset:
+    Source:
       timm 1.x, `transforms_imagenet_eval` with crop_mode "center"; torchvision's `Resize` and
       `CenterCrop` on PIL images.
     """
@@ -238,7 +240,7 @@ def random_resized_crop(
     Raises:
       UsageError: if an argument cannot be used.
 
-    Dataset:
+    Source:
       Szegedy et al., "Going Deeper with Convolutions" (2015), section 6; torchvision's and timm's
       `RandomResizedCrop`: 10 tries, then the largest central part within `ratio`.
     """

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from iared2_jax.data.images import eval_transform, open_image, with_channels
+from iared2_jax.data.images import eval_transform, open_image, to_rgb, with_channels
 from iared2_jax.data.videos import is_video, read_video
 from iared2_jax.errors import UsageError, few
 from iared2_jax.models.input_spec import InputSpec
@@ -51,7 +51,7 @@ def as_inputs(images: Images, spec: InputSpec, upright: bool = True) -> Float[Ar
         return _normalised(_picture(open_image(images, exif_rotation=upright), spec, images), spec)
     if isinstance(images, Image.Image):
         image = ImageOps.exif_transpose(images) if upright else images
-        return _normalised(_picture(image.convert("RGB"), spec, "the PIL image"), spec)
+        return _normalised(_picture(to_rgb(image), spec, "the PIL image"), spec)
     if not hasattr(images, "shape") or not hasattr(images, "dtype"):
         raise UsageError(
             f"images are {type(images).__name__}: give an array, PIL images, paths, or a list"

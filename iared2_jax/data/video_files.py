@@ -18,6 +18,7 @@ from iared2_jax.data.images import with_channels
 from iared2_jax.data.request import DataRequest
 from iared2_jax.data.videos import ClipSampling, read_clip, read_video, spatial_crops, train_crop
 from iared2_jax.errors import UsageError, nearest
+from iared2_jax.files import read_text
 
 SPLITS = ("train", "val", "test")
 CLASSES = "classes.txt"
@@ -46,7 +47,7 @@ def read_list(folder: Path, split: str) -> VideoList:
         raise UsageError(f"lists of videos have no split {split!r}{nearest(split, SPLITS)}")
     path = folder / f"{split}.csv"
     try:
-        text = path.read_text()
+        text = read_text(path)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}): it lists the videos, `path label` a line"
@@ -75,7 +76,7 @@ def class_names(folder: Path, training: VideoList) -> tuple[str, ...]:
     """The names in classes.txt, or the numbers up to the largest that is trained."""
     path = folder / CLASSES
     if path.is_file():
-        return tuple(line.strip() for line in path.read_text().strip().splitlines())
+        return tuple(line.strip() for line in read_text(path).strip().splitlines())
     return tuple(str(label) for label in range(max(training.labels) + 1))
 
 

@@ -20,13 +20,14 @@ from iared2_jax.typing import Array
 SHOWN = ("as_trained", "kept_from_the_start", "dropped_from_the_start", "random_from_the_start")
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="keep_ratios")
 def answers_when_shown(
     module: IARed2,
     variables: Mapping[str, Any],
     inputs: Float[Array, "b ..."],
     key: Array,
     thresholds: Thresholds = 0.5,
+    keep_ratios: tuple[float, ...] | None = None,
 ) -> dict[str, Float[Array, "b classes"]]:
     """The logits by what the network is shown, a name of `SHOWN` each.
 
@@ -35,10 +36,10 @@ def answers_when_shown(
 
     Args:
       key: of the random patches, which are an image's own in any batch.
-      thresholds: keep iff score > threshold.
+      thresholds: keep iff score > threshold. keep_ratios: a fixed budget in their place.
     """
     apply = functools.partial(module.apply, variables, inputs)
-    logits, out = apply(thresholds)
+    logits, out = apply(thresholds, keep_ratios=keep_ratios)
     kept = out.keep[-1]
     order = random_order(key, inputs, module.input_spec.num_patches)
     random = first_in_order(order, kept.sum(axis=-1))

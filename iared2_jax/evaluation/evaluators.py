@@ -1,6 +1,7 @@
 """Evaluators: accuracy, cost, speed. Each yields (name, value) pairs."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from jaxtyping import Float, Int
 
 from iared2_jax.data.pipeline import eval_batches
 from iared2_jax.errors import Interrupted
-from iared2_jax.fast_inference import accelerate
+from iared2_jax.fast_inference import Accelerated, accelerate
+from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax.fast_inference.planner import attention_kernels
 from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.signals import Stop
@@ -138,14 +141,17 @@ def speed_sample(spec: InputSpec, pixels: Any, size: int) -> tuple[Array, np.nda
 def dense_calls(
     module: IARed2, variables: Mapping[str, Any], images: Array
 ) -> dict[str, Callable[[], Array]]:
-    """The dense model's ways to run a batch: whole, and in sub-batches that fit the caches.
+    """The dense model's ways to run a batch: whole, and in sub-batches that fit the caches; each
+    with every attention kernel that works here, as the planner has them.
 
     The fastest of them is the baseline of every speed-up.
     """
-    calls = {}
-    for rows in sub_batch_sizes(len(images), jax.default_backend()):
+    calls, sizes = {}, sub_batch_sizes(len(images), jax.default_backend())
+    for kernel, rows in itertools.product(attention_kernels(module, variables), sizes):
         name = "dense" if rows == len(images) else f"dense, {rows} at a time"
-        fn = jax.jit(functools.partial(run_dense, module, rows))
+        name += "" if kernel == "einsum" else f", {kernel}"
+        with_this = ForwardSpec(module).with_kernel(kernel).module
+        fn = jax.jit(functools.partial(run_dense, with_this, rows))
         calls[name] = functools.partial(fn, variables, images)
     return calls
 
@@ -177,7 +183,8 @@ def throughput(
         "ragged": lambda: run(images)[0],
     }
     expected = np.asarray(variants["masked"]())
-    error = np.abs(np.asarray(variants["ragged"]()) - expected).max() / np.abs(expected).max()
+    logits, out = run(images)
+    error = np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max()
     run.forget_usage()
     executions = {}
     for name, timing in interleaved(variants, rounds).items():
@@ -188,4 +195,19 @@ def throughput(
     yield "baseline", max(names, key=lambda name: executions[name]["median"])
     yield "plan", str(run.plan).splitlines()
     yield "ragged_error", float(error)
+    counts = np.stack([np.asarray(keep).sum(axis=-1) for keep in out.keep], axis=1)
+    if run.plan.groups:
+        yield "padding_share", padding_share(run, counts)
     yield "batches_in_larger_shapes", sum(group["larger"] for group in run.usage)
+
+
+def padding_share(run: Accelerated, counts: Int[np.ndarray, "b D"]) -> float:
+    """The share of a ragged plan's places that held no token, in all calls with one batch.
+
+    Args:
+      run: on one device, called with nothing else since its usage was forgotten.
+      counts: patches that the batch's images keep in each group.
+    """
+    usage, prefix = run.usage, run.num_prefix
+    calls = sum(usage[0]["shapes"].values()) // -(-len(counts) // run.plan.groups[0].rows)
+    return float(1 - calls * (counts + prefix).sum() / sum(group["places"] for group in usage))

@@ -181,7 +181,8 @@ def _fastest_whole(request: PlanRequest) -> Accelerated:
     are full, and there is nothing else to plan.
     """
     runs, execution = {}, "gathered" if request.forward.equal_counts else "masked"
-    for kernel in planner.attention_kernels(request):
+    kernels = planner.attention_kernels(request.module, request.variables, request.platform)
+    for kernel in kernels:
         for rows in sub_batch_sizes(request.batch_size, request.platform):
             plan = Plan(
                 request.batch_size,
@@ -197,8 +198,8 @@ def _fastest_whole(request: PlanRequest) -> Accelerated:
 def _measured(request: PlanRequest, runs: Mapping[str, Accelerated]) -> dict[str, float]:
     """The seconds that each run takes for a batch."""
     sharding = next(iter(runs.values())).sharding
-    images = jax.device_put(planner.example_batch(request), sharding)
-    calls = {name: functools.partial(run, images) for name, run in runs.items()}
+    batch = jax.device_put(planner.example_batch(request), sharding)
+    calls = {name: functools.partial(run, *batch) for name, run in runs.items()}
     return {name: timing.median for name, timing in planner.timed_together(calls).items()}
 
 

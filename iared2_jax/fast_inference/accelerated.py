@@ -58,6 +58,7 @@ class Accelerated:
       plan: how it runs; print it. None before the first call, if that is to be planned for.
       batch_size: images per compiled call, over all devices.
       sharding: of the images; those that have it already are not copied.
+      num_prefix: tokens that are no patch, and are never dropped.
       compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
     """
 
@@ -73,6 +74,7 @@ class Accelerated:
         self.plan = plan
         self.batch_size = request.batch_size * len(devices)
         self._num_groups, self._spec = module.num_groups, module.input_spec
+        self.num_prefix = module.num_prefix
         self._shape = (self.batch_size, *self._spec.shape)
         self._plan_for = plan_for
         self._pending: list[jax.Array] = []
@@ -87,10 +89,9 @@ class Accelerated:
         self, request: PlanRequest, plan: Plan, programs: Path | None, mesh: jax.sharding.Mesh
     ) -> None:
         self._variables = jax.device_put(request.variables, self._everywhere)
-        of_sample = request.thresholds
-        if of_sample.ndim == 2:
-            of_sample = of_sample[: self.batch_size]
-        self._thresholds = self._per_image(of_sample)
+        shared = request.thresholds
+        # One each per image of the sample are of no other image.
+        self._thresholds = None if shared.ndim == 2 else self._per_image(shared)
         self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
         nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
         self._overflow = (nothing,) * self._num_groups
@@ -113,17 +114,25 @@ class Accelerated:
             out_specs=P("data"),
             check_vma=False,  # the loops start from constants, which vary over no axis
         )
-        images = jax.ShapeDtypeStruct(self._shape, jnp.float32, sharding=self.sharding)
-        lowered = jax.jit(sharded).lower(self._variables, images, self._thresholds, self._size)
+        images, thresholds = (
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.sharding)
+            for shape in (self._shape, (self.batch_size, self._num_groups))
+        )
+        lowered = jax.jit(sharded).lower(self._variables, images, thresholds, self._size)
         with programs_kept(programs):
             self.compiled = lowered.compile()
 
-    def _per_image(self, thresholds: Thresholds) -> jax.Array:
+    def _checked(self, thresholds: Thresholds, count: int) -> np.ndarray:
+        """Thresholds of a call: one per group [D], or one each per image [count, D]."""
         values = per_group(thresholds, self._num_groups)
-        if values.ndim == 2 and len(values) > self.batch_size:
-            raise UsageError(
-                f"thresholds are for {len(values)} images, the batch has {self.batch_size}"
-            )
+        if values.ndim == 2 and len(values) == 1:
+            values = values[0]
+        if values.ndim == 2 and len(values) != count:
+            raise UsageError(f"thresholds are for {len(values)} images, the call has {count}")
+        return values
+
+    def _per_image(self, values: np.ndarray) -> jax.Array:
+        """Thresholds on the device, a row each; of images that pad the batch they are 0."""
         if values.ndim == 2:
             values = np.pad(values, ((0, self.batch_size - len(values)), (0, 0)))
         values = np.broadcast_to(values, (self.batch_size, self._num_groups))
@@ -138,10 +147,12 @@ class Accelerated:
           images: see `data.inputs.as_inputs`; any number. A batch on the device, in float32 and
             with `sharding`, is taken as it is. Fewer than `batch_size` are padded, more run batch
             after batch; then the results are NumPy arrays. No number compiles anything.
-          thresholds: others than those of `accelerate`; the plan stays the same.
+          thresholds: others than those of `accelerate`; the plan stays the same. Needed where that
+            had one each per image, of its own images.
 
         Raises:
-          UsageError: no images, or of another size; a call within a function that is compiled.
+          UsageError: no images, or of another size; thresholds for more or fewer images, or none
+            where they are needed; a call within a function that is compiled.
         """
         if not self._in_place(images, self._shape):
             if is_traced(images):
@@ -152,18 +163,25 @@ class Accelerated:
             images = as_inputs(images, self._spec)
         if self.plan is None:  # whoever holds this object goes on with the planned one
             self.__dict__.update(self._plan_for(np.asarray(images, np.float32)).__dict__)
-        if images.shape[0] > self.batch_size:
+        if thresholds is None and self._thresholds is None:
+            raise UsageError(
+                "accelerate had thresholds of each of its own images: give those of these images, "
+                "run(images, thresholds)"
+            )
+        count = images.shape[0]
+        as_it_is = count == self.batch_size and self._in_place(
+            thresholds, (count, self._num_groups)
+        )
+        if thresholds is not None and not as_it_is:
+            thresholds = self._checked(thresholds, count)
+        if count > self.batch_size:
             return self._batch_after_batch(np.asarray(images), thresholds)
         return self._one_batch(images, thresholds)
 
     def _batch_after_batch(
-        self, images: np.ndarray, thresholds: Thresholds | None
+        self, images: np.ndarray, thresholds: np.ndarray | None
     ) -> tuple[np.ndarray, Output]:
-        own = thresholds is not None and np.ndim(thresholds) == 2  # one each per image
-        if own and len(thresholds) != len(images):
-            raise UsageError(
-                f"thresholds are for {len(thresholds)} images, the call has {len(images)}"
-            )
+        own = thresholds is not None and thresholds.ndim == 2  # one each per image
         parts = []
         for first in range(0, len(images), self.batch_size):
             rows = slice(first, first + self.batch_size)
@@ -171,11 +189,11 @@ class Accelerated:
         return jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *parts)
 
     def _one_batch(
-        self, images: Array, thresholds: Thresholds | None
+        self, images: Array, thresholds: Array | None
     ) -> tuple[Float[Array, "b classes"], Output]:
         size, given, real = images.shape[0], self._thresholds, self._size
         if thresholds is not None:
-            ready = self._in_place(thresholds, given.shape)
+            ready = isinstance(thresholds, jax.Array)
             given = thresholds if ready else self._per_image(thresholds)
         if size < self.batch_size:
             # On the host: the device would compile a program for every size.

@@ -16,10 +16,11 @@ from iared2_jax.fast_inference import planner
 from iared2_jax.fast_inference.accelerate import accelerate
 from iared2_jax.fast_inference.accelerated import Accelerated, per_group
 from iared2_jax.fast_inference.forward import ForwardSpec
+from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.timing import interleaved
 from iared2_jax.token_reduction.flops import count_flops
-from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.token_reduction.model import KEEP_ALL, IARed2, Thresholds
 from iared2_jax.typing import Array
 
 # From a threshold to its point, and all scores that were compared with it.
@@ -140,7 +141,7 @@ def with_speed(
     curve: Sequence[BudgetPoint],
     batch_size: int = 32,
 ) -> list[BudgetPoint]:
-    """The same points, with images per second of `accelerate` on this device."""
+    """The curve's points, with images per second of the fastest execution on this device."""
     speed_of = speed_meter(module, variables, images, batch_size)
     return [dataclasses.replace(p, images_per_second=speed_of(p.thresholds)) for p in curve]
 
@@ -256,25 +257,44 @@ def speed_meter(
 ) -> Callable[[tuple[float, ...]], float]:
     """A function from thresholds to images per second, from images on the device to logits.
 
-    The layouts are planned once, at a threshold of 0.5; every setting gets the shapes that suit
-    its counts.
+    Ragged layouts are planned once, where half of the tokens are kept; every setting gets shapes
+    for its counts, and is timed beside masked execution: the faster one counts.
     """
     images = np.asarray(as_inputs(images, module.input_spec), np.float32)
-    plan = accelerate(module, variables, batch_size, images=images, cache_dir=None).plan
 
-    @functools.cache
-    def speed_of(thresholds: tuple[float, ...]) -> float:
-        """Images per second in shapes that suit these thresholds' counts."""
-        request = PlanRequest(
+    def asked(thresholds: Thresholds) -> PlanRequest:
+        """The plan's request at these thresholds."""
+        return PlanRequest(
             forward=ForwardSpec(module),
             variables=variables,
             batch_size=batch_size,
             thresholds=per_group(thresholds, module.num_groups),
             images=images,
         )
-        run = Accelerated(request, planner.reshaped(request, plan) if plan.groups else plan)
-        batch = jnp.asarray(planner.example_batch(request))
-        timing = interleaved({"run": lambda: run(batch)[0]}, _ROUNDS)["run"]
-        return batch_size / timing.median
+
+    if ForwardSpec(module).runs_whole:
+        plan = None
+        whole = accelerate(module, variables, batch_size, images=images, cache_dir=None)
+    else:
+        plan = planner.plan_groups(asked(_of_half(module, variables, images[:batch_size])))
+        whole = Accelerated(asked(0.5), Plan(batch_size, masked_rows=batch_size))
+
+    @functools.cache
+    def speed_of(thresholds: tuple[float, ...]) -> float:
+        """Images per second at these thresholds."""
+        request = asked(thresholds)
+        batch = jnp.asarray(planner.example_batch(request)[0])
+        calls = {"whole": lambda: whole(batch, thresholds)[0]}
+        if plan is not None:
+            ragged = Accelerated(request, planner.reshaped(request, plan))
+            calls["ragged"] = lambda: ragged(batch)[0]
+        timings = interleaved(calls, _ROUNDS)
+        return batch_size / min(timing.median for timing in timings.values())
 
     return speed_of
+
+
+def _of_half(module: IARed2, variables: Mapping[str, Any], images: Array) -> np.ndarray:
+    """Thresholds that half of the patches exceed in each group, if all reach it."""
+    scores = jax.jit(lambda v, x: module.apply(v, x, KEEP_ALL)[1].scores)(variables, images)
+    return np.array([np.median(of_group) for of_group in scores], np.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax import files
-from iared2_jax.errors import UsageError
+from iared2_jax.errors import CheckpointError, UsageError
 from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.token_reduction.model import IARed2
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What a plan is wanted for.
+    """The model, batch, thresholds and sample that a plan is made for.
 
     Attributes:
       forward, variables: what is to be computed, and the parameters.
@@ -116,10 +116,10 @@ def cached_plan(request: PlanRequest, folder: Path | None) -> Plan | None:
 
 
 def keep_plan(request: PlanRequest, plan: Plan, folder: Path | None) -> None:
-    """Writes it; a cache that cannot be written is only worth a warning."""
+    """Writes the plan into the cache; one that cannot be written is only worth a warning."""
     if folder is None:
         return
     try:
         plan.save(_path(request, folder))
-    except OSError as error:
-        log.warning("the plan cannot be kept in %s (%s)", folder, error.strerror)
+    except (OSError, CheckpointError) as error:  # of the folder, and of the file
+        log.warning("the plan cannot be kept in %s (%s)", folder, error)

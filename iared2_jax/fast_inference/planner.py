@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from iared2_jax.errors import UsageError
+from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.group import evidence_in_place, first_block_repeated, run_group
 from iared2_jax.fast_inference.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.fast_inference.sub_batches import sub_batch_sizes
 from iared2_jax.timing import Timing, interleaved
 from iared2_jax.token_reduction.compaction import kept_first
+from iared2_jax.token_reduction.model import IARed2
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +92,25 @@ def _lengths(request: PlanRequest, keep: np.ndarray, group: int) -> np.ndarray:
     return counts[_draw(request, keep, _BATCHES)]
 
 
-def attention_kernels(request: PlanRequest) -> list[str]:
-    """Attention kernels that work here: cuDNN's is tried against the einsum first."""
-    half = jnp.dtype(request.module.backbone.dtype).itemsize == 2
-    kernels = request.module.backbone.attention_kernels
-    dense = request.module.shows_attention
-    if request.platform != "gpu" or not half or not dense or "cudnn" not in kernels:
+def attention_kernels(
+    module: IARed2, variables: Mapping[str, Any], platform: str | None = None
+) -> list[str]:
+    """Attention kernels that work here: cuDNN's is tried against the einsum first.
+
+    platform: "cpu" or "gpu"; None: the default device's.
+    """
+    half = jnp.dtype(module.backbone.dtype).itemsize == 2
+    kernels, dense = module.backbone.attention_kernels, module.shows_attention
+    on_gpu = (platform or jax.default_backend()) == "gpu"
+    if not on_gpu or not half or not dense or "cudnn" not in kernels:
         return ["einsum"]
-    images = jax.random.normal(jax.random.key(0), (2, *request.module.input_spec.shape))
+    images = jax.random.normal(jax.random.key(0), (2, *module.input_spec.shape))
 
     def logits(kernel):
         # No selector is asked: the variables may hold no interpreters for these groups.
-        module = request.forward.with_kernel(kernel).module
-        run = jax.jit(lambda v, x: module.apply(v, x, method="dense_logits"))
-        return np.asarray(run(request.variables, images))
+        with_this = ForwardSpec(module).with_kernel(kernel).module
+        run = jax.jit(lambda v, x: with_this.apply(v, x, method="dense_logits"))
+        return np.asarray(run(variables, images))
 
     expected = logits("einsum")
     try:
@@ -119,7 +126,7 @@ def attention_kernels(request: PlanRequest) -> list[str]:
 
 def _fastest_kernel(request: PlanRequest, keep: np.ndarray) -> str:
     """The attention kernel that runs a group of whole padded rows in the least time."""
-    kernels = attention_kernels(request)
+    kernels = attention_kernels(request.module, request.variables, request.platform)
     if len(kernels) == 1:
         return kernels[0]
     group = _most_to_win(request, keep)
@@ -340,11 +347,15 @@ def _only_used(plan: GroupPlan, lengths: np.ndarray) -> GroupPlan:
     return dataclasses.replace(plan, shapes=tuple(plan.shapes[i] for i in sorted(used)))
 
 
-def example_batch(request: PlanRequest) -> np.ndarray:
-    """A batch for all devices, drawn from the request's images; noise for a fixed budget."""
+def example_batch(request: PlanRequest) -> tuple[np.ndarray, np.ndarray | None]:
+    """A batch for all devices, of the request's images, and their own thresholds if they have any.
+
+    Noise for a fixed budget.
+    """
     size = request.batch_size * len(request.devices)
     rng = np.random.default_rng(1)
     if request.images is None:
-        return rng.standard_normal((size, *request.module.input_spec.shape), np.float32)
+        return rng.standard_normal((size, *request.module.input_spec.shape), np.float32), None
     images = np.asarray(request.images, np.float32)
-    return images[np.arange(size) % len(images)]
+    rows = np.arange(size) % len(images)  # fewer than a batch are repeated
+    return images[rows], request.thresholds[rows] if request.thresholds.ndim == 2 else None

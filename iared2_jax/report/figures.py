@@ -16,6 +16,7 @@ from iared2_jax.attribution.maps import (
     raw_attention,
     to_heatmaps,
 )
+from iared2_jax.files import writing
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.report.packing import in_colour
 from iared2_jax.token_reduction.model import IARed2, Thresholds
@@ -194,7 +195,10 @@ def draw_animation(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     duration = round(1000 / frames_per_second)
-    shown[0].save(path, save_all=True, append_images=shown[1:], duration=duration, loop=0)
+    with writing(path) as draft:
+        shown[0].save(
+            draft, "GIF", save_all=True, append_images=shown[1:], duration=duration, loop=0
+        )
     return path
 
 
@@ -289,5 +293,6 @@ def _grid(rows: int, titles: Sequence[str], spec: InputSpec):
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with writing(path) as draft:
+        figure.savefig(draft, dpi=130, format=path.suffix.removeprefix("."))
     return path

@@ -88,12 +88,14 @@ def explain_pictures(
         beside = [path.with_name(path.name + ending) for ending in _WRITTEN]
         draw_all(module, variables, pixels[None], beside, thresholds=config.reduction.threshold)
         done.append(path)
-        shown.append(pixels)
+        if len(shown) < ON_A_PAGE:
+            shown.append(pixels)
         log.info("%s: written beside it", path)
     if not done:
         kind, error = ("videos", BadVideo) if spec.is_clip else ("pictures", BadImage)
         raise error(f"none of the {len(paths)} {kind} in {folder} could be read")
-    _write_page(folder / PAGE, config, module, variables, done[:ON_A_PAGE], shown[:ON_A_PAGE])
+    _write_page(folder / PAGE, config, module, variables, done[: len(shown)], shown)
+    log.info("%s shows %d of the %d", folder / PAGE, len(shown), len(done))
     return done
 
 
@@ -120,7 +122,6 @@ def _write_page(
     )  # fmt: skip
     with writing(page) as draft:
         write_explanations(draft, explorer, f"IA-RED²: {page.parent.name}", versions())
-    log.info("%s shows all of them", page)
 
 
 def _pixels(

@@ -215,11 +215,12 @@ def _same_backbone(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _agreement(comparison: Comparison) -> dict[str, Any]:
     """The accuracy by what the network is shown, and how often that answer is the dense one."""
-    module, thresholds = comparison.module, comparison.reduction["thresholds"]
+    module = comparison.module
+    how = {key: comparison.reduction[key] for key in ("thresholds", "keep_ratios")}
 
     def passes(variables, inputs, batch):
         key = jax.random.key(RANDOM_MASK_SEED)
-        shown = answers_when_shown(module, variables, inputs, key, thresholds)
+        shown = answers_when_shown(module, variables, inputs, key, **how)
         dense = module.apply(variables, inputs, execution="dense")[0]
         return {name: logits.argmax(axis=-1) for name, logits in {**shown, "dense": dense}.items()}
 
