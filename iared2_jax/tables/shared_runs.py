@@ -41,7 +41,7 @@ def head_runs(preset: Preset, size: int) -> list[Run]:
             head_name(size),
             preset.config(size),
             {**preset.options, **options},
-            ignored=_OF_INTERPRETERS,
+            ignored=(*_OF_INTERPRETERS, "model.group"),  # dense: it has no groups
             minutes=preset.minutes_of("head", size),
         )
     ]
