@@ -122,7 +122,7 @@ def test_training_called_from_python_answers_signals(tiny_config, tmp_path, monk
         raise Interrupted("seen")
 
     monkeypatch.setattr(Stop, "__enter__", lambda self: entered.append(self) or self)
-    monkeypatch.setattr("iared2_jax.experiment.run._train", seen)
+    monkeypatch.setattr("iared2_jax.experiment.run._train_locked", seen)
     for stop in ([], [own]):
         with pytest.raises(Interrupted):
             train(tiny_config, tmp_path, *stop)

@@ -52,7 +52,7 @@ def test_a_mean_has_students_interval():
     )  # another way to the same
     np.testing.assert_allclose([found.value - found.half, found.value + found.half], [low, high])
     assert mean([2.0, 2.0]).half == 0
-    assert mean([1.5]) == (1.5, None, (1.5,))
+    assert mean([1.5]) == (1.5, None, (1.5,), None)
     assert mean([1.5]).text(1) == "1.5"
     with pytest.raises(ValueError, match="no values"):
         mean([])

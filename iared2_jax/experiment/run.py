@@ -85,7 +85,7 @@ def train(
     module = _checked_module(config, workdir)
     variables = starting_point(config, module, workdir)
     with contextlib.nullcontext(stop) if stop is not None else Stop() as asked, locked(workdir):
-        return _train(config, workdir, module, variables, asked)
+        return _train_locked(config, workdir, module, variables, asked)
 
 
 def _checked_module(config: ml_collections.ConfigDict, workdir: Path | None = None) -> IARed2:
@@ -104,13 +104,14 @@ def _checked_module(config: ml_collections.ConfigDict, workdir: Path | None = No
     return module
 
 
-def _train(
+def _train_locked(
     config: ml_collections.ConfigDict,
     workdir: Path,
     module: IARed2,
     variables: dict[str, Any],
     stop: Stop,
 ) -> TrainState:
+    """The training of a workdir that the caller has locked."""
     dataset = dataset_of(config)
     adopt_config(config, dataset, workdir)
     keep_start(config, module, variables, workdir)
@@ -137,32 +138,39 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     module = _checked_module(config, workdir)
     compare.check_comparison(config)
     with Stop() as stop:
-        state, results = _train_and_evaluate(config, workdir, module, stop)
+        state, results = _train_then_evaluate(config, workdir, module, stop)
         if config.compare.selectors:
             with locked(workdir):
-                _compare(config, workdir, module, state, results, stop)
+                _compare_locked(config, workdir, module, state, results, stop)
     return state
 
 
-def _train_and_evaluate(
+def _train_then_evaluate(
     config: ml_collections.ConfigDict,
     workdir: Path,
     module: IARed2,
     stop: Stop,
     dense: dict[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
+    """The final state and the results; locks the workdir from the first step to the last file.
+
+    Raises:
+      Interrupted: a signal stopped the training; the state is saved.
+    """
     variables = starting_point(config, module, workdir)
     with locked(workdir):
-        state = _train(config, workdir, module, variables, stop)
+        state = _train_locked(config, workdir, module, variables, stop)
         if stop.requested:
             raise Interrupted("stopped by a signal, state saved: the same command goes on")
         # From the disk: the first step took the buffers over.
         original = dense_backbone(config, module, build_phases(config, module), workdir)
-        results = _evaluated(config, workdir, module, state.eval_params, original, stop, dense)
+        results = _evaluate_locked(
+            config, workdir, module, state.eval_params, original, stop, dense
+        )
     return state, results
 
 
-def _evaluated(
+def _evaluate_locked(
     config: ml_collections.ConfigDict,
     workdir: Path,
     module: IARed2,
@@ -171,7 +179,7 @@ def _evaluated(
     stop: Stop,
     dense: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The results, weights and page of a finished model, in its workdir.
+    """The results of a finished model; they, weights and page are in its workdir, which is locked.
 
     Args:
       dense: the figures of the backbone that it started from, if they are known.
@@ -184,7 +192,7 @@ def _evaluated(
     )
 
 
-def _compare(
+def _compare_locked(
     config: ml_collections.ConfigDict,
     workdir: Path,
     module: IARed2,
@@ -192,7 +200,7 @@ def _compare(
     results: dict[str, Any],
     stop: Stop,
 ) -> None:
-    """Makes the baselines, and adds all methods to the run's results and page."""
+    """Makes the baselines, and adds all methods to results and page; the workdir is locked."""
     from iared2_jax.report.page import write_again
 
     found, folders, kept = {}, {}, compare.kept_shares(results)
@@ -208,11 +216,13 @@ def _compare(
             folder.mkdir(parents=True, exist_ok=True)
             own = build_module(baseline)
             if baseline.mode == "train":
-                _, found[selector] = _train_and_evaluate(baseline, folder, own, stop, dense)
+                _, found[selector] = _train_then_evaluate(baseline, folder, own, stop, dense)
             else:
                 start = starting_point(baseline, own, folder)
                 params = start["params"]
-                found[selector] = _evaluated(baseline, folder, own, params, start, stop, dense)
+                found[selector] = _evaluate_locked(
+                    baseline, folder, own, params, start, stop, dense
+                )
     clips = module.input_spec.is_clip
     results["methods"] = compare.methods(results, found, clips)
     if config.eval.speed_batch:

@@ -29,7 +29,13 @@ from iared2_jax.files import writing
 from iared2_jax.main import overrides
 from iared2_jax.tables.all_tables import TABLES
 from iared2_jax.tables.presets import PRESETS, Preset
-from iared2_jax.tables.records import NO_TABLE, check_options, read_record, run_record
+from iared2_jax.tables.records import (
+    NO_TABLE,
+    TableRecord,
+    check_options,
+    read_record,
+    run_record,
+)
 from iared2_jax.tables.runs import (
     PATHS,
     Run,
@@ -40,6 +46,7 @@ from iared2_jax.tables.runs import (
     results_of,
     seconds_of,
 )
+from iared2_jax.tables.table import Results, Table
 from iared2_jax.tables.write import markdown, write_table
 
 log = logging.getLogger("iared2_jax.tables")
@@ -91,13 +98,67 @@ def _parser() -> Parser:
     return parser
 
 
+@dataclasses.dataclass(frozen=True)
+class _TableCommand:
+    """What a command line asks for.
+
+    Attributes:
+      given: the user's options. root: the runs' folder, path: the table's JSON file.
+      recorded: the runs that a table in --out has, of which nothing need be here but its file.
+      sizes, seeds: of all rows, those recorded and those asked for.
+      runs: of all rows. asked: of the sizes and seeds on the command line.
+    """
+
+    flags: argparse.Namespace
+    table: Table
+    given: Mapping[str, str]
+    root: Path
+    path: Path
+    recorded: TableRecord
+    sizes: Sequence[int]
+    seeds: Sequence[int]
+    runs: Sequence[Run]
+    asked: Sequence[Run]
+
+    def found(self) -> dict[str, dict[str, Any]]:
+        """The results of the runs whose folders are below `root`, by name."""
+        alone = self.flags.finished  # what was stopped among its baselines is taken as it is
+        results = {run.name: results_of(run, self.root, self.given, alone) for run in self.runs}
+        return {name: found for name, found in results.items() if found is not None}
+
+    def missing(self) -> list[Run]:
+        """The asked runs that are to be made."""
+        found = self.found()
+        return missing_runs(self.asked, {*self.recorded.runs, *found}, found)
+
+
 def tabulate(argv: Sequence[str]) -> None:
-    """What the flags say.
+    """Makes the runs that a command line asks for and that are missing, then their table.
 
     Raises:
       UsageError: a flag or option that cannot be.
       Interrupted: a signal stopped a run: the same command goes on.
     """
+    command = _parsed(argv)
+    check_options(command.recorded, command.runs, command.root, command.given)
+    missing = command.missing()
+    if not command.flags.finished:
+        for run in missing:
+            check_folder(run, command.root, command.given)
+            # Before the first has taken hours.
+            validate(run.built(command.root, command.given), device_count=1)
+    for run in command.asked:
+        log.info("%s", _state(run, command.root, run not in missing))
+    log.info("%s", _time_of(missing))
+    if command.flags.dry_run:
+        return
+    if not command.flags.finished:
+        _make(missing, command.root, command.given)
+    _write(command)
+
+
+def _parsed(argv: Sequence[str]) -> _TableCommand:
+    """The flags and options, checked, and the runs that they ask for."""
     flags, rest = _parser().parse_known_args(argv)
     known = [f"--{name.replace('_', '-')}" for name in vars(flags)]
     given = dict(overrides(rest, known))
@@ -118,60 +179,59 @@ def tabulate(argv: Sequence[str]) -> None:
     preset = _with_segmentation(dataclasses.replace(preset, given=given), flags)
     flags.sizes = sorted({*(flags.sizes or [preset.size])})
     flags.seeds = sorted({*flags.seeds})  # as the table's own are: what is timed is the first's
-    root, path = flags.root / flags.preset, flags.out / flags.preset / f"table_{flags.table}.json"
-    before = read_record(path) if flags.add else NO_TABLE
+    path = flags.out / flags.preset / f"table_{flags.table}.json"
+    recorded = read_record(path) if flags.add else NO_TABLE
     others = [read_record(path.with_name(f"table_{name}.json"), "--use") for name in flags.use]
-    sizes = sorted({*before.sizes, *flags.sizes})
-    seeds = sorted({*before.seeds, *flags.seeds})
+    sizes = sorted({*recorded.sizes, *flags.sizes})
+    seeds = sorted({*recorded.seeds, *flags.seeds})
     preset.check(sizes, seeds)
     runs = table.runs(preset, sizes, seeds)
     for other in others:
-        before = before.with_runs_of(other, {run.name for run in runs})
+        recorded = recorded.with_runs_of(other, {run.name for run in runs})
     names = {run.name for run in table.runs(preset, flags.sizes, flags.seeds)}
-    asked = [run for run in runs if run.name in names]
+    return _TableCommand(
+        flags=flags,
+        table=table,
+        given=given,
+        root=flags.root / flags.preset,
+        path=path,
+        recorded=recorded,
+        sizes=sizes,
+        seeds=seeds,
+        runs=runs,
+        asked=[run for run in runs if run.name in names],
+    )
 
-    check_options(before, runs, root, given)
-    here = _found(runs, root, given, flags.finished)
-    missing = missing_runs(asked, {*before.runs, *here}, here)
-    if not flags.finished:
-        for run in missing:
-            check_folder(run, root, given)
-            validate(run.built(root, given), device_count=1)  # before the first has taken hours
-    for run in asked:
-        log.info("%s", _state(run, root, run not in missing))
-    log.info("%s", _time_of(missing))
-    if flags.dry_run:
-        return
-    if not flags.finished:
-        _make(missing, root, given)
-        here = _found(runs, root, given)
-    there = {**before.results(), **here}
-    if not (rows := table.rows(sizes, seeds, there)):
+
+def _write(command: _TableCommand) -> None:
+    """The table of all runs that are there, with its plot if it has one."""
+    found, table = command.found(), command.table
+    available = {**command.recorded.results(), **found}
+    if not (rows := table.rows(command.sizes, command.seeds, available)):
         raise UsageError(
             "no run is finished yet, so there is nothing to tabulate: leave out --finished"
         )
-    command = _published(flags, sizes, seeds, given)
+    line = _published(command)
     lines = [
-        f"`{command}`, with the options that say where the data is.",
+        f"`{line}`, with the options that say where the data is.",
         "",
         f"The paper's: {table.paper}. Here: means over the seeds, ± half a 95% interval over them.",
-        *_left_out(runs, there),
+        *_left_out(command.runs, available),
     ]
+    made = {name: run_record(run, seconds_of(command.root / name)) for name, run in found.items()}
     record = {
-        "command": command,
+        "command": line,
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
-        "runs": {
-            **before.runs,
-            **{name: run_record(found, seconds_of(root / name)) for name, found in here.items()},
-        },
+        "runs": {**command.recorded.runs, **made},
     }
     page = markdown(table.title, lines, rows, table.columns)
-    for written in write_table(path, page, rows, table.columns, record):
+    for written in write_table(command.path, page, rows, table.columns, record):
         log.info("written: %s", written)
     if table.plot is not None:
-        with writing(path.with_suffix(".png")) as draft:
+        picture = command.path.with_suffix(".png")
+        with writing(picture) as draft:
             table.plot(rows).savefig(draft, dpi=120, format="png")
-        log.info("written: %s", path.with_suffix(".png"))
+        log.info("written: %s", picture)
 
 
 def _with_segmentation(preset: Preset, flags: argparse.Namespace) -> Preset:
@@ -191,14 +251,6 @@ def _with_segmentation(preset: Preset, flags: argparse.Namespace) -> Preset:
             f"--segmentation={flags.segmentation} is for --table=1 --preset=imagenet: leave it out"
         )
     return dataclasses.replace(preset, segmentation_path=flags.segmentation)
-
-
-def _found(
-    runs: Sequence[Run], root: Path, given: Mapping[str, str], without_baselines: bool = False
-) -> dict[str, dict[str, Any]]:
-    """The results of the runs whose folders are below `root`, by name."""
-    results = {run.name: results_of(run, root, given, without_baselines) for run in runs}
-    return {name: found for name, found in results.items() if found is not None}
 
 
 def _make(missing: Sequence[Run], root: Path, given: Mapping[str, str]) -> None:
@@ -248,23 +300,20 @@ def _time_of(runs: Sequence[Run]) -> str:
     return ", and ".join(words)
 
 
-def _left_out(runs: Sequence[Run], there: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    missing = [run.name for run in runs if run.name not in there]
-    bare = [run.name for run in runs if run.name in there and lacks_baselines(there[run.name])]
+def _left_out(runs: Sequence[Run], available: Results) -> list[str]:
+    """The line of a table's page that says what it lacks, if it does."""
+    missing = [run.name for run in runs if run.name not in available]
+    made = [run for run in runs if run.name in available]
+    bare = [run.name for run in made if lacks_baselines(available[run.name])]
     missing += [f"the baselines of {name}" for name in bare]
     return ["", f"Not made yet: {', '.join(missing)}."] if missing else []
 
 
-def _published(
-    flags: argparse.Namespace,
-    sizes: Sequence[int],
-    seeds: Sequence[int],
-    given: Mapping[str, str],
-) -> str:
+def _published(command: _TableCommand) -> str:
     """The command without what says where things lie on this machine."""
-    words = [f"--table={flags.table}", f"--preset={flags.preset}"]
-    words += ["--sizes", *map(str, sizes), "--seeds", *map(str, seeds)]
-    words += [f"--config.{key}={text}" for key, text in given.items() if key not in PATHS]
+    words = [f"--table={command.flags.table}", f"--preset={command.flags.preset}"]
+    words += ["--sizes", *map(str, command.sizes), "--seeds", *map(str, command.seeds)]
+    words += [f"--config.{key}={text}" for key, text in command.given.items() if key not in PATHS]
     return shlex.join(["python", "-m", "iared2_jax.tables", *words])
 
 

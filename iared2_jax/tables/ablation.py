@@ -17,8 +17,8 @@ from iared2_jax.tables.table import (
     Results,
     Row,
     Table,
+    finished_by_key,
     plain_row,
-    there,
 )
 from iared2_jax.token_reduction.create import create_module, split_into_groups
 from iared2_jax.token_reduction.schedules import at_linear_flops
@@ -170,7 +170,7 @@ def _rows_of_size(size: int, seeds: Sequence[int], results: Results) -> list[Row
     # Runs' names say the setting, whichever preset they are of; its title is the same in all.
     titles = {name: title for of in SETTINGS.values() for name, (title, _) in of.items()}
     for setting, method in titles.items():
-        found = there(functools.partial(_name, size, setting), seeds, results)
+        found = finished_by_key(functools.partial(_name, size, setting), seeds, results)
         if not found:
             continue
         pairs = {seed: (run["iared2"], run["dense"]) for seed, run in found.items()}

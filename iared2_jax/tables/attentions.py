@@ -19,9 +19,9 @@ from iared2_jax.tables.table import (
     Results,
     Row,
     Table,
+    finished_by_key,
     plain_row,
     set_beside_ours,
-    there,
 )
 from iared2_jax.token_reduction.create import create_module
 
@@ -96,7 +96,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         dense = next(iter(ours.values()))["dense"]
         of_size = [plain_row(size, "original", {None: (dense, dense)})]
         for what in (*ATTENTIONS, _STUDENT):
-            found = there(functools.partial(_name, size, what), seeds, results)
+            found = finished_by_key(functools.partial(_name, size, what), seeds, results)
             if not found:
                 continue
             config = next(iter(found.values()))["config"]

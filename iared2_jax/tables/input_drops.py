@@ -13,8 +13,8 @@ from iared2_jax.tables.table import (
     Results,
     Row,
     Table,
+    finished_by_key,
     plain_row,
-    there,
 )
 
 KEPT = 0.7  # of the patches, right behind the position embedding; all blocks see them
@@ -67,7 +67,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     for size in sizes:
         of_size: list[Row] = []
         for selector, method in SELECTORS.items():
-            found = there(functools.partial(_name, size, selector), seeds, results)
+            found = finished_by_key(functools.partial(_name, size, selector), seeds, results)
             if not found:
                 continue
             if not of_size:  # the original is the same for all of them

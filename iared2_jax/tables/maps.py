@@ -18,7 +18,7 @@ from iared2_jax.tables.shared_runs import (
     reducing_name,
 )
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, Results, Row, Table, there
+from iared2_jax.tables.table import Column, Results, Row, Table, finished_by_key
 
 COLUMNS = (
     Column("pixel accuracy", "pixel_accuracy"),
@@ -75,7 +75,7 @@ def _on_masks(preset: Preset, size: int, name: str, start: str, options: Mapping
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        found = there(functools.partial(_scores_name, size), seeds, results)
+        found = finished_by_key(functools.partial(_scores_name, size), seeds, results)
         found = found or finished_seeds(_CURRICULUM, size, seeds, results)
         every = results.get(maps_name(size))
         _check_same_images([*found.values(), *([every] if every else [])])

@@ -17,9 +17,9 @@ from iared2_jax.tables.table import (
     Results,
     Row,
     Table,
+    finished_by_key,
     plain_row,
     set_beside_ours,
-    there,
 )
 from iared2_jax.token_reduction.create import create_module, split_into_groups
 from iared2_jax.token_reduction.schedules import PUBLISHED, at_linear_flops, published_budget
@@ -89,7 +89,7 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
     made = []
     for size in sizes:
         budgets = itertools.product(SELECTORS, with_ours(_SHARES, PRESETS.values()))
-        found = there(lambda key: _name(size, *key), budgets, results)  # noqa: B023
+        found = finished_by_key(lambda key: _name(size, *key), budgets, results)  # noqa: B023
         ours = seeds_there(_CURRICULUM, size, seeds, results)
         every = [*ours.values(), *found.values()]
         of_size: list[Row] = []

@@ -14,7 +14,7 @@ from iared2_jax.tables.presets import Preset
 from iared2_jax.tables.runs import Run
 from iared2_jax.tables.shared_runs import evaluation_run, head_and_seeds, reducing_name
 from iared2_jax.tables.statistics import mean
-from iared2_jax.tables.table import Column, Results, Row, Table, there
+from iared2_jax.tables.table import Column, Results, Row, Table, finished_by_key
 
 # Points of accuracy that a setting may lose. The paper: 1.7 times fewer FLOPs for 1.7 points.
 LOSSES = (0.5, 1.0, 1.7, 3.0)
@@ -60,7 +60,7 @@ def times_fewer(points: Sequence[Point], loss: float) -> float:
 def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[Row]:
     made = []
     for size in sizes:
-        found = there(functools.partial(_name, size), seeds, results)
+        found = finished_by_key(functools.partial(_name, size), seeds, results)
         if not found:
             continue
         for kind, title in KINDS.items():

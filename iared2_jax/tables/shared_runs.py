@@ -13,7 +13,7 @@ import ml_collections
 from iared2_jax.errors import UsageError
 from iared2_jax.tables.presets import HEAD_SEED, Preset
 from iared2_jax.tables.runs import Run
-from iared2_jax.tables.table import Results, there
+from iared2_jax.tables.table import Results, finished_by_key
 
 # A head is trained before there are interpreters.
 _OF_INTERPRETERS = ("compare.", "model.policy_token", "model.init_bias", "eval.agreement")
@@ -190,7 +190,7 @@ def seeds_there(
     curriculum: str, size: int, seeds: Sequence[int], results: Results
 ) -> dict[int, Mapping[str, Any]]:
     """The results of our runs of those seeds that are there, if any."""
-    return there(lambda seed: reducing_name(curriculum, size, seed), seeds, results)
+    return finished_by_key(lambda seed: reducing_name(curriculum, size, seed), seeds, results)
 
 
 def finished_seeds(

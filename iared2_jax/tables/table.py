@@ -38,7 +38,7 @@ def plain_row(
     return row
 
 
-def there(
+def finished_by_key(
     name: Callable[[Any], str], keys: Iterable[Any], results: Results
 ) -> dict[Any, Mapping[str, Any]]:
     """The results that are there of the runs `name(key)`, by key, e.g. by seed."""

@@ -15,7 +15,7 @@ from iared2_jax.tables.shared_runs import (
     original_run,
     seeds_there,
 )
-from iared2_jax.tables.table import Results, Row, Table, plain_row, set_beside_ours, there
+from iared2_jax.tables.table import Results, Row, Table, finished_by_key, plain_row, set_beside_ours
 from iared2_jax.training.phases import PHASES
 
 _SHARES = (70,)  # of the linear FLOPs, per cent
@@ -102,7 +102,9 @@ def _rows(sizes: Sequence[int], seeds: Sequence[int], results: Results) -> list[
         of_size: list[Row] = []
         peers: list[Mapping[int, Mapping[str, Any]]] = []
         for peer, share in itertools.product(_BLOCKS, with_ours(_SHARES, PRESETS.values())):
-            if found := there(functools.partial(_name, size, peer, share), seeds, results):
+            if found := finished_by_key(
+                functools.partial(_name, size, peer, share), seeds, results
+            ):
                 peers.append(found)
                 of_size.append(peer_row(size, _NAMES[peer], found, _BLOCKS[peer]))
         if ours := seeds_there(_OURS, size, seeds, results):

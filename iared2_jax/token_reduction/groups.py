@@ -1,8 +1,8 @@
 """The one loop over the groups, which every execution runs: score, decide, reduce, run the blocks.
 
-An `Execution` says how the tokens lie meanwhile: `InPlace` (masked and dense) leaves all of them in
-the array, `Compacted` (gathered) moves the survivors into fewer slots; the ragged engine of
-`fast_inference` is a third. Training runs the same loop up to a group, and on from it.
+An `Execution` says how the tokens lie meanwhile: `MaskedExecution` (also of the dense model) leaves
+all of them in the array, `GatheredExecution` moves the survivors into fewer slots; `fast_inference`
+has a third, ragged. Training runs the same loop up to a group, and on from it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -77,8 +77,8 @@ def run_groups(
     return state, records
 
 
-class InPlace(NamedTuple):
-    """All tokens stay in the array; dropped ones are masked keys. The reference semantics.
+class MaskedExecution(NamedTuple):
+    """Masked execution: all tokens stay in the array, dropped ones are masked keys. The reference.
 
     model: the bound module. input_scores: the selector's, if it has some. dense: nothing is
     dropped, so there is nothing to mask.
@@ -109,8 +109,10 @@ class InPlace(NamedTuple):
         return values
 
 
-class Compacted(NamedTuple):
-    """Survivors move into `capacities[group - 1]` slots at each group's entry, in image order.
+class GatheredExecution(NamedTuple):
+    """Gathered execution: entering group j, the survivors move into `capacities[j - 1]` slots.
+
+    They keep the order that they have in the image.
 
     keep_best: of too many tokens those with the highest scores; else the first ones, for a caller
     that looks at the overflow and computes such a batch again. full: every slot holds a token, so
@@ -156,31 +158,38 @@ class Compacted(NamedTuple):
 
 
 def _enter(
-    how: InPlace | Compacted, group: int, state: TokenState, alive: Bool[Array, "b k"] | None
+    execution: MaskedExecution | GatheredExecution,
+    group: int,
+    state: TokenState,
+    alive: Bool[Array, "b k"] | None,
 ) -> tuple[TokenState, list[Array]]:
-    if not how.selector.after_attention:
+    if not execution.selector.after_attention:
         return state, []
-    prefix = how.model.num_prefix
-    x, row, keys = how.model.run_first_attention(group, state.x, alive, state.sizes)
+    prefix = execution.model.num_prefix
+    x, row, keys = execution.model.run_first_attention(group, state.x, alive, state.sizes)
     row = row[..., prefix:]
     return state._replace(x=x, attention=row, keys=keys[:, prefix:]), [row]
 
 
-def _evidence(how: InPlace | Compacted, group: int, state: TokenState) -> Evidence:
-    if how.selector.after_attention:
-        return how.selector.scores_after_attention(state, how.model.num_prefix)
-    return how.selector.token_scores(group, state.x, state.attention, state.alive, how.model)
+def _evidence(
+    execution: MaskedExecution | GatheredExecution, group: int, state: TokenState
+) -> Evidence:
+    if execution.selector.after_attention:
+        return execution.selector.scores_after_attention(state, execution.model.num_prefix)
+    return execution.selector.token_scores(
+        group, state.x, state.attention, state.alive, execution.model
+    )
 
 
 def _run_blocks(
-    how: InPlace | Compacted,
+    execution: MaskedExecution | GatheredExecution,
     group: int,
     state: TokenState,
     alive: Bool[Array, "b k"] | None,
     origin: Int[Array, "b k"] | None = None,
 ) -> tuple[TokenState, list[Array]]:
-    x, rows = how.model.run_blocks(
-        group, state.x, alive, state.sizes, how.selector.after_attention, origin
+    x, rows = execution.model.run_blocks(
+        group, state.x, alive, state.sizes, execution.selector.after_attention, origin
     )
-    rows = [row[..., how.model.num_prefix :] for row in rows]
+    rows = [row[..., execution.model.num_prefix :] for row in rows]
     return state._replace(x=x, attention=rows[-1] if rows else state.attention), rows

@@ -12,7 +12,13 @@ from iared2_jax.models import taps
 from iared2_jax.models.input_spec import InputSpec
 from iared2_jax.models.token_layouts import EVERY_TOKEN, Padded, Places, TokenLayout
 from iared2_jax.token_reduction.compaction import compacted, to_grid
-from iared2_jax.token_reduction.groups import Compacted, GroupRecord, InPlace, run_groups
+from iared2_jax.token_reduction.groups import (
+    Decide,
+    GatheredExecution,
+    GroupRecord,
+    MaskedExecution,
+    run_groups,
+)
 from iared2_jax.token_reduction.interpreter import Interpreter
 from iared2_jax.token_reduction.output import Output
 from iared2_jax.token_reduction.predictor import Predictor
@@ -279,23 +285,17 @@ class IARed2(nn.Module):
         capacities = self._check_execution(execution, capacities)
         thresholds = self.per_group(thresholds)
         counts = self.keep_counts(keep_ratios, reducer)
-
-        def decide(group: int, scores: Array, state: TokenState) -> Array:
-            """The kept tokens: as given, or by the budget."""
-            given = keep[group - 1] if keep is not None else None
-            if given is not None:
-                return state.alive & jnp.take_along_axis(given, state.origin, axis=1)
-            return within_budget(group, scores, state.alive, thresholds, counts)
-
+        given = [None] * self.num_groups if keep is None else keep
+        decide = _as_given_or_within(given, thresholds, counts)
         x = self.backbone.embed(inputs)
         state = all_alive(x, self.input_spec.num_patches)
         known = selector.input_scores(inputs, x, self)
         if execution == "gathered":
             full = keep is None and capacities == self.slots(keep_ratios, selector, reducer)
-            how = Compacted(self, selector, known, reducer, capacities, full=full)
+            runner = GatheredExecution(self, selector, known, reducer, capacities, full=full)
         else:
-            how = InPlace(self, selector, known, reducer, dense=execution == "dense")
-        state, records = run_groups(how, state, range(1, self.num_groups + 1), decide)
+            runner = MaskedExecution(self, selector, known, reducer, dense=execution == "dense")
+        state, records = run_groups(runner, state, range(1, self.num_groups + 1), decide)
         survivors = None if execution == "dense" else state.alive
         logits, features, attention = self.backbone.classify(state.x, survivors)
         if execution != "dense":
@@ -323,11 +323,11 @@ class IARed2(nn.Module):
         selector, reducer = get_selector("interpreter"), get_reducer("drop")
         state = all_alive(self.backbone.embed(inputs), self.input_spec.num_patches)
         if capacities is None:
-            how = InPlace(self, selector, None, reducer)
+            runner = MaskedExecution(self, selector, None, reducer)
         else:
-            how = Compacted(self, selector, None, reducer, capacities, keep_best=False)
+            runner = GatheredExecution(self, selector, None, reducer, capacities, keep_best=False)
         decide = self._by_threshold(thresholds)
-        state, records = run_groups(how, state, range(1, group), decide)
+        state, records = run_groups(runner, state, range(1, group), decide)
         return state._replace(overflow=sum((r.overflow for r in records), state.overflow * 0))
 
     def onward(
@@ -338,7 +338,7 @@ class IARed2(nn.Module):
         thresholds: Thresholds = 0.5,
     ) -> Float[Array, "b classes"]:
         """The logits, by masked execution from the entry of `group`, whose keep mask is given."""
-        how = InPlace(self, get_selector("interpreter"), None, get_reducer("drop"))
+        runner = MaskedExecution(self, get_selector("interpreter"), None, get_reducer("drop"))
         own = self._by_threshold(thresholds)
 
         def decide(number: int, scores: Array, state: TokenState) -> Array:
@@ -346,7 +346,7 @@ class IARed2(nn.Module):
             return state.alive if number == group else own(number, scores, state)
 
         state = all_alive(x, keep.shape[1])._replace(alive=keep)
-        state, _ = run_groups(how, state, range(group, self.num_groups + 1), decide)
+        state, _ = run_groups(runner, state, range(group, self.num_groups + 1), decide)
         return self.backbone.classify(state.x, state.alive)[0]
 
     def relaxed(
@@ -502,6 +502,23 @@ class IARed2(nn.Module):
                 f"got {tuple(capacities)}"
             )
         return tuple(int(c) for c in capacities)
+
+
+def _as_given_or_within(
+    keep: Sequence[Bool[Array, "b n"] | None],
+    thresholds: Float[Array, "..."],
+    counts: tuple[int, ...] | None,
+) -> Decide:
+    """A group's decision: the mask that is given for it, else by thresholds or a fixed budget."""
+
+    def decide(group: int, scores: Array, state: TokenState) -> Array:
+        """The tokens that the group keeps, of those that are there."""
+        given = keep[group - 1]
+        if given is not None:
+            return state.alive & jnp.take_along_axis(given, state.origin, axis=1)
+        return within_budget(group, scores, state.alive, thresholds, counts)
+
+    return decide
 
 
 def nan_where_not_finite(y: Float[Array, "b k"], x: Float[Array, "b t d"]) -> Float[Array, "b k"]:
