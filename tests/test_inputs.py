@@ -145,7 +145,7 @@ def test_without_images_the_first_call_gives_the_plan(micro, scenes, caplog, tmp
 
     monkeypatch.setattr(planner, "plan_groups", plan_groups)
     run = iared2_jax.accelerate(*micro, 4, cache_dir=tmp_path)
-    assert (run.plan, run.usage) == (None, [])
+    assert (run.plan, run.compiled, run.usage) == (None, None, [])
     caplog.set_level("INFO", "iared2_jax")
     logits, _ = run(scenes[0][:6])
     inputs = np.asarray(SPEC.normalize(scenes[0][:6]))
@@ -155,6 +155,7 @@ def test_without_images_the_first_call_gives_the_plan(micro, scenes, caplog, tmp
     assert "planned from the first call's 6 images in" in caplog.text
     run(scenes[0])
     assert len(made) == 1  # once
+    assert run.compiled is not None
     # The next process finds the plan, and where it comes from.
     again = iared2_jax.accelerate(*micro, 4, cache_dir=tmp_path)
     assert again.plan == run.plan

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from iared2_jax.attribution import segmentation
 from iared2_jax.attribution.maps import to_heatmaps
 from iared2_jax.errors import Interrupted, UsageError
 from iared2_jax.evaluation.map_sources import MapSource, Variables, map_sources
-from iared2_jax.evaluation.perturbation import Curves, ends_of, perturb, summarise_curves
+from iared2_jax.evaluation.perturbation import Curves, Ends, ends_of, perturb, summarise_curves
 from iared2_jax.evaluation.sanity import fit_random_labels, rank_correlation
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.create import init_variables
@@ -92,15 +92,11 @@ def compare_maps(
     left_out: dict[str, str] = {}
     results: dict[str, Any] = {"left_out": left_out}
     seen = 0
-    for batch in eval_batches(arrays, min(batch_size, len(pixels))):
+    for loaded in eval_batches(arrays, min(batch_size, len(pixels))):
         if stop is not None and stop.requested:
             raise Interrupted("the evaluation was stopped by a signal: nothing was written")
-        there, truth = batch["counted"], batch.get("labels")
-        inputs = module.input_spec.normalize(jnp.asarray(batch["pixels"]))
-        ends = ends_of(module, variables["original"], inputs, replacement)
-        # Given as a target, so that the same compiled program does for another class.
-        classes = jnp.asarray(truth if explained == "label" else ends.whole.argmax(axis=-1), int)
-        values, refused = _computed(sources, variables, inputs, classes)
+        batch = _prepared(loaded, module, variables["original"], explained, replacement)
+        values, refused = _computed(sources, variables, batch.inputs, batch.classes)
         for name, reason in refused.items():
             if seen:  # had the model not this map, the first batch would have shown it
                 raise UsageError(f"the map {name!r} of a later batch: {reason}")
@@ -108,23 +104,20 @@ def compare_maps(
             left_out[name] = reason
             del sources[name], records[name]
         for name, record in records.items():
+            record.values.append(values[name][batch.counted][: max(0, keep - seen)])
             heatmaps = to_heatmaps(values[name], module.input_spec)
             _refuse_nan(name, heatmaps)
-            record.values.append(values[name][there][: max(0, keep - seen)])
             if masks is not None:
-                found = segmentation.measure(np.asarray(heatmaps)[there], batch["masks"][there])
-                record.counts.append(found)
+                record.counts.append(_segmented(heatmaps, batch))
             if perturbation:
-                curves = perturb(
-                    module, variables["original"], inputs, heatmaps, truth,
-                    explained=np.asarray(classes), replacement=replacement, ends=ends,
-                )  # fmt: skip
-                record.curves.append(_rows(curves, there))
-        seen += there.sum()
+                curves = _perturbed(heatmaps, batch, module, variables["original"], replacement)
+                record.curves.append(curves)
+        seen += batch.counted.sum()
         if sanity and "sanity" not in results:  # these compare whole maps: one batch tells
             results["sanity"] = check_sanity(
-                module, variables, inputs, classes, sources, values, there, truth
-            )
+                module, variables, batch.inputs, batch.classes, sources, values,
+                batch.counted, batch.labels,
+            )  # fmt: skip
     if masks is not None:
         results["segmentation"] = _segmentation_results(records, np.asarray(masks))
     if perturbation:
@@ -147,6 +140,38 @@ class _Record:
     curves: list[dict[str, Curves]] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Images whose maps are compared.
+
+    inputs: normalised. counted: which are no padding. labels, masks: None where there are none.
+    ends: what the original model answers to whole images, and to those without a pixel left.
+    classes: those that are explained.
+    """
+
+    inputs: Float[Array, "b ..."]
+    counted: Bool[np.ndarray, " b"]
+    labels: Int[np.ndarray, " b"] | None
+    masks: Bool[np.ndarray, "b ..."] | None
+    ends: Ends
+    classes: Int[Array, " b"]
+
+
+def _prepared(
+    loaded: Mapping[str, np.ndarray],
+    module: IARed2,
+    original: Variables,
+    explained: str,
+    replacement: str,
+) -> _Batch:
+    """The batch of what `eval_batches` gives."""
+    inputs = module.input_spec.normalize(jnp.asarray(loaded["pixels"]))
+    labels, ends = loaded.get("labels"), ends_of(module, original, inputs, replacement)
+    # Given as a target, so that the same compiled program does for another class.
+    classes = jnp.asarray(labels if explained == "label" else ends.whole.argmax(axis=-1), int)
+    return _Batch(inputs, loaded["counted"], labels, loaded.get("masks"), ends, classes)
+
+
 def _computed(
     sources: Mapping[str, MapSource],
     variables: Mapping[str, Variables],
@@ -163,8 +188,21 @@ def _computed(
     return values, refused
 
 
-def _rows(curves: Mapping[str, Curves], there: np.ndarray) -> dict[str, Curves]:
-    return {order: Curves(*(x[there] for x in part)) for order, part in curves.items()}
+def _segmented(heatmaps: Array, batch: _Batch) -> segmentation.MapCounts:
+    """How one map's foreground agrees with the masks, without the padding."""
+    counted = batch.counted
+    return segmentation.measure(np.asarray(heatmaps)[counted], batch.masks[counted])
+
+
+def _perturbed(
+    heatmaps: Array, batch: _Batch, module: IARed2, original: Variables, replacement: str
+) -> dict[str, Curves]:
+    """The curves of one map by order, without the padding."""
+    curves = perturb(
+        module, original, batch.inputs, heatmaps, batch.labels,
+        explained=np.asarray(batch.classes), replacement=replacement, ends=batch.ends,
+    )  # fmt: skip
+    return {order: Curves(*(x[batch.counted] for x in part)) for order, part in curves.items()}
 
 
 def _refuse_nan(name: str, heatmaps: Array) -> None:

@@ -1,7 +1,8 @@
 """`Accelerated`: a model compiled in a plan, which takes images in any number and form."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ def programs_kept(folder: Path | None) -> Iterator[None]:
         use(before)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A compiled program, and the arguments that it gets again at every call.
+
+    Attributes:
+      compiled: (variables, images, thresholds, size) -> logits, out, usage counts.
+      variables: on all devices.
+      thresholds: a row per image; None: those of `accelerate` belong to its own images.
+      size: of a full batch.
+      overflow: of every group's output, all 0.
+    """
+
+    compiled: jax.stages.Compiled
+    variables: Mapping[str, Any]
+    thresholds: jax.Array | None
+    size: jax.Array
+    overflow: tuple[jax.Array, ...]
+
+
 class Accelerated:
     """A compiled model; made by `accelerate`. Call it with images: logits, out.
 
@@ -59,7 +79,8 @@ class Accelerated:
       batch_size: images per compiled call, over all devices.
       sharding: of the images; those that have it already are not copied.
       num_prefix: tokens that are no patch, and are never dropped.
-      compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory.
+      compiled: the one program it is; see `jax.stages.Compiled`, e.g. for its memory. None as long
+        as the plan is.
     """
 
     def __init__(
@@ -77,50 +98,46 @@ class Accelerated:
         self.num_prefix = module.num_prefix
         self._shape = (self.batch_size, *self._spec.shape)
         self._plan_for = plan_for
-        self._pending: list[jax.Array] = []
+        self.forget_usage()
         mesh = jax.make_mesh(
             (len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
         )
         self.sharding, self._everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        if plan is not None:
-            self._compile(request, plan, programs, mesh)
+        self._program = None if plan is None else self._compile(request, plan, programs, mesh)
+
+    @property
+    def compiled(self) -> jax.stages.Compiled | None:
+        return None if self._program is None else self._program.compiled
 
     def _compile(
         self, request: PlanRequest, plan: Plan, programs: Path | None, mesh: jax.sharding.Mesh
-    ) -> None:
-        self._variables = jax.device_put(request.variables, self._everywhere)
-        shared = request.thresholds
-        # One each per image of the sample are of no other image.
-        self._thresholds = None if shared.ndim == 2 else self._per_image(shared)
-        self._size = jax.device_put(np.int32(self.batch_size), self._everywhere)
+    ) -> _Program:
+        """The program of the plan, and what it gets at every call put on the devices."""
+        variables = jax.device_put(request.variables, self._everywhere)
+        size = jax.device_put(np.int32(self.batch_size), self._everywhere)
         nothing = jax.device_put(np.zeros(self.batch_size, np.int32), self.sharding)
-        self._overflow = (nothing,) * self._num_groups
-        self._used = np.zeros(sum(len(group.shapes) for group in plan.groups), np.int64)
-        execute = run_ragged if plan.groups else run_whole
-
-        def forward(variables, images, thresholds, size):
-            """One device's share: it counts its own rows, and takes its own turns."""
-            first = jax.lax.axis_index("data") * images.shape[0]
-            real = jnp.clip(size - first, 0, images.shape[0])
-            logits, out, used = execute(request.forward, plan, variables, images, thresholds, real)
-            used = jnp.concatenate([jnp.zeros(0, jnp.int32), *used])
-            # Every array that a program returns costs a call 4 us.
-            return logits, out.replace(overflow=()), used[None]
-
-        sharded = jax.shard_map(
-            forward,
-            mesh=mesh,
-            in_specs=(P(), P("data"), P("data"), P()),
-            out_specs=P("data"),
-            check_vma=False,  # the loops start from constants, which vary over no axis
-        )
+        shared = request.thresholds
         images, thresholds = (
             jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.sharding)
             for shape in (self._shape, (self.batch_size, self._num_groups))
         )
-        lowered = jax.jit(sharded).lower(self._variables, images, thresholds, self._size)
+        forward = _sharded_forward(request, plan, mesh)
+        lowered = jax.jit(forward).lower(variables, images, thresholds, size)
         with programs_kept(programs):
-            self.compiled = lowered.compile()
+            compiled = lowered.compile()
+        return _Program(
+            compiled=compiled,
+            variables=variables,
+            # One each per image of the sample are of no other image.
+            thresholds=None if shared.ndim == 2 else self._per_image(shared),
+            size=size,
+            overflow=(nothing,) * self._num_groups,
+        )
+
+    def _go_on_as(self, planned: "Accelerated") -> None:
+        """Takes over another's plan and program: whoever holds this object calls them from now."""
+        self.plan, self._program, self._plan_for = planned.plan, planned._program, None
+        self.forget_usage()
 
     def _checked(self, thresholds: Thresholds, count: int) -> np.ndarray:
         """Thresholds of a call: one per group [D], or one each per image [count, D]."""
@@ -161,9 +178,9 @@ class Accelerated:
                     "module.apply within the function that you compile"
                 )
             images = as_inputs(images, self._spec)
-        if self.plan is None:  # whoever holds this object goes on with the planned one
-            self.__dict__.update(self._plan_for(np.asarray(images, np.float32)).__dict__)
-        if thresholds is None and self._thresholds is None:
+        if self._program is None:
+            self._go_on_as(self._plan_for(np.asarray(images, np.float32)))
+        if thresholds is None and self._program.thresholds is None:
             raise UsageError(
                 "accelerate had thresholds of each of its own images: give those of these images, "
                 "run(images, thresholds)"
@@ -191,7 +208,8 @@ class Accelerated:
     def _one_batch(
         self, images: Array, thresholds: Array | None
     ) -> tuple[Float[Array, "b classes"], Output]:
-        size, given, real = images.shape[0], self._thresholds, self._size
+        program, size = self._program, images.shape[0]
+        given, real = program.thresholds, program.size
         if thresholds is not None:
             ready = isinstance(thresholds, jax.Array)
             given = thresholds if ready else self._per_image(thresholds)
@@ -204,8 +222,8 @@ class Accelerated:
             if images.dtype != np.float32:
                 images = np.asarray(images, np.float32)
             images = jax.device_put(images, self.sharding)
-        logits, out, used = self.compiled(self._variables, images, given, real)
-        out = out.replace(overflow=self._overflow)
+        logits, out, used = program.compiled(program.variables, images, given, real)
+        out = out.replace(overflow=program.overflow)
         self._count(used)
         if size < self.batch_size:
             logits, out = jax.tree.map(lambda x: np.asarray(x)[:size], (logits, out))
@@ -233,7 +251,9 @@ class Accelerated:
 
     def forget_usage(self) -> None:
         """Starts `usage` anew."""
-        self._pending, self._used = [], np.zeros_like(self._used)
+        groups = () if self.plan is None else self.plan.groups
+        self._pending: list[jax.Array] = []
+        self._used = np.zeros(sum(len(group.shapes) for group in groups), np.int64)
 
     @property
     def usage(self) -> list[dict[str, Any]]:
@@ -260,6 +280,30 @@ class Accelerated:
                 }
             )
         return report
+
+
+def _sharded_forward(
+    request: PlanRequest, plan: Plan, mesh: jax.sharding.Mesh
+) -> Callable[..., tuple[Array, Output, Array]]:
+    """(variables, images, thresholds, size) -> logits, out and usage counts, over the devices."""
+    execute = run_ragged if plan.groups else run_whole
+
+    def forward(variables, images, thresholds, size):
+        """One device's share: it counts its own rows, and takes its own turns."""
+        first = jax.lax.axis_index("data") * images.shape[0]
+        real = jnp.clip(size - first, 0, images.shape[0])
+        logits, out, used = execute(request.forward, plan, variables, images, thresholds, real)
+        used = jnp.concatenate([jnp.zeros(0, jnp.int32), *used])
+        # Every array that a program returns costs a call 4 us.
+        return logits, out.replace(overflow=()), used[None]
+
+    return jax.shard_map(
+        forward,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data"), P()),
+        out_specs=P("data"),
+        check_vma=False,  # the loops start from constants, which vary over no axis
+    )
 
 
 def per_group(thresholds: Thresholds, num_groups: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from iared2_jax.fast_inference.forward import BoundModel, ForwardSpec
-from iared2_jax.fast_inference.group import State, evidence_in_place, run_group
+from iared2_jax.fast_inference.group import Buffer, evidence_in_place, run_group
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.token_reduction.groups import run_groups
 from iared2_jax.token_reduction.model import nan_where_not_finite, output_of
@@ -27,11 +27,12 @@ from iared2_jax.typing import Array
 class RaggedState(NamedTuple):
     """The tokens between two groups of ragged execution.
 
-    buffer: see `State`. alive [b, n]: on the grid. places [b, n]: where each grid token lies in the
-    buffer, behind the prefix. overflow [b]: always 0.
+    buffer: see `group.Buffer`. alive [b, n]: on the grid. places [b, n]: where each grid token lies
+    in the buffer, behind the prefix. overflow [b]: always 0, as some shape holds any sub-batch; it
+    is there for the loop shared with masked and gathered execution, which records it.
     """
 
-    buffer: State
+    buffer: Buffer
     alive: Bool[Array, "b n"]
     places: Int[Array, "b n"]
     overflow: Int[Array, " b"]

@@ -1,7 +1,7 @@
 """One group of ragged execution: sub-batches of like images, each in a shape that holds it."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from iared2_jax.typing import Array
 
 # What groups hand to each other, by place in the buffer: "tokens" [b, P+N, d], and what the next
 # group decides by ("scores", "interpreter_logits").
-State = dict[str, Array]
+Buffer = dict[str, Array]
 
 # (forward, variables, group, tokens, layout) -> tokens and each block's CLS attention.
 BlocksFn = Callable[..., tuple[Array, list[Array]]]
@@ -30,7 +30,7 @@ def evidence_in_place(
     x: Float[Array, "s c d"],
     attention: Float[Array, "s h n"] | None = None,
     alive: Bool[Array, "s n"] | None = None,
-) -> State:
+) -> Buffer:
     """What `group` decides by, from the tokens that enter it: a part of the buffer."""
     model = BoundModel(forward.module, variables)
     evidence = forward.selector.token_scores(group, x, attention, alive, model)
@@ -42,7 +42,7 @@ def evidence_in_place(
 class _Turns(NamedTuple):
     """Which images a group takes together, and in which shape.
 
-    order [chunks, rows]: the images of each sub-batch; b or more where there is none.
+    order [chunks, rows]: the images of each sub-batch; b or more of a ghost, which fills it up.
     lengths [chunks, rows]: their tokens, prefix included.
     shape_of [chunks]: the first shape that holds each; ascending.
     starts, stops [shapes]: the sub-batches of each shape, which are neighbours.
@@ -58,20 +58,26 @@ class _Turns(NamedTuple):
 
 
 def _take_turns(plan: GroupPlan, lengths: Int[Array, " b"], equal_counts: bool) -> _Turns:
+    """The sub-batches of a group: images sorted by count, each with the shape that holds it.
+
+    equal_counts: all images have as many tokens, so there is nothing to sort.
+    """
     b, rows = lengths.shape[0], plan.rows
     chunks = -(-b // rows)
     order = jnp.arange(b)
     as_they_come = chunks == 1 and plan.blocks == 1
     if not (as_they_come or equal_counts):
         order = jnp.argsort(lengths, stable=True)
-    # Images that fill up the first sub-batch have indices from b on: never written.
+    # Ghosts go first, as the shortest. An index >= b has no row in the buffer: never written.
     order = jnp.concatenate([b + jnp.arange(chunks * rows - b), order]).reshape(chunks, rows)
     lengths = jnp.where(order < b, lengths[jnp.minimum(order, b - 1)], 0)
 
     in_blocks = rearrange(lengths, "c (k r) -> c k r", k=plan.blocks)
     needed = jnp.concatenate([in_blocks.sum((1, 2))[:, None], in_blocks.max(-1)], axis=1)
-    if plan.kind == "padded":
+    if plan.kind == "padded":  # rows of the length needed have all the places there can be
         needed = needed.at[:, 0].set(0)
+    # Shapes ascend in every entry (`Plan.check`), so those too small come first, and their number
+    # is the index of the first shape that holds the sub-batch.
     # All needs grow along the sorted sub-batches, so those of one shape are neighbours.
     shape_of = (jnp.asarray(plan.shapes)[None] < needed[:, None]).any(-1).sum(-1)
     shapes = jnp.arange(len(plan.shapes))
@@ -107,70 +113,99 @@ def run_group(
     plan: GroupPlan,
     variables: Mapping[str, Any],
     group: int,
-    state: State,
+    buffer: Buffer,
     keep: Bool[Array, "b n"],
     places: Int[Array, "b n"],
     switch: bool = False,
     run_blocks: BlocksFn = all_blocks,
-) -> tuple[State, Int[Array, "b n"], Int[Array, " shapes"]]:
+) -> tuple[Buffer, Int[Array, "b n"], Int[Array, " shapes"]]:
     """One group over all its sub-batches.
 
     Args:
-      state: "tokens" [b, P+N, d] and whatever else the next group needs, by place.
+      buffer: "tokens" [b, P+N, d] and whatever else the next group needs, by place.
       keep: which grid tokens go on.
       places: where in its row of the buffer each of them is, after the prefix.
       switch: see `Plan`.
       run_blocks: `all_blocks`, or what takes their time.
 
     Returns:
-      The state, the first places of its rows overwritten; where each of the kept tokens is now;
+      The buffer, the first places of its rows overwritten; where each of the kept tokens is now;
       and how many sub-batches ran in each shape.
     """
-    b, prefix = keep.shape[0], forward.module.backbone.num_prefix
+    prefix = forward.module.backbone.num_prefix
     turns = _take_turns(plan, keep.sum(axis=1) + prefix, forward.equal_counts)
-    # Where the first, second, .. token that goes on is now; anywhere, where there is none.
-    ordered, new_places = kept_first(keep)
-    source = jnp.take_along_axis(places, ordered, axis=1) + prefix
-    source = jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), (b, prefix)), source], axis=1)
+    sources, new_places = _moves(keep, places, prefix)
 
-    def turn(shape: tuple[int, ...], chunk, state: State) -> State:
-        """The sub-batch number `chunk`, in a shape that holds it."""
-        taken = None if turns.as_they_come else turns.order[chunk]
-
-        def rows_of(values):
-            return values if taken is None else values[jnp.minimum(taken, b - 1)]
-
-        def put(buffer, values):  # the first places of these images; nobody reads the others
-            values = values.astype(buffer.dtype)
-            if taken is None:
-                return jax.lax.dynamic_update_slice(buffer, values, (0,) * buffer.ndim)
-            # No image is taken twice. Told so, a GPU writes without atomic operations.
-            places = buffer.at[taken, : values.shape[1]]
-            return places.set(values, mode="drop", unique_indices=True)
-
-        sources = rows_of(source)[:, : max(shape[1:])]
-        x, layout = _enter(rows_of(state["tokens"]), sources, turns.lengths[chunk], plan, shape)
+    def turn(shape: tuple[int, ...], chunk: int | Int[Array, ""], buffer: Buffer) -> Buffer:
+        """The buffer after the sub-batch number `chunk` has run in `shape`, which holds it."""
+        images = None if turns.as_they_come else turns.order[chunk]
+        source = _take_rows(sources, images)[:, : max(shape[1:])]
+        tokens = _take_rows(buffer["tokens"], images)
+        x, layout = _enter(tokens, source, turns.lengths[chunk], plan, shape)
         if forward.equal_counts:
             layout = EVERY_TOKEN  # no padding, so no masks
         x, attention = run_blocks(forward, variables, group, x, layout)
-        new = _new_state(forward, variables, group, x, layout, attention, state.keys())
-        return {name: put(state[name], new[name]) if name in new else state[name] for name in state}
+        new = _new_rows(forward, variables, group, x, layout, attention, buffer.keys())
+        return {
+            name: _write_rows(values, new[name], images) if name in new else values
+            for name, values in buffer.items()
+        }
 
     used = turns.stops - turns.starts
+    turn_in = [functools.partial(turn, shape) for shape in plan.shapes]
+    return _run_turns(turns, turn_in, buffer, switch), new_places, used
+
+
+def _moves(
+    keep: Bool[Array, "b n"], places: Int[Array, "b n"], prefix: int
+) -> tuple[Int[Array, "b t"], Int[Array, "b n"]]:
+    """Where in its row each token that goes on lies now, prefix first; and its place afterwards.
+
+    Behind the last that goes on, the first array may point anywhere.
+    """
+    ordered, new_places = kept_first(keep)
+    sources = jnp.take_along_axis(places, ordered, axis=1) + prefix
+    of_prefix = jnp.broadcast_to(jnp.arange(prefix), (keep.shape[0], prefix))
+    return jnp.concatenate([of_prefix, sources], axis=1), new_places
+
+
+def _take_rows(values: Array, images: Int[Array, " s"] | None) -> Array:
+    """The rows of a sub-batch's images, all of them if `images` is None; of a ghost, the last."""
+    return values if images is None else values[jnp.minimum(images, values.shape[0] - 1)]
+
+
+def _write_rows(values: Array, new: Array, images: Int[Array, " s"] | None) -> Array:
+    """Values with the first places of these images' rows overwritten; nobody reads the others."""
+    new = new.astype(values.dtype)
+    if images is None:
+        return jax.lax.dynamic_update_slice(values, new, (0,) * values.ndim)
+    # No image is taken twice. Told so, a GPU writes without atomic operations.
+    places = values.at[images, : new.shape[1]]
+    return places.set(new, mode="drop", unique_indices=True)
+
+
+def _run_turns(
+    turns: _Turns,
+    turn_in: Sequence[Callable[[int | Array, Buffer], Buffer]],
+    buffer: Buffer,
+    switch: bool,
+) -> Buffer:
+    """The buffer after every sub-batch has had its turn, in its shape.
+
+    turn_in: (chunk, buffer) -> buffer, for each shape.
+    """
     chunks = turns.order.shape[0]
-    bodies = [functools.partial(turn, shape) for shape in plan.shapes]
-    if len(bodies) == chunks == 1:
-        state = bodies[0](0, state)
-    elif switch and chunks == 1:
-        branches = [functools.partial(body, 0) for body in bodies]
-        state = jax.lax.switch(turns.shape_of[0], branches, state)
-    else:
-        for start, stop, body in zip(turns.starts, turns.stops, bodies, strict=True):
-            state = jax.lax.fori_loop(start, stop, body, state)
-    return state, new_places, used
+    if len(turn_in) == chunks == 1:
+        return turn_in[0](0, buffer)
+    if switch and chunks == 1:
+        branches = [functools.partial(turn, 0) for turn in turn_in]
+        return jax.lax.switch(turns.shape_of[0], branches, buffer)
+    for start, stop, turn in zip(turns.starts, turns.stops, turn_in, strict=True):
+        buffer = jax.lax.fori_loop(start, stop, turn, buffer)
+    return buffer
 
 
-def _new_state(
+def _new_rows(
     forward: ForwardSpec,
     variables: Mapping[str, Any],
     group: int,
@@ -178,8 +213,8 @@ def _new_state(
     layout: TokenLayout,
     attention: list[Array],
     wanted: Collection[str],
-) -> State:
-    """The sub-batch's tokens, and what the next group decides by."""
+) -> Buffer:
+    """The sub-batch's tokens, and what the next group decides by: its rows of the buffer."""
     x, prefix = layout.spread(x), forward.module.num_prefix
     new, rows = {"tokens": x}, [row[..., prefix:] for row in attention]
     if group < forward.module.num_groups and "scores" in wanted:

@@ -12,10 +12,16 @@ import numpy as np
 
 from iared2_jax.errors import UsageError
 from iared2_jax.fast_inference.forward import ForwardSpec
-from iared2_jax.fast_inference.group import evidence_in_place, first_block_repeated, run_group
+from iared2_jax.fast_inference.group import (
+    Buffer,
+    evidence_in_place,
+    first_block_repeated,
+    run_group,
+)
 from iared2_jax.fast_inference.plan import KINDS, GroupPlan, Plan, choose_shapes, needs
 from iared2_jax.fast_inference.plan_request import PlanRequest
 from iared2_jax.fast_inference.sub_batches import sub_batch_sizes
+from iared2_jax.models.backbones.protocol import Backbone
 from iared2_jax.timing import Timing, interleaved
 from iared2_jax.token_reduction.compaction import kept_first
 from iared2_jax.token_reduction.model import IARed2
@@ -185,7 +191,7 @@ def _thinned(
 ) -> GroupPlan:
     """The same layout in fewer shapes, if what they waste costs less than turns that none takes."""
     lengths = _lengths(request, keep, group)
-    cost = functools.partial(_cost, lengths=lengths, vit=request.module.backbone)
+    cost = functools.partial(_cost, lengths=lengths, backbone=request.module.backbone)
 
     def expected(fewer: GroupPlan) -> float:
         return seconds * cost(fewer) / cost(plan) + _IDLE_TURN * len(fewer.shapes)
@@ -258,37 +264,66 @@ def _time_group(
     Without `rounds`, as many as fit into a little time.
     """
     forward = request.forward.with_kernel(kernel)
-    vit, b, n = forward.module.backbone, request.batch_size, request.num_patches
     drawn = keep[_draw(request, keep, 1, seed=1)[0]]
-    alive = drawn[:, group - 2] if group > 1 else np.ones_like(drawn[:, 0])
-    keep_places = jnp.asarray(drawn[:, group - 1]), kept_first(jnp.asarray(alive))[1]
-    # The values do not change the time, so they need not be any image's.
-    shape = (b, vit.num_prefix + n, vit.embed_dim)
-    tokens = jax.random.normal(jax.random.key(0), shape).astype(vit.dtype)
-    state = {"tokens": tokens}
-    if not forward.selector.scores_inputs:  # the next group's evidence is part of this one's work
-        shapes = jax.eval_shape(
-            lambda v, x: evidence_in_place(forward, v, 1, x), request.variables, tokens
-        )
-        state |= jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    entering = drawn[:, group - 2] if group > 1 else np.ones_like(drawn[:, 0])
+    kept = jnp.asarray(drawn[:, group - 1])
+    # In the buffer lies first what the group before kept, then what it dropped.
+    places = kept_first(jnp.asarray(entering))[1]
+    buffer = _synthetic_buffer(request, forward)
 
     def timed(plan):
         """One call of the group in this plan."""
 
-        def run(variables, state, keep, places):
-            ask = forward, plan, variables, group, state, keep, places, _switch(request)
-            return run_group(*ask, run_blocks=first_block_repeated)[0]
+        def run(variables, buffer, keep, places):
+            return run_group(
+                forward=forward,
+                plan=plan,
+                variables=variables,
+                group=group,
+                buffer=buffer,
+                keep=keep,
+                places=places,
+                switch=_switch(request),
+                run_blocks=first_block_repeated,
+            )[0]
 
-        return functools.partial(jax.jit(run), request.variables, state, *keep_places)
+        return functools.partial(jax.jit(run), request.variables, buffer, kept, places)
 
-    lengths = drawn[:, group - 1].sum(-1) + vit.num_prefix
+    lengths = drawn[:, group - 1].sum(-1) + request.module.backbone.num_prefix
     calls = {plan: timed(_only_used(plan, lengths)) for plan in plans}
     timings = interleaved(calls, rounds) if rounds else timed_together(calls)
+    medians = {plan: timing.median for plan, timing in timings.items()}
+    return _rescaled_to_sample(request, keep, group, medians, lengths)
+
+
+def _synthetic_buffer(request: PlanRequest, forward: ForwardSpec) -> Buffer:
+    """A group's input in its shapes: random tokens, and zeros for what it decides by."""
+    # The values do not change the time, so they need not be any image's.
+    backbone = forward.module.backbone
+    shape = request.batch_size, backbone.num_prefix + request.num_patches, backbone.embed_dim
+    tokens = jax.random.normal(jax.random.key(0), shape).astype(backbone.dtype)
+    buffer = {"tokens": tokens}
+    if not forward.selector.scores_inputs:  # the next group's evidence is part of this one's work
+        shapes = jax.eval_shape(
+            lambda v, x: evidence_in_place(forward, v, 1, x), request.variables, tokens
+        )
+        buffer |= jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return buffer
+
+
+def _rescaled_to_sample(
+    request: PlanRequest,
+    keep: np.ndarray,
+    group: int,
+    seconds: Mapping[GroupPlan, float],
+    lengths: np.ndarray,
+) -> dict[GroupPlan, float]:
+    """Seconds per batch of the sample in the mean, from those of one batch with these lengths."""
     # One batch was timed. It may suit a plan's shapes by luck: go by what batches cost in the mean.
-    batches = _lengths(request, keep, group)
+    batches, backbone = _lengths(request, keep, group), request.module.backbone
     return {
-        plan: timing.median * _cost(plan, batches, vit) / _cost(plan, lengths[None], vit)
-        for plan, timing in timings.items()
+        plan: timed * _cost(plan, batches, backbone) / _cost(plan, lengths[None], backbone)
+        for plan, timed in seconds.items()
     }
 
 
@@ -297,12 +332,12 @@ def timed_together(calls: Mapping[Any, Callable[[], object]]) -> dict[Any, Timin
     return interleaved(calls, _ROUNDS, SECONDS, primed=QUICK)
 
 
-def _cost(plan: GroupPlan, lengths: np.ndarray, vit: Any) -> float:
+def _cost(plan: GroupPlan, lengths: np.ndarray, backbone: Backbone) -> float:
     """Mean multiply-adds of a block over batches of images with these lengths [n, b]."""
     shapes = np.array(plan.shapes, float)[_used(plan, lengths)]
     per_block = plan.rows // plan.blocks
-    linear = vit.block_flops(shapes[..., 0]).linear
-    attention = vit.block_flops(shapes[..., 1:]).attention + np.zeros_like(shapes[..., 1:])
+    linear = backbone.block_flops(shapes[..., 0]).linear
+    attention = backbone.block_flops(shapes[..., 1:]).attention + np.zeros_like(shapes[..., 1:])
     attention = per_block * attention.sum(-1)
     return float((linear + attention).sum(-1).mean())
 

@@ -57,36 +57,35 @@ def count_flops(
       (4.24, 4.6)
     """
     if isinstance(model, IARed2):
-        vit, own_groups = model.backbone, model.group_sizes
-        kind = model.interpreter_kind
+        backbone, own_groups, kind = model.backbone, model.group_sizes, model.interpreter_kind
     else:
-        kind = "attention"
-        vit, own_groups = (get_variant(model).backbone if isinstance(model, str) else model), None
-    n = vit.input_spec.num_patches
+        backbone = get_variant(model).backbone if isinstance(model, str) else model
+        own_groups, kind = None, "attention"
+    n = backbone.input_spec.num_patches
     if interpreters is None:
         interpreters = kept is not None
     if kept is None:
         kept = (n,) * len(group_sizes or own_groups or (1,))
-    sizes = split_into_groups(vit.depth, group_sizes or own_groups or len(kept))
+    sizes = split_into_groups(backbone.depth, group_sizes or own_groups or len(kept))
     if len(sizes) != len(kept):
         raise ValueError(f"kept has {len(kept)} entries, but there are {len(sizes)} groups")
     kept = [np.asarray(count, np.float64) for count in kept]
     if any((count < 0).any() or (count > n).any() for count in kept):
         raise ValueError(f"kept must be in 0..{n} patch tokens, in every group")
 
-    chooses, entering = get_selector(selector), (np.float64(n), *kept[:-1])
-    if isinstance(chooses, ByInterpreter):
-        chooses = ByInterpreter(kind)
-    linear, full = vit.other_flops(kept[-1])
+    selector, entering = get_selector(selector), (np.float64(n), *kept[:-1])
+    if isinstance(selector, ByInterpreter):
+        selector = ByInterpreter(kind)
+    linear, full = backbone.other_flops(kept[-1])
     for blocks, count, before in zip(sizes, kept, entering, strict=True):
-        block = vit.block_flops(count + vit.num_prefix)
+        block = backbone.block_flops(count + backbone.num_prefix)
         linear = linear + blocks * block.linear
         full = full + blocks * block.full
-        if chooses.after_attention:
-            first = vit.block_flops(before + vit.num_prefix)
+        if selector.after_attention:
+            first = backbone.block_flops(before + backbone.num_prefix)
             more = first.projections - block.projections
             linear, full = linear + more, full + more + first.attention - block.attention
     if interpreters:
-        choice = chooses.flops(vit, entering)
-        linear, full = linear + choice[0], full + choice[1]
+        linear_cost, full_cost = selector.flops(backbone, entering)
+        linear, full = linear + linear_cost, full + full_cost
     return Flops(*(float(x) if np.ndim(x) == 0 else x for x in (linear, full)))

@@ -42,6 +42,8 @@ class Merge(Reducer):
         merged = (stays * patches).at[rows, match.partner].add(moved * patches)
 
         old, others = list_order(state), keep & ~targets
+        # Without `order`, before the first merge or just compacted, the list runs as the places do,
+        # and a cumsum ranks it. After a merge in place it does not: all pairs are compared.
         rank = _rank_in_place if state.order is None else functools.partial(_rank, old)
         behind = others.sum(axis=1, keepdims=True) + rank(targets)
         order = jnp.where(targets, behind, rank(others))
