@@ -38,7 +38,7 @@ from iared2_jax.experiment.build import build_model, build_phases, dataset_of
 from iared2_jax.report.tables import as_text
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction import estimators, policy
-from iared2_jax.token_reduction.estimators import ESTIMATORS
+from iared2_jax.token_reduction.estimators import ESTIMATORS, ControlVariate
 from iared2_jax.training.loop import train_phases
 from iared2_jax.training.optimizers import merge, split_trainable
 from iared2_jax.training.phases import PhaseContext
@@ -100,8 +100,10 @@ def toy(draws: int, tau: float = 4.0) -> dict[str, dict[str, float]]:
             rewards, savings = toy_reward(run, tau)
 
             def objective(z):
-                exact = (savings, estimators.expected_saving(z, alive)) if exact_saving else None
-                return estimator.objective(z, masks, alive, rewards, exact).sum()
+                control = None
+                if exact_saving:
+                    control = ControlVariate(savings, estimators.expected_saving(z, alive))
+                return estimator.objective(z, masks, alive, rewards, control).sum()
 
             return jax.grad(objective)(head_logits)
 

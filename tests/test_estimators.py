@@ -11,7 +11,7 @@ import pytest
 
 from iared2_jax.errors import UsageError
 from iared2_jax.token_reduction import estimators, policy
-from iared2_jax.token_reduction.estimators import ESTIMATORS
+from iared2_jax.token_reduction.estimators import ESTIMATORS, ControlVariate
 
 TOKENS, ALIVE = 4, 3  # the last token is dead: it counts for nothing
 ACTIONS = np.array([(*u, False) for u in itertools.product([False, True], repeat=ALIVE)])
@@ -84,10 +84,10 @@ def gradients(name, head_logits, masks, exact_saving=False, reduction="sum"):
 
     def one(mask, reward, saving):
         def objective(z):
-            exact = None
+            control = None
             if exact_saving:
-                exact = saving[None], estimators.expected_saving(z, alive)
-            value = estimator.objective(z, mask[None], alive, reward[None], exact)
+                control = ControlVariate(saving[None], estimators.expected_saving(z, alive))
+            value = estimator.objective(z, mask[None], alive, reward[None], control)
             return policy.reduced(value, alive, reduction).sum()
 
         return jax.grad(objective)(head_logits)

@@ -29,9 +29,9 @@ def test_reward_by_hand():
     keep = jnp.array([[True, True, False, False], [True] * 4, [False] * 4, [True] * 4])
     correct = jnp.array([True, True, True, False])
     np.testing.assert_allclose(policy.reward(keep, correct, tau=3.0), [0.75, 0.0, 1.0, -3.0])
-    alive = jnp.array([[True, True, True, False], [True] * 4, [False] * 4, [True] * 4])
+    handed = jnp.array([[True, True, True, False], [True] * 4, [False] * 4, [True] * 4])
     np.testing.assert_allclose(
-        policy.reward(keep, correct, 3.0, alive), [1 - (2 / 3) ** 2, 0.0, 1.0, -3.0], rtol=1e-6
+        policy.reward(keep, correct, 3.0, handed), [1 - (2 / 3) ** 2, 0.0, 1.0, -3.0], rtol=1e-6
     )
 
 

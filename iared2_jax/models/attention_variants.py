@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.models.attention import attend
@@ -20,6 +20,7 @@ from iared2_jax.models.parameters import LINEAR
 from iared2_jax.typing import Array
 
 Heads = Float[Array, "s h c e"]
+Windows = Float[Array, "s h u w e"]  # u windows, or clusters, of w places each
 
 
 class Linformer(nn.Module):
@@ -77,15 +78,14 @@ class Sinkhorn(nn.Module):
     ) -> Heads:
         whole = attend(q[:, :, :prefix], k, v, valid)[0]
         there = valid[:, prefix:].astype(jnp.float32)[:, None, :, None]
-        windows = [
+        own_q, own_k, own_v = (
             rearrange(
                 x[:, :, prefix:] * there.astype(x.dtype), "s h (u w) e -> s h u w e", w=self.size
             )
             for x in (q, k, v)
-        ]
+        )
         alive = rearrange(there, "s 1 (u w) 1 -> s 1 u w", w=self.size)
-        mixing = self.mixing(windows[0], windows[1], alive)
-        own_q, own_k, own_v = windows
+        mixing = self.mixing(own_q, own_k, alive)
         mixed_k, mixed_v = (
             jnp.einsum("shuv,shvwe->shuwe", mixing.astype(x.dtype), x) for x in (own_k, own_v)
         )
@@ -93,33 +93,19 @@ class Sinkhorn(nn.Module):
         # Keys mixed of dropped ones are shorter than what they stand for: as long as the mean.
         scale = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1e-9), 0.0)[..., None]
         mixed_k, mixed_v = (x * scale.astype(x.dtype) for x in (mixed_k, mixed_v))
-
-        def with_prefix(x: Array, mixed: Array, own: Array) -> Array:
-            shared = jnp.broadcast_to(
-                x[:, :, None, :prefix], (*own.shape[:3], prefix, own.shape[-1])
-            )
-            return jnp.concatenate([shared, mixed, shared, own], axis=3)
-
-        heads, count = own_q.shape[1], own_q.shape[2]
         ones = jnp.ones((*counts.shape[:3], prefix))
         own_alive = jnp.broadcast_to(alive, counts.shape)
         sizes = jnp.concatenate([ones, counts, ones, own_alive], axis=3)
-        rows = lambda x: rearrange(x, "s h u c e -> (s h u) 1 c e")  # noqa: E731
-        y, _ = attend(
-            rows(own_q),
-            rows(with_prefix(k, mixed_k, own_k)),
-            rows(with_prefix(v, mixed_v, own_v)),
-            None,
-            sizes=rearrange(sizes, "s h u c -> (s h u) c"),
+        y = _attend_in_windows(
+            own_q,
+            _with_prefix(k, prefix, mixed_k, own_k),
+            _with_prefix(v, prefix, mixed_v, own_v),
+            sizes=sizes,
         )
-        y = rearrange(y, "(s h u) 1 w e -> s h (u w) e", h=heads, u=count)
-        return jnp.concatenate([whole, y], axis=2)
+        return jnp.concatenate([whole, rearrange(y, "s h u w e -> s h (u w) e")], axis=2)
 
     def mixing(
-        self,
-        q: Float[Array, "s h u w e"],
-        k: Float[Array, "s h u w e"],
-        alive: Float[Array, "s 1 u w"],
+        self, q: Windows, k: Windows, alive: Float[Array, "s 1 u w"]
     ) -> Float[Array, "s h u u"]:
         """The doubly stochastic matrix; a window of which nothing is left is mixed into none."""
         count = jnp.maximum(alive.sum(-1), 1.0)[..., None]
@@ -157,38 +143,24 @@ class Routing(nn.Module):
     ) -> Heads:
         whole = attend(q[:, :, :prefix], k, v, valid)[0]
         alive = valid[:, None, prefix:]
-        patches = [x[:, :, prefix:] for x in (q, k, v)]
-        near_q, near_k = self.nearest(patches[0], patches[1], alive)
-        heads, count = near_q.shape[1], near_q.shape[2]
-
-        def taken(x: Array, which: Array) -> Array:
-            return jnp.take_along_axis(x[:, :, None], which[..., None], axis=3)
-
-        def with_prefix(x: Array, own: Array) -> Array:
-            shared = jnp.broadcast_to(
-                x[:, :, None, :prefix], (*own.shape[:3], prefix, own.shape[-1])
-            )
-            return jnp.concatenate([shared, own], axis=3)
-
+        patch_q, patch_k, patch_v = (x[:, :, prefix:] for x in (q, k, v))
+        near_q, near_k = self.nearest(patch_q, patch_k, alive)
         is_key = jnp.take_along_axis(alive[:, :, None], near_k, axis=3)
+        # CLS and its like are keys of every cluster.
         is_key = jnp.pad(is_key, [(0, 0)] * 3 + [(prefix, 0)], constant_values=True)
-        rows = lambda x: rearrange(x, "s h u c e -> (s h u) 1 c e")  # noqa: E731
-        y, _ = attend(
-            rows(taken(patches[0], near_q)),
-            rows(with_prefix(k, taken(patches[1], near_k))),
-            rows(with_prefix(v, taken(patches[2], near_k))),
-            rearrange(is_key, "s h u c -> (s h u) c"),
+        y = _attend_in_windows(
+            _taken(patch_q, near_q),
+            _with_prefix(k, prefix, _taken(patch_k, near_k)),
+            _with_prefix(v, prefix, _taken(patch_v, near_k)),
+            is_key,
         )
-        y = rearrange(y, "(s h u) 1 w e -> s h (u w) e", h=heads, u=count)
-        where = rearrange(near_q, "s h u w -> s h (u w)")
-        add = jax.vmap(jax.vmap(lambda to, at, what: to.at[at].add(what)))
-        total = add(jnp.zeros_like(patches[0]), where, y)
-        times = add(jnp.zeros(patches[0].shape[:3]), where, jnp.ones(where.shape))
-        mean = total / jnp.maximum(times, 1)[..., None].astype(total.dtype)
+        mean = _mean_by_place(y, near_q, patch_q.shape[2])
         return jnp.concatenate([whole, mean], axis=2)
 
-    def nearest(self, q: Heads, k: Heads, alive: Bool[Array, "s 1 n"]) -> tuple[Array, Array]:
-        """The w queries and the w keys nearest each centroid, [s, h, u, w] places each."""
+    def nearest(
+        self, q: Heads, k: Heads, alive: Bool[Array, "s 1 n"]
+    ) -> tuple[Int[Array, "s h u w"], Int[Array, "s h u w"]]:
+        """Places of the w queries, and of the w keys, nearest each centroid."""
         q, k = (_unit(jax.lax.stop_gradient(x).astype(jnp.float32)) for x in (q, k))
         both = jnp.concatenate([q, k], axis=2)
         there = jnp.tile(alive, (1, 1, 2))[..., None]
@@ -203,6 +175,47 @@ class Routing(nn.Module):
             near = jnp.where(alive[:, :, None], near, -jnp.inf)
             found.append(jax.lax.top_k(near, self.size)[1])
         return found[0], found[1]
+
+
+def _with_prefix(x: Heads, prefix: int, *parts: Windows) -> Float[Array, "s h u keys e"]:
+    """Every window's places in all `parts`, before each part the prefix places of x."""
+    shape = (*parts[0].shape[:3], prefix, x.shape[-1])
+    shared = jnp.broadcast_to(x[:, :, None, :prefix], shape)
+    return jnp.concatenate([piece for part in parts for piece in (shared, part)], axis=3)
+
+
+def _attend_in_windows(
+    q: Windows,
+    k: Float[Array, "s h u c e"],
+    v: Float[Array, "s h u c e"],
+    valid: Bool[Array, "s h u c"] | None = None,
+    sizes: Float[Array, "s h u c"] | None = None,
+) -> Windows:
+    """Attention of each window's queries to its own keys; for `valid` and `sizes` see `attend`."""
+    # Each window of each head is an image with one head: every one has keys of its own.
+    rows = [rearrange(x, "s h u c e -> (s h u) 1 c e") for x in (q, k, v)]
+    valid, sizes = (
+        None if x is None else rearrange(x, "s h u c -> (s h u) c") for x in (valid, sizes)
+    )
+    y, _ = attend(*rows, valid, sizes=sizes)
+    return y.reshape(q.shape)
+
+
+def _taken(x: Heads, places: Int[Array, "s h u w"]) -> Windows:
+    """The rows of x at the places that each cluster takes."""
+    return jnp.take_along_axis(x[:, :, None], places[..., None], axis=3)
+
+
+def _mean_by_place(answers: Windows, places: Int[Array, "s h u w"], count: int) -> Heads:
+    """The mean of the answers that each of `count` places got from the clusters; 0 where none."""
+    # Scatter-add in each image and head: a place that several clusters took gets all their answers.
+    add = jax.vmap(jax.vmap(lambda totals, place, value: totals.at[place].add(value)))
+    shape = (*answers.shape[:2], count)
+    places = rearrange(places, "s h u w -> s h (u w)")
+    answers = rearrange(answers, "s h u w e -> s h (u w) e")
+    total = add(jnp.zeros((*shape, answers.shape[-1]), answers.dtype), places, answers)
+    times = add(jnp.zeros(shape), places, jnp.ones(places.shape))
+    return total / jnp.maximum(times, 1)[..., None].astype(total.dtype)
 
 
 def _unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:

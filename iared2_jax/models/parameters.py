@@ -1,8 +1,18 @@
 """What is to be known of a parameter, declared where the parameter is: how it starts, if it decays.
 
 An `Initial` is a linen initialiser that also draws on the host and says whether weight decay acts.
-`declared(module, shape)` collects them without computing anything. Plain linen initialisers work,
-too: such a parameter starts as they say, and decays if it is a matrix called "kernel".
+Plain linen initialisers work, too: such a parameter starts as they say, and decays if it is a
+matrix called "kernel".
+
+`declared(module, shape)` collects the `Initial` of every parameter without computing anything:
+
+1. It runs `module.init` under `jax.eval_shape`, so that all values are shapes.
+2. Linen calls each parameter's initialiser there. In this one call (`_boxing` is set) an `Initial`
+   gives its value in a box, `_Box`, with itself beside it. Linen knows such boxes, `AxisMetadata`
+   (its own hold sharding axes): modules see the value, the returned tree keeps the box.
+3. The tree is flattened to a dict, path -> (shape, `Initial`), and the boxes are gone.
+
+Everywhere else an `Initial` gives the bare value, so parameters and checkpoints have no boxes.
 """
 
 import contextlib
@@ -23,7 +33,8 @@ from scipy import special
 
 from iared2_jax.typing import Array
 
-_collecting: contextvars.ContextVar[bool] = contextvars.ContextVar("collecting", default=False)
+# Whether an `Initial` boxes its values; a context variable, so each thread has its own.
+_boxing: contextvars.ContextVar[bool] = contextvars.ContextVar("boxing", default=False)
 
 # (generator, shape) -> initial values.
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
@@ -45,11 +56,11 @@ class Initial:
 
     def __call__(self, key: PRNGKeyArray, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         value = self.distribution(key, tuple(shape), dtype)
-        return _Declared(value, self) if _collecting.get() else value
+        return _Box(value, self) if _boxing.get() else value
 
 
-class _Declared(meta.AxisMetadata):
-    """A value with the `Initial` it came from; linen takes it out again by itself."""
+class _Box(meta.AxisMetadata):
+    """A parameter's value with the `Initial` it came from; linen hands modules the bare value."""
 
     def __init__(self, value: Any, initial: Initial):
         self.value, self.initial = value, initial
@@ -57,28 +68,30 @@ class _Declared(meta.AxisMetadata):
     def unbox(self) -> Any:
         return self.value
 
-    def replace_boxed(self, val: Any) -> "_Declared":
-        return _Declared(val, self.initial)
+    def replace_boxed(self, val: Any) -> "_Box":
+        return _Box(val, self.initial)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "_Declared":
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "_Box":
         return self
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Declared":
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Box":
         return self
 
 
+# The `Initial` is part of the tree's structure, which `jax.eval_shape` hands through as it is.
 jax.tree_util.register_pytree_node(
-    _Declared, lambda x: ((x.value,), x.initial), lambda initial, leaf: _Declared(*leaf, initial)
+    _Box, lambda x: ((x.value,), x.initial), lambda initial, leaf: _Box(*leaf, initial)
 )
 
 
 @contextlib.contextmanager
-def _collect() -> Iterator[None]:
-    token = _collecting.set(True)
+def _boxed_values() -> Iterator[None]:
+    """Within this context, an `Initial` boxes its values."""
+    token = _boxing.set(True)
     try:
         yield
     finally:
-        _collecting.reset(token)
+        _boxing.reset(token)
 
 
 def declared(
@@ -96,15 +109,15 @@ def declared(
       >>> shape.shape, initial.decays
       ((96,), False)
     """
-    with _collect():
+    with _boxed_values():
         tree = jax.eval_shape(
             lambda key: module.init(key, jnp.zeros((1, *shape))), jax.random.key(0)
         )
     flat = traverse_util.flatten_dict(
-        tree["params"], sep="/", is_leaf=lambda _, node: isinstance(node, _Declared)
+        tree["params"], sep="/", is_leaf=lambda _, node: isinstance(node, _Box)
     )
     return {
-        path: (leaf.value, leaf.initial) if isinstance(leaf, _Declared) else (leaf, None)
+        path: (leaf.value, leaf.initial) if isinstance(leaf, _Box) else (leaf, None)
         for path, leaf in flat.items()
     }
 

@@ -8,6 +8,7 @@ docs/policy_gradient.md has each one's measured variance.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,17 @@ from iared2_jax.errors import UsageError
 from iared2_jax.token_reduction import policy
 from iared2_jax.typing import Array
 
-Rewards = Float[Array, "b k"]
+
+class ControlVariate(NamedTuple):
+    """A part s(u) of the reward whose mean mu(z) = E_u[s(u)] is known: it is not estimated.
+
+    Attributes:
+      rewards: s of each mask that was run; constants.
+      mean: mu, as a function of the head logits z: it is differentiated.
+    """
+
+    rewards: Float[Array, "b m"]
+    mean: Float[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +36,9 @@ class Estimator:
     """One way to estimate the policy gradient.
 
     Attributes:
-      surrogate: (head logits [b, n, h], masks [b, k, n], alive [b, n], rewards [b, k], rewards of
-        the greedy masks [b] or None) to a number per image [b], whose gradient is the estimate.
-        Rewards and masks are constants.
+      surrogate: S, from (head logits [b, n, h], masks [b, k, n], alive [b, n], rewards [b, k],
+        rewards of the greedy masks [b] or None) to a number per image [b], whose gradient is the
+        estimate. Rewards and masks are constants.
       greedy: whether the most probable mask is run, too: one more forward pass.
       paired: whether masks come in antithetic pairs, so that there must be an even number of them.
       fewest: the smallest number of sampled masks that it is defined for.
@@ -67,25 +78,28 @@ class Estimator:
         sampled: Bool[Array, "b k n"],
         alive: Bool[Array, "b n"],
         rewards: Float[Array, "b m"],
-        exact: tuple[Float[Array, "b m"], Float[Array, " b"]] | None = None,
+        control: ControlVariate | None = None,
     ) -> Float[Array, " b"]:
-        """What is to rise, per image: its gradient is the estimate of E_u[R(u)]'s.
+        """The surrogate objective per image: its gradient is the estimate of that of E_u[R(u)].
+
+            S(z; R),   or with a control variate s of mean mu:   mu(z) + S(z; R - s)
 
         Args:
+          head_logits: z.
           sampled: the masks of `sample`.
-          rewards: of each of them, and at last of the greedy mask, where the estimator runs it.
-          exact: a part of these rewards whose mean over all masks is known, and that mean as a
-            function of the head logits. It is differentiated as it is; only the rest is estimated.
+          rewards: R of each of them, and at last of the greedy mask, where the estimator runs it.
+          control: s and mu. mu is differentiated as it is; only what is left of R is estimated.
         """
-        if exact is not None:
-            part, mean = exact
-            return mean + self.objective(head_logits, sampled, alive, rewards - part)
-        greedy_reward = rewards[:, -1] if self.greedy else None
-        own = rewards[:, : sampled.shape[1]]
-        return self.surrogate(head_logits, sampled, alive, own, greedy_reward)
+        estimated = rewards if control is None else rewards - control.rewards
+        of_sampled = estimated[:, : sampled.shape[1]]
+        of_greedy = estimated[:, -1] if self.greedy else None
+        surrogate = self.surrogate(head_logits, sampled, alive, of_sampled, of_greedy)
+        return surrogate if control is None else control.mean + surrogate
 
 
-def _score_function(head_logits: Array, masks: Array, alive: Array, advantages: Rewards) -> Array:
+def _score_function(
+    head_logits: Array, masks: Array, alive: Array, advantages: Float[Array, "b k"]
+) -> Array:
     """mean_k A_k log pi(u_k), per image (REINFORCE)."""
     log_probs = jax.vmap(
         lambda mask: policy.log_prob(head_logits, mask, alive), in_axes=1, out_axes=1
@@ -179,7 +193,9 @@ def expected_saving(
         E[1 - (|u| / M)^2] = 1 - ((sum_i I_i)^2 + sum_i I_i (1 - I_i)) / M^2
 
     Args:
-      handed, num_patches: what the kept tokens are counted against, as `policy.saving` takes them.
+      alive: the tokens that the group was handed: the others are never kept.
+      handed, num_patches: the same tokens again where M is their number, else None; and N. As
+        `policy.saving` takes them.
     """
     scores = jnp.where(alive, policy.informative_scores(head_logits), 0.0)
     square = scores.sum(-1) ** 2 + (scores * (1 - scores)).sum(-1)

@@ -1,7 +1,9 @@
 """Which tokens live, as a Bernoulli policy, and its reward (paper, Eq. 2 and 3).
 
-Everything is per image and per group. `alive` says which tokens the group was handed: a dropped
-token, like the prefix tokens, is in neither the log-probability nor the counts.
+Everything is per image and per group. `alive` marks the tokens that the group was handed, and so
+decides about: a dropped token, like the prefix tokens, is in neither the log-probability nor the
+counts. `handed` is the same mask where it is optional: given, savings are counted against the
+tokens handed to the group, else against all patches of the image.
 """
 
 import jax
@@ -128,7 +130,7 @@ def reward(
     keep: Bool[Array, "b n"],
     correct: Bool[Array, " b"] | Float[Array, " b"],
     tau: float,
-    alive: Bool[Array, "b n"] | None = None,
+    handed: Bool[Array, "b n"] | None = None,
     num_patches: int | None = None,
 ) -> Float[Array, " b"]:
     """R = 1 - (|u| / N)^2 where the answer is right, else -tau (Eq. 2).
@@ -139,30 +141,33 @@ def reward(
       keep: which tokens the group's blocks saw.
       correct: whether the image was classified correctly, or c; see `answer_value`.
       tau: the price of an error.
-      alive: None divides by N, the patches the image started with (the default). The tokens the
-        group was handed divide by their number instead ("entering").
-      num_patches: N, where dead tokens have been gathered away.
+      handed: the tokens that the group was handed, of which `keep` is a part: |u| is divided by
+        their number ("entering"). None: by N, the patches that the image started with ("initial").
+      num_patches: N, where dropped tokens have been gathered away.
     """
     c = jnp.asarray(correct, jnp.float32)
-    return c * saving(keep, alive, num_patches) - (1 - c) * jnp.float32(tau)
+    return c * saving(keep, handed, num_patches) - (1 - c) * jnp.float32(tau)
 
 
 def saving(
     keep: Bool[Array, "b n"],
-    alive: Bool[Array, "b n"] | None = None,
+    handed: Bool[Array, "b n"] | None = None,
     num_patches: int | None = None,
 ) -> Float[Array, " b"]:
-    """1 - (|u| / N)^2, the reward of a right answer; for the arguments see `reward`."""
+    """The reward of a right answer, 1 - (|u| / N)^2; for the arguments see `reward`."""
     count = keep.sum(axis=-1).astype(jnp.float32)
-    return 1 - (count / saving_denominator(keep, alive, num_patches)) ** 2
+    return 1 - (count / saving_denominator(keep, handed, num_patches)) ** 2
 
 
 def saving_denominator(
     keep: Bool[Array, "b n"],
-    alive: Bool[Array, "b n"] | None = None,
+    handed: Bool[Array, "b n"] | None = None,
     num_patches: int | None = None,
 ) -> int | Int[Array, " b"]:
-    """What kept tokens are counted against; for the arguments see `reward`."""
-    if alive is None:
+    """The N of `saving`, or the number of `handed` tokens in its place, at least 1.
+
+    For the arguments see `reward`; of `keep` only the shape is used.
+    """
+    if handed is None:
         return num_patches or keep.shape[-1]
-    return jnp.maximum(alive.sum(axis=-1), 1)
+    return jnp.maximum(handed.sum(axis=-1), 1)

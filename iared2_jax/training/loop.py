@@ -1,6 +1,7 @@
 """Training: one loop for every curriculum. The phases say what trains, and how."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,34 +56,9 @@ def train_phases(
       NonFiniteError: too many non-finite steps in a row. The last good checkpoint is kept.
       CheckpointError: no checkpoint could be written, or none of those there is whole.
     """
-    mesh = data_mesh()
-    sharding, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-
-    def state_at(step: int, params: Params) -> TrainState:
-        state = initial_state(params, plan[0], module, config.ema_decay)
-        return enter_phase(state, phase_at(plan, step), module)
-
-    def abstract_state_at(step: int) -> TrainState:
-        shapes = jax.eval_shape(lambda: state_at(step, variables["params"]))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-        )
-
-    # -- Resume: the workdir's own checkpoint, else what the run starts from ---------------------
     checkpoints = RunCheckpoints(workdir, config.keep_checkpoints)
-    restored = checkpoints.restore_newest(abstract_state_at)
-    if restored:
-        state, step = restored
-        log.info("resuming at step %d of %d", step, plan[-1].end)
-    else:
-        state, step = jax.device_put(state_at(0, variables["params"]), sharding), 0
-
-    def save(state: TrainState, step: int) -> None:
-        phase = phase_at(plan, step)
-        meta = {"step": step, "phase": phase.name if phase else "done", "config": config.name}
-        checkpoints.save(step, state, meta)
-
-    # -- Train ---------------------------------------------------------------------------------
+    run = _Run(config, workdir, module, plan, dataset, stop, data_mesh(), checkpoints)
+    state, step = _resume_or_start(run, variables["params"])
     with (
         MetricWriter(workdir, step) as writer,
         Profile(workdir, config.profile, step) as profile,
@@ -90,49 +66,132 @@ def train_phases(
         contextlib.suppress(Interrupted),
     ):
         while (phase := phase_at(plan, step)) is not None and not stop.requested:
-
-            def batches(example: int, phase: Phase = phase) -> Iterator[Batch]:
-                """The phase's batches on the devices, from that example of the run on."""
-                for batch in _batches(config, module, phase, dataset, example):
-                    yield shard_batch(batch, rows)
-
-            def until_stopped(
-                example: int, batches: Any = batches, begun: int = step
-            ) -> Iterator[Batch]:
-                """The same, for features of many batches that are cached before the first step."""
-                for number, batch in enumerate(batches(example)):
-                    # The step of now is meant, so B023 does not apply.
-                    if number and step == begun and stop.requested:  # noqa: B023
-                        raise Interrupted("stopped by a signal before the phase's first step")
-                    yield batch
-
-            capacities = _capacities(config, workdir, module, state.params, phase, batches)
-            train_step = make_train_step(module, phase, config, mesh, capacities)
-            context = PhaseContext(module, phase)
-            done = step - phase.first_step
-            stream = phase.kind.stream(context, state.params, until_stopped, done)
-            window, alarms = Window(), HealthAlarms(phase, writer.windows(phase.name))
-            with Progress(phase, plan[-1].end) as progress:
-                while step < phase.end and not stop.requested:
-                    profile.before(step)
-                    state, metrics = train_step(state, shard_batch(next(stream), rows))
-                    step += 1
-                    window.add(metrics)
-                    if step % config.log_every == 0 or step == phase.end:
-                        figures = window.means()
-                        writer.write(step, phase.name, figures)
-                        progress.show(step, figures)
-                        alarms.check(step, figures)
-                        _refuse_divergence(figures, config.max_bad_steps, phase, step)
-                    if step % config.checkpoint_every == 0 and step < phase.end:
-                        save(state, step)
+            state, step = _train_phase(run, phase, state, step, writer, profile)
             if step == phase.end:
                 if phase is dense_phase(plan):
                     keep_dense(state.eval_params)
                 state = enter_phase(state, phase_at(plan, step), module)
-                state = jax.device_put(state, sharding)
-            save(state, step)
+                state = jax.device_put(state, run.replicated)
+            _save(run, state, step)
     return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all phases of a run share; most of it is given to `train_phases`."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    module: IARed2
+    plan: list[Phase]
+    dataset: Dataset
+    stop: Stop
+    mesh: jax.sharding.Mesh
+    checkpoints: RunCheckpoints
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """How the state lies on the devices: whole on each."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def rows(self) -> NamedSharding:
+        """How a batch lies on the devices: its rows split over them."""
+        return NamedSharding(self.mesh, P("data"))
+
+    def batches(self, phase: Phase, example: int) -> Iterator[Batch]:
+        """The phase's batches on the devices, from that example of the run on."""
+        for batch in _batches(self.config, self.module, phase, self.dataset, example):
+            yield shard_batch(batch, self.rows)
+
+
+def _resume_or_start(run: _Run, params: Params) -> tuple[TrainState, int]:
+    """The state to train on from, and its step: the newest checkpoint's, else `params` at 0."""
+
+    def state_at(step: int) -> TrainState:
+        """A state with the structure of step `step`: the optimizer is that of its phase."""
+        state = initial_state(params, run.plan[0], run.module, run.config.ema_decay)
+        return enter_phase(state, phase_at(run.plan, step), run.module)
+
+    def abstract_state_at(step: int) -> TrainState:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated),
+            jax.eval_shape(lambda: state_at(step)),
+        )
+
+    if restored := run.checkpoints.restore_newest(abstract_state_at):
+        log.info("resuming at step %d of %d", restored[1], run.plan[-1].end)
+        return restored
+    return jax.device_put(state_at(0), run.replicated), 0
+
+
+def _save(run: _Run, state: TrainState, step: int) -> None:
+    """Writes a checkpoint that names the phase which trains next."""
+    phase = phase_at(run.plan, step)
+    meta = {"step": step, "phase": phase.name if phase else "done", "config": run.config.name}
+    run.checkpoints.save(step, state, meta)
+
+
+def _train_phase(
+    run: _Run,
+    phase: Phase,
+    state: TrainState,
+    step: int,
+    writer: MetricWriter,
+    profile: Profile,
+) -> tuple[TrainState, int]:
+    """The state and the step where the phase ends, or where a stop was requested.
+
+    Raises:
+      NonFiniteError: see `train_phases`.
+      Interrupted: a stop was requested while features were cached, before the first step.
+    """
+    config = run.config
+    capacities = _capacities(run, phase, state.params)
+    train_step = make_train_step(run.module, phase, config, run.mesh, capacities)
+    stream = _PhaseStream(run, phase, state.params, step - phase.first_step)
+    window, alarms = Window(), HealthAlarms(phase, writer.windows(phase.name))
+    with Progress(phase, run.plan[-1].end) as progress:
+        while step < phase.end and not run.stop.requested:
+            profile.before(step)
+            state, metrics = train_step(state, next(stream))
+            step += 1
+            window.add(metrics)
+            if step % config.log_every == 0 or step == phase.end:
+                figures = window.means()
+                writer.write(step, phase.name, figures)
+                progress.show(step, figures)
+                alarms.check(step, figures)
+                _refuse_divergence(figures, config.max_bad_steps, phase, step)
+            if step % config.checkpoint_every == 0 and step < phase.end:
+                _save(run, state, step)
+    return state, step
+
+
+class _PhaseStream(Iterator[Batch]):
+    """A phase's batches (`PhaseKind.stream`) on the devices, from its step `done` on.
+
+    A phase may read many training batches before it gives its first one, to cache their features.
+    That takes minutes, so a stop ends it.
+    """
+
+    def __init__(self, run: _Run, phase: Phase, params: Params, done: int) -> None:
+        self._run, self._phase = run, phase
+        self._begun = False  # whether a batch has been given
+        context = PhaseContext(run.module, phase)
+        self._stream = phase.kind.stream(context, params, self._until_stopped, done)
+
+    def __next__(self) -> Batch:
+        batch = next(self._stream)
+        self._begun = True
+        return shard_batch(batch, self._run.rows)
+
+    def _until_stopped(self, example: int) -> Iterator[Batch]:
+        """The training batches that the phase reads."""
+        for number, batch in enumerate(self._run.batches(self._phase, example)):
+            if number and not self._begun and self._run.stop.requested:
+                raise Interrupted("stopped by a signal before the phase's first step")
+            yield batch
 
 
 def _batches(
@@ -152,24 +211,18 @@ def _batches(
     )
 
 
-def _capacities(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    module: IARed2,
-    params: Params,
-    phase: Phase,
-    batches: Any,
-) -> Capacities | None:
+def _capacities(run: _Run, phase: Phase, params: Params) -> Capacities | None:
     """Patch slots for gathered training; None where it is masked, or there is nothing to drop."""
-    gathered = config.reduction.train_execution == "gathered"
+    gathered = run.config.reduction.train_execution == "gathered"
     if not gathered or not phase.kind.reduces or phase.keep_ratios:  # a budget is its own capacity
         return None
 
     def measure() -> Capacities:
         """Slots for the phase's own first images, so that a resumed run would count the same."""
-        return measure_capacities(module, params, phase, batches(phase.first_example))
+        first = run.batches(phase, phase.first_example)
+        return measure_capacities(run.module, params, phase, first)
 
-    return recalled(workdir / "capacities.json", phase, measure)
+    return recalled(run.workdir / "capacities.json", phase, measure)
 
 
 def _refuse_divergence(figures: dict[str, float], limit: int, phase: Phase, step: int) -> None:

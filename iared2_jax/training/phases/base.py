@@ -82,15 +82,32 @@ class PhaseKind:
         return tuple(threshold if g <= group else KEEP_ALL for g in range(1, num_groups + 1))
 
     def fixed_groups(self, group: int) -> int:
-        """How many groups, from the first, keep an image's tokens the same throughout."""
+        """The number of leading groups whose keep masks cannot change during this phase.
+
+        All that decides them is frozen, so their dropped tokens may be gathered away: `capacities`
+        has a slot count for each.
+        """
         return group
 
     def initial_extra(self, module: IARed2, params: Params) -> Any:
-        """State of its own beside parameters and optimizer, e.g. a teacher; {} for none."""
+        """The `TrainState.extra` that a phase begins with: state of its own, e.g. a teacher.
+
+        It is saved in every checkpoint, and replaced where the next phase begins; {} for none.
+
+        Args:
+          params: the model's, as the phase begins. What is kept of them must be copied: the step
+            takes their buffers over.
+        """
         return {}
 
     def next_extra(self, extra: Any, params: Params) -> Any:
-        """That state after a step that was applied, e.g. a moving teacher; as it is by default."""
+        """`TrainState.extra` after a step, e.g. a moving teacher; by default, as it was before.
+
+        A step that is not finite leaves it alone.
+
+        Args:
+          params: the model's, after that step.
+        """
         return extra
 
     def stream(
@@ -210,8 +227,10 @@ class PhaseContext:
     """All that a loss is computed from, besides parameters and data.
 
     Attributes:
-      capacities: patch slots of each group whose masks are fixed; None: masked execution.
-      extra: the phase's own state (`PhaseKind.initial_extra`).
+      capacities: patch slots of each group whose masks are fixed (`PhaseKind.fixed_groups`); None:
+        masked execution.
+      extra: `TrainState.extra` as a step's loss finds it: what `PhaseKind.initial_extra` made when
+        the phase began, and `next_extra` after every step since. {} in `PhaseKind.stream`.
     """
 
     module: IARed2

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction import estimators, policy
-from iared2_jax.token_reduction.estimators import ESTIMATORS
+from iared2_jax.token_reduction.estimators import ESTIMATORS, ControlVariate
 from iared2_jax.training.phases.base import (
     Batch,
     Metrics,
@@ -150,10 +150,10 @@ class InterpreterPhase(PhaseKind):
 
         answers = policy.answer_value(logits, batch["label"], options.answer)
         if options.keep_target:
-            rewards, known = _budgeted(options, group, answers, policy_logits, alive, greedy, n)
+            rewards, control = _budgeted(options, group, answers, policy_logits, alive, greedy, n)
         else:
-            rewards, known = _priced(options, group, answers, policy_logits, alive, masks, n)
-        objective = estimator.objective(policy_logits, sampled, alive, rewards, known)
+            rewards, control = _priced(options, group, answers, policy_logits, alive, masks, n)
+        objective = estimator.objective(policy_logits, sampled, alive, rewards, control)
         objective = policy.reduced(objective, alive, options.log_prob_reduction)
 
         right = policy.answer_value(logits, batch["label"], "right")
@@ -208,11 +208,6 @@ def _of_group(values: Sequence[float], group: int) -> float:
     return values[group - 1 if len(values) > 1 else 0]
 
 
-# The rewards of masks [b, m]; and a part of them whose mean over all masks is known, with that mean
-# [b] as a function of the policy's logits (`Estimator.objective`).
-Rewards = tuple[Array, tuple[Array, Array] | None]
-
-
 def _priced(
     options: ml_collections.ConfigDict,
     group: int,
@@ -221,8 +216,11 @@ def _priced(
     alive: Array,
     masks: Array,
     n: int,
-) -> Rewards:
-    """Eq. 2: a price for errors, and a saving for what is dropped."""
+) -> tuple[Array, ControlVariate | None]:
+    """Rewards [b, m] by Eq. 2, a price for errors and a saving for what is dropped.
+
+    With `exact_saving`, the saving is their control variate.
+    """
     tau = _of_group(options.tau, group)
     handed = alive if options.reward_denominator == "entering" else None
     over_masks = functools.partial(jax.vmap, in_axes=1, out_axes=1)
@@ -232,7 +230,8 @@ def _priced(
     if not options.exact_saving:
         return rewards, None
     savings = over_masks(lambda mask: policy.saving(mask, handed, n))(masks)
-    return rewards, (savings, estimators.expected_saving(policy_logits, alive, handed, n))
+    expected = estimators.expected_saving(policy_logits, alive, handed, n)
+    return rewards, ControlVariate(rewards=savings, mean=expected)
 
 
 def _budgeted(
@@ -243,13 +242,17 @@ def _budgeted(
     alive: Array,
     greedy: Array,
     n: int,
-) -> Rewards:
-    """A price for errors, and one for missing `keep_target`, which no sampled mask changes."""
+) -> tuple[Array, ControlVariate]:
+    """Rewards [b, m] by `keep_target`, a price for errors and one for missing the target.
+
+    No sampled mask changes the second price, so it is known: the control variate.
+    """
     share = estimators.greedily_kept(policy_logits, alive, greedy).mean() / n
     missed = share - _of_group(options.keep_target, group)
     budget = jnp.broadcast_to(-options.target_weight * missed**2, len(answers))
-    part = jnp.broadcast_to(jax.lax.stop_gradient(budget)[:, None], answers.shape)
-    return part - (1 - answers) * _of_group(options.tau, group), (part, budget)
+    per_mask = jnp.broadcast_to(jax.lax.stop_gradient(budget)[:, None], answers.shape)
+    rewards = per_mask - (1 - answers) * _of_group(options.tau, group)
+    return rewards, ControlVariate(rewards=per_mask, mean=budget)
 
 
 def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) -> Array:
