@@ -164,6 +164,7 @@ PRESETS = {
             trains_head=True,  # the whole backbone, from scratch
             options=_FEW_MAPS,
             baselines=_CAIT_BASELINES,
+            minutes={"head": 12, "iared2": 7, "speed": 2},
         ),
         # The paper's own settings: DeiT-S, DeiT-B, CaiT-S24 and TimeSformer.
         Preset(
