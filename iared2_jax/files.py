@@ -1,6 +1,6 @@
-"""Files that are either as they were or as they shall be, whenever a process ends; the cache.
+"""Atomic writes: a file is as it was or as it shall be, whenever a process ends. The cache folder.
 
-And tuples, which JSON does not keep.
+And `with_tuples`, for what comes back from JSON.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ NOT_INSTALLED = "not installed"
 
 
 def version(package: str) -> str:
-    """Its version; `NOT_INSTALLED` for what is imported from a folder, e.g. this package itself."""
+    """A package's version; `NOT_INSTALLED` of one that is imported from a folder alone."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

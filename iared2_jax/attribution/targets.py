@@ -38,7 +38,7 @@ def checked_target(target: Any, num_classes: int, images: int) -> Target:
 
 
 def class_logit(target: Target) -> Callable[[Float[Array, "b classes"]], Float[Array, " b"]]:
-    """What is explained, as a function of the logits: the target's, or the greatest."""
+    """The objective of an explanation, from logits: the target class's logit, or the greatest."""
 
     def logit(logits: Float[Array, "b classes"]) -> Float[Array, " b"]:
         """One logit per image."""

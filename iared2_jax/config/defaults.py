@@ -154,7 +154,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config on ImageNet-1k, every validation image counted."""
+    """Sets a config, in place, to ImageNet-1k with every validation image; returns it."""
     config.data.name = "imagenet"
     config.data.eval_split = "validation"
     config.data.eval_size = 0
@@ -162,7 +162,7 @@ def imagenet(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def from_scratch(phase: ml_collections.ConfigDict, steps: int, batch_size: int = 64) -> None:
-    """Sets a phase to the recipe that trained the small models that ship: Muon, a few minutes."""
+    """Sets a phase's section, in place, to the recipe of the small models that ship: Muon."""
     phase.batch_size = batch_size
     phase.epochs = 0.0
     phase.steps = steps
@@ -174,7 +174,10 @@ def from_scratch(phase: ml_collections.ConfigDict, steps: int, batch_size: int =
 
 
 def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config for a look at the machinery: two small steps of every phase, random weights."""
+    """Sets a config, in place, to two small steps of every phase from random weights; returns it.
+
+    To see that it runs.
+    """
     config.weights = "scratch"
     config.data.path = "small"
     config.data.eval_size = 4

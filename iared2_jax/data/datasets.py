@@ -165,7 +165,7 @@ def _moving_mnist(request: DataRequest) -> Dataset:
         corners = corners.tolist()
 
         def all_cropped(arrays: np.ndarray) -> np.ndarray:
-            """Each clip at its own corner."""
+            """Clips, each cropped at its own corner."""
             pairs = zip(arrays, corners, strict=True)
             return np.stack([cropped(array, corner, spec.size) for array, corner in pairs])
 
@@ -283,7 +283,7 @@ def _imagenet_segmentation(request: DataRequest) -> Dataset:
     file = SegmentationFile(small_segmentation() if request.path == SMALL else request.path)
 
     def train_example(seed: int, index: int) -> dict[str, np.ndarray]:
-        """There is none."""
+        """Refuses: this file has no labels."""
         raise UsageError(
             "config.data.name='imagenet_segmentation' has no labels to train with: it is for "
             "config.mode=eval"

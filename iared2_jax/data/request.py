@@ -11,7 +11,7 @@ CLIP_VIEWS = ("centre", "random")
 
 @dataclasses.dataclass(frozen=True)
 class DataRequest:
-    """What is asked of a dataset.
+    """Options that a dataset is opened with.
 
     Attributes:
       spec: the inputs that the model takes.

@@ -18,7 +18,7 @@ class Scene(NamedTuple):
 def others(
     rng: np.random.Generator, chosen: int, total: int, count: int
 ) -> Int[np.ndarray, " count"]:
-    """So many of 0 .. total - 1, none of which is `chosen`."""
+    """Random indices, `count` of 0 .. total - 1, other than `chosen`."""
     return (chosen + rng.integers(1, total, size=count)) % total
 
 

@@ -38,7 +38,7 @@ class ForwardSpec:
         return self.selector.after_attention or not self.module.shows_attention
 
     def with_kernel(self, kernel: str) -> "ForwardSpec":
-        """The same with another attention kernel."""
+        """This forward pass with another attention kernel."""
         backbone = self.module.backbone.clone(attention_kernel=kernel)
         return dataclasses.replace(self, module=self.module.clone(backbone=backbone))
 

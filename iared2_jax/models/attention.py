@@ -147,7 +147,7 @@ def attend_cudnn(
     v: Float[Array, "s h c e"],
     lengths: Int[Array, " s"] | None,
 ) -> tuple[Float[Array, "s h c e"], Float[Array, "s h c"]]:
-    """The same by cuDNN's fused kernel, which skips what lies beyond `lengths`; half precision."""
+    """Attention by cuDNN's fused kernel, which skips what lies beyond `lengths`; half precision."""
     rows = [rearrange(x, "s h c e -> s c h e") for x in (q, k, v)]
     y = jax.nn.dot_product_attention(
         *rows, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"

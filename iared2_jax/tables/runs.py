@@ -53,7 +53,7 @@ class Run:
     minutes: float | None = None
 
     def built(self, root: Path, given: Mapping[str, str]) -> ml_collections.ConfigDict:
-        """Its config. given: the user's own options, which go before the table's but `own`."""
+        """The run's config. given: the user's options, which go before the table's but `own`."""
         options = {**self.options, **given, **self.own}
         if self.start:
             options["weights"] = str(root / self.start / WEIGHTS)

@@ -80,8 +80,10 @@ def cosine(groups: int, last: float) -> Ratios:
 class Published(NamedTuple):
     """How a method spends its budget in its paper.
 
-    groups: of a depth, how many groups of blocks. schedule: from N, these, and how strongly to
-    reduce, in [0, 1], to `keep_ratios`.
+    Attributes:
+      groups: (depth) -> the number of groups of blocks.
+      schedule: (num_patches, groups, strength) -> `keep_ratios`; a strength in [0, 1], and the
+        greater it is, the fewer tokens are kept.
     """
 
     groups: Callable[[int], int]

@@ -114,9 +114,9 @@ def _left_out(inputs: Array, blanks: Array, places: Array, rows: Array, numbers:
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(None, 0, 0))
 def _fit(rows: Array, place: Array, answers: Array) -> Array:
-    """`fit_segments`; an image may have fewer segments than there are columns."""
-    there = jnp.zeros(rows.shape[1], bool).at[place].set(True)
-    return fit_segments(rows & there, answers)
+    """Segment weights of one image by `fit_segments`; columns that it has no segment for get 0."""
+    has_segment = jnp.zeros(rows.shape[1], bool).at[place].set(True)
+    return fit_segments(rows & has_segment, answers)
 
 
 def draw_rows(key: Array, samples: int, segments: int) -> Bool[Array, "samples segments"]:

@@ -259,7 +259,7 @@ class ViT(nn.Module):
         return _joined([*prefix, *registers, patches])
 
     def _positions(self) -> Float[Array, "1 t d"]:
-        """What is added to the tokens for where, and when, they are."""
+        """Position and time embeddings, as they are added to the tokens."""
         if not self.input_spec.is_clip:
             return self.pos_embed
         prefix, places = jnp.split(self.pos_embed, [self.num_prefix_positions], axis=1)

@@ -11,7 +11,10 @@ from iared2_jax.weights.layouts.base import NamingScheme, Recipe, columns, joine
 
 
 def taken_apart(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same tensors; blocks that lie in one array (big_vision's scanned models) one by one."""
+    """Tensors with a name for each block, also where all blocks lay in one array.
+
+    As they do in big_vision's scanned models.
+    """
     apart: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if "Transformer/encoderblock/" in name:
