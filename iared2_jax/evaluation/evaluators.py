@@ -196,6 +196,8 @@ def throughput(
     yield "plan", str(run.plan).splitlines()
     yield "ragged_error", float(error)
     counts = np.stack([np.asarray(keep).sum(axis=-1) for keep in out.keep], axis=1)
+    own = count_flops(module, tuple(counts.T), selector=reduction.get("selector", "interpreter"))
+    yield "full_flops_share", float(np.mean(own.full) / count_flops(module).full)
     if run.plan.groups:
         yield "padding_share", padding_share(run, counts)
     yield "batches_in_larger_shapes", sum(group["larger"] for group in run.usage)

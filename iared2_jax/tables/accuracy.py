@@ -113,11 +113,14 @@ def _rows_of_size(
 def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any], seed: int, place: int) -> None:
     """Images a second of one seed's model and the dense one, and what FLOPs allow of it.
 
+    What is possible goes by the FLOPs of the batch that was timed, where the run says them.
+
     place: of that seed among the row's.
     """
-    rates = speed["images_per_second"]["executions"]
+    rates, timed = speed["images_per_second"]["executions"], speed["images_per_second"]
     dense = max(rate["median"] for name, rate in rates.items() if name.startswith("dense"))
-    ragged, share = rates["ragged"]["median"], rows["iared2"]["full_flops"].values[place] / 100
+    ragged, of_all = rates["ragged"]["median"], rows["iared2"]["full_flops"].values[place] / 100
+    share = timed.get("full_flops_share", of_all)
     rows["original"]["images_per_s"] = mean([dense], [seed])
     rows["iared2"]["images_per_s"] = mean([ragged], [seed])
     rows["iared2"]["of_possible"] = mean([100 * ragged / dense * share], [seed])
