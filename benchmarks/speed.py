@@ -25,11 +25,11 @@ from matplotlib.figure import Figure
 from benchmarks import common, peers
 from benchmarks.workload import KEPT, SPREADS, Workload, from_checkpoint, synthetic
 from iared2_jax import accelerate, count_flops
-from iared2_jax.evaluation.evaluators import padding_share
+from iared2_jax.evaluation.evaluators import dense_functions, padding_share
 from iared2_jax.fast_inference import Accelerated, Plan, planner
 from iared2_jax.fast_inference.forward import ForwardSpec
 from iared2_jax.fast_inference.plan_request import PlanRequest
-from iared2_jax.fast_inference.sub_batches import run_dense, sub_batch_sizes
+from iared2_jax.fast_inference.sub_batches import sub_batch_sizes
 from iared2_jax.models.variants import get_variant
 from iared2_jax.report.tables import METHODS, as_text
 from iared2_jax.timing import interleaved
@@ -96,10 +96,7 @@ def _ours(
     sample: Workload, timed: Workload, images: jax.Array, quick: bool, rivals: bool
 ) -> dict[str, Variant]:
     module, variables, b = timed.module, timed.variables, len(timed.images)
-    half = jnp.dtype(module.backbone.dtype).itemsize == 2
-    gpu = jax.default_backend() == "gpu"
-    kernels = ["einsum", "cudnn"] if gpu and half else ["einsum"]
-    sizes = sub_batch_sizes(b, jax.default_backend())
+    kernel = planner.attention_kernels(module, variables)[-1]
     variants: dict[str, Variant] = {}
 
     def add(name, kind, fn, *args):
@@ -107,13 +104,10 @@ def _ours(
         call = functools.partial(program, *args)
         variants[name] = Variant(call, kind, seconds, common.memory(program))
 
-    for kernel in kernels[-1:] if quick else kernels:
-        with_this = ForwardSpec(module).with_kernel(kernel).module
-        suffix = "" if kernel == "einsum" else f", {kernel}"
-        for rows in sizes[:1] if quick else sizes:
-            name = f"dense{suffix}" if rows == b else f"dense, {rows} at a time{suffix}"
-            dense = functools.partial(run_dense, with_this, rows)
-            add(name, "dense", dense, variables, images)
+    dense = dense_functions(module, variables, b)
+    whole = [name for name in dense if "at a time" not in name]
+    for name in whole[-1:] if quick else dense:
+        add(name, "dense", dense[name], variables, images)
     add(
         "masked",
         "masked",
@@ -140,7 +134,7 @@ def _ours(
     ask = {"thresholds": sample.thresholds, "images": sample.images}
     for name, (kind, rows) in layouts(b, jax.default_backend()).items():
         if not quick or name == "ragged, packed":
-            plan = uniform_plan(sample, b, kind, rows, kernels[-1])
+            plan = uniform_plan(sample, b, kind, rows, kernel)
             accelerated(name, "ragged", plan=plan, **ask)
     shares = timed.counts.mean(0) / module.input_spec.num_patches
     accelerated("fixed budget", "fixed", keep_ratios=tuple(float(s) for s in shares))

@@ -70,30 +70,9 @@ def get_config(arg=None):
     config.eval.page_images = 64
 
     if arg.student:
-        config.name = "cluttered_mnist_student"
-        config.curriculum = "distillation"
-        config.weights = "scratch"
-        config.model.depth, config.model.groups, config.model.group_sizes = 4, 2, ()
-        config.distillation.teacher = "vit_micro"
-        from_scratch(config.distillation, steps=2000)
-
+        _learn_from_the_original(config)
     if arg.cait:
-        config.name = "cluttered_mnist_cait"
-        config.curriculum = "supervised+iared2"
-        config.weights = "scratch"
-        config.model.name = "cait_micro"
-        from_scratch(config.supervised, steps=2000)
-        config.supervised.label_smoothing = 0.05
-        # The paper's cost, 7.5 of 9.4 GFLOPs, as a budget: every group drops as large a share of
-        # what enters it. By the demo's prices it keeps 94%: its answers are far less sure.
-        config.model.group_sizes = ()
-        config.interpreter.lengths = (1.0,)
-        config.interpreter.exact_saving = False
-        config.interpreter.reward_denominator = "initial"
-        config.interpreter.keep_target = (0.889, 0.791, 0.703)
-        config.interpreter.target_weight = 100.0
-        config.interpreter.tau = (10.0,)
-
+        _train_a_cait(config)
     if arg.runlocal:
         for phase in (config.interpreter, config.backbone, config.distillation, config.supervised):
             phase.batch_size = 8
@@ -108,3 +87,32 @@ def get_config(arg=None):
         config.eval.perturbation = False
         config.eval.speed_rounds = 1
     return config
+
+
+def _learn_from_the_original(config):
+    """A student of fewer blocks: the teacher-student row."""
+    config.name = "cluttered_mnist_student"
+    config.curriculum = "distillation"
+    config.weights = "scratch"
+    config.model.depth, config.model.groups, config.model.group_sizes = 4, 2, ()
+    config.distillation.teacher = "vit_micro"
+    from_scratch(config.distillation, steps=2000)
+
+
+def _train_a_cait(config):
+    """A CaiT from scratch, then interpreters and blocks by a budget."""
+    config.name = "cluttered_mnist_cait"
+    config.curriculum = "supervised+iared2"
+    config.weights = "scratch"
+    config.model.name = "cait_micro"
+    from_scratch(config.supervised, steps=2000)
+    config.supervised.label_smoothing = 0.05
+    # The paper's cost, 7.5 of 9.4 GFLOPs, as a budget: every group drops as large a share of what
+    # enters it. By the demo's prices it keeps 94%: its answers are far less sure.
+    config.model.group_sizes = ()
+    config.interpreter.lengths = (1.0,)
+    config.interpreter.exact_saving = False
+    config.interpreter.reward_denominator = "initial"
+    config.interpreter.keep_target = (0.889, 0.791, 0.703)
+    config.interpreter.target_weight = 100.0
+    config.interpreter.tau = (10.0,)

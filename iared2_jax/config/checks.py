@@ -1,6 +1,7 @@
 """Refuses a config that cannot mean anything, before anything is compiled."""
 
 import math
+from collections.abc import Collection
 
 import ml_collections
 
@@ -28,7 +29,7 @@ from iared2_jax.token_reduction.create import split_into_groups
 from iared2_jax.token_reduction.interpreter import POLICY_TOKENS
 from iared2_jax.token_reduction.selectors import SELECTORS
 from iared2_jax.training.optimizers import OPTIMIZERS
-from iared2_jax.training.phases import CURRICULA, PHASES, curricula_of, stages
+from iared2_jax.training.phases import CURRICULA, PHASES, PhaseKind, curricula_of, stages
 
 # Of `config.compare.selectors`: the baseline that drops nothing.
 DENSE_BASELINE = "dense"
@@ -97,41 +98,47 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         )
     if config.mode != "train" and not weights_of(config):
         raise UsageError(f"config.mode={config.mode} needs config.weights: which model?")
-    drops = any(PHASES[name].reduces for name, _ in stages(config.curriculum, len(sizes)))
-    if config.eval.pruning and (not drops or config.reduction.selector != "interpreter"):
+    kinds = {PHASES[name] for name, _ in stages(config.curriculum, len(sizes))}
+    _check_reduction(config, kinds)
+    for kind in kinds:
+        _check_phase(kind.section, config[kind.section], device_count)
+        kind.check(config[kind.section], len(sizes))
+
+
+def _check_reduction(config: ml_collections.ConfigDict, kinds: Collection[PhaseKind]) -> None:
+    """Whether what drops tokens goes with the curriculum's kinds of phases, and with the mode."""
+    drops = any(kind.reduces for kind in kinds)
+    selector, ratios = config.reduction.selector, list(config.reduction.keep_ratios)
+    if config.eval.pruning and (not drops or selector != "interpreter"):
         raise UsageError(
             f"config.eval.pruning={config.eval.pruning} draws curves over interpreters' "
             "thresholds, but no interpreters drop tokens here: set --config.eval.pruning=0"
         )
-    if config.reduction.keep_ratios and (config.eval.pruning or config.mode == "explain"):
+    if ratios and (config.eval.pruning or config.mode == "explain"):
         what = "config.mode=explain" if config.mode == "explain" else "config.eval.pruning"
         raise UsageError(
             f"{what} goes by thresholds, not by the fixed budget config.reduction.keep_ratios="
-            f"{list(config.reduction.keep_ratios)}: empty it with --config.reduction.keep_ratios=()"
+            f"{ratios}: empty it with --config.reduction.keep_ratios=()"
         )
     if drops and not config.weights and config.data.name not in MADE:
         raise UsageError(
             "config.weights is empty, but interpreters need a trained backbone: name its file "
             '(--config.weights=deit_small.safetensors), or "scratch" if you mean it'
         )
-    trained = config.mode == "train" and config.curriculum != "selector"
-    if trained and config.reduction.selector != "interpreter":
+    if config.mode != "train":
+        return
+    if config.curriculum != "selector" and selector != "interpreter":
         raise UsageError(
-            f"config.reduction.selector={config.reduction.selector!r} is a baseline, but "
+            f"config.reduction.selector={selector!r} is a baseline, but "
             f"config.curriculum={config.curriculum!r} does not train under one: set "
             "--config.curriculum=selector"
         )
-    kinds = {PHASES[name] for name, _ in stages(config.curriculum, len(sizes))}
-    by_threshold = any(kind.reduces and not kind.budgeted for kind in kinds)
-    if config.mode == "train" and config.reduction.keep_ratios and by_threshold:
+    if ratios and any(kind.reduces and not kind.budgeted for kind in kinds):
         raise UsageError(
-            f"config.reduction.keep_ratios={list(config.reduction.keep_ratios)} is a fixed budget, "
-            f"but config.curriculum={config.curriculum!r} trains by thresholds: leave it out, or "
+            f"config.reduction.keep_ratios={ratios} is a fixed budget, but "
+            f"config.curriculum={config.curriculum!r} trains by thresholds: leave it out, or "
             "evaluate the trained model under it (--config.mode=eval)"
         )
-    for kind in kinds:
-        _check_phase(kind.section, config[kind.section], device_count)
-        kind.check(config[kind.section], len(sizes))
 
 
 def _check_curriculum(config: ml_collections.ConfigDict) -> None:

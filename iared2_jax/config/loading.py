@@ -88,18 +88,19 @@ def _with_new_names(overrides: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _typed(name: str, text: str, kind: type) -> Any:
     """`text` as a value of the type that the option has."""
+    of_names = name.removeprefix("config.") in NAME_LISTS
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple and name.removeprefix("config.") in NAME_LISTS and re.search(r"^\w", text):
+        if of_names and re.match(r"\w", text):
             return tuple(word.strip() for word in text.split(","))  # bare: eval.maps=rollout,lrp
         if kind is tuple:
             return tuple(ast.literal_eval(f"[{text.strip('()[]')}]"))
         return kind(text)
     except (KeyError, ValueError, SyntaxError) as error:
         kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-        listed = "names like rollout,lrp" if name.removeprefix("config.") in NAME_LISTS else None
-        wanted = kinds.get(kind, f"a list of {listed or 'numbers like 2,4'}")
+        listed = "names like rollout,lrp" if of_names else "numbers like 2,4"
+        wanted = kinds.get(kind, f"a list of {listed}")
         raise UsageError(f"{name}={text!r} is not {wanted}") from error
 
 

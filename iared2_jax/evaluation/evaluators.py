@@ -138,22 +138,31 @@ def speed_sample(spec: InputSpec, pixels: Any, size: int) -> tuple[Array, np.nda
     return jnp.asarray(inputs[:size]), inputs[size:] if len(inputs) > size else inputs
 
 
+def dense_functions(
+    module: IARed2, variables: Mapping[str, Any], batch_size: int
+) -> dict[str, Callable[[Mapping[str, Any], Array], Array]]:
+    """The dense model's ways to run a batch, (variables, images) -> logits, by names "dense, ..".
+
+    Whole, and in sub-batches that fit the caches; with every attention kernel that works here, the
+    einsum first. The fastest of them is the baseline of every speed-up.
+    """
+    functions, sizes = {}, sub_batch_sizes(batch_size, jax.default_backend())
+    for kernel, rows in itertools.product(attention_kernels(module, variables), sizes):
+        name = "dense" if rows == batch_size else f"dense, {rows} at a time"
+        name += "" if kernel == "einsum" else f", {kernel}"
+        with_this = ForwardSpec(module).with_kernel(kernel).module
+        functions[name] = functools.partial(run_dense, with_this, rows)
+    return functions
+
+
 def dense_calls(
     module: IARed2, variables: Mapping[str, Any], images: Array
 ) -> dict[str, Callable[[], Array]]:
-    """The dense model's ways to run a batch: whole, and in sub-batches that fit the caches; each
-    with every attention kernel that works here, as the planner has them.
-
-    The fastest of them is the baseline of every speed-up.
-    """
-    calls, sizes = {}, sub_batch_sizes(len(images), jax.default_backend())
-    for kernel, rows in itertools.product(attention_kernels(module, variables), sizes):
-        name = "dense" if rows == len(images) else f"dense, {rows} at a time"
-        name += "" if kernel == "einsum" else f", {kernel}"
-        with_this = ForwardSpec(module).with_kernel(kernel).module
-        fn = jax.jit(functools.partial(run_dense, with_this, rows))
-        calls[name] = functools.partial(fn, variables, images)
-    return calls
+    """`dense_functions`, compiled, for one batch on the device."""
+    functions = dense_functions(module, variables, len(images))
+    return {
+        name: functools.partial(jax.jit(fn), variables, images) for name, fn in functions.items()
+    }
 
 
 def throughput(
@@ -196,8 +205,8 @@ def throughput(
     yield "plan", str(run.plan).splitlines()
     yield "ragged_error", float(error)
     counts = np.stack([np.asarray(keep).sum(axis=-1) for keep in out.keep], axis=1)
-    own = count_flops(module, tuple(counts.T), selector=reduction.get("selector", "interpreter"))
-    yield "full_flops_share", float(np.mean(own.full) / count_flops(module).full)
+    own = dict(cost(module, counts, reduction.get("selector", "interpreter")))["flops"]["full"]
+    yield "full_flops_share", own / count_flops(module).full
     if run.plan.groups:
         yield "padding_share", padding_share(run, counts)
     yield "batches_in_larger_shapes", sum(group["larger"] for group in run.usage)

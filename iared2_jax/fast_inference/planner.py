@@ -275,6 +275,7 @@ def _time_group(
         """One call of the group in this plan."""
 
         def run(variables, buffer, keep, places):
+            """The group's buffer afterwards; what is timed."""
             return run_group(
                 forward=forward,
                 plan=plan,

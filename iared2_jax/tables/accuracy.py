@@ -117,7 +117,8 @@ def _add_speed(rows: Mapping[str, Row], speed: Mapping[str, Any], seed: int, pla
 
     place: of that seed among the row's.
     """
-    rates, timed = speed["images_per_second"]["executions"], speed["images_per_second"]
+    timed = speed["images_per_second"]
+    rates = timed["executions"]
     dense = max(rate["median"] for name, rate in rates.items() if name.startswith("dense"))
     ragged, of_all = rates["ragged"]["median"], rows["iared2"]["full_flops"].values[place] / 100
     share = timed.get("full_flops_share", of_all)
