@@ -28,7 +28,8 @@ from iared2_jax.token_reduction.model import KEEP_ALL
 from iared2_jax.training.optimizers import split_trainable
 from iared2_jax.training.phases import PHASES, PhaseContext
 from iared2_jax.training.phases.base import Phase
-from iared2_jax.training.step import fitting_gradients
+from iared2_jax.training.ragged import RaggedParts
+from iared2_jax.training.step import data_mesh, fitting_gradients
 
 LEARNING_RATE = 1e-6  # so small that all steps are alike
 
@@ -52,17 +53,23 @@ def _phases(module) -> dict[str, Phase]:
 
 def _step(task: PhaseContext):
     def step(params, batch, key):
-        """Forward, backward, SGD; and the tokens that found no slot."""
+        """Forward, backward, SGD; the tokens that found no slot, the shares that rollouts keep."""
         trainable, _ = split_trainable(params, task.phase.trains, task.module)
         grads, metrics = fitting_gradients(task, params, batch, key)
         moved = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, trainable, grads)
-        return moved, metrics["overflow"]
+        shares = [metrics[name] for name in ("keep_rate_sampled", "keep_rate") if name in metrics]
+        return moved, metrics.get("overflow", 0.0), shares
 
     return step
 
 
-def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
-    """Multiply-adds over plain fine-tuning's; a backward pass counts two forward ones."""
+def _ideal(
+    module, phase: Phase, counts: np.ndarray, gathered: bool, shares: Sequence[float] = ()
+) -> float:
+    """Multiply-adds over plain fine-tuning's; a backward pass counts two forward ones.
+
+    shares: of all tokens, that the rollouts of ragged execution keep, on average.
+    """
     n = module.input_spec.num_patches
     dense = count_flops(module).full
 
@@ -85,6 +92,9 @@ def _ideal(module, phase: Phase, counts: np.ndarray, gathered: bool) -> float:
     for g in groups[:fixed]:
         kept[g - 1] = counts[:, g - 1] if gathered else n
     before = groups_cost(kept, groups[: j - 1])
+    if shares:
+        onward = [groups_cost([share * n for _ in groups], groups[j - 1 :]) for share in shares]
+        return (before + sum(onward)) / (3 * dense)
     after = groups_cost(kept, groups[j - 1 :])
     # The blocks behind an interpreter run for two rollouts, and nothing goes back through them.
     passes = 3 if any(part == "blocks" for part, _ in phase.trains) else 2
@@ -108,6 +118,9 @@ def _contexts(work: Workload) -> Iterator[tuple[str, PhaseContext]]:
         yield f"{name}, masked", PhaseContext(module, phase)
         if fixed:
             yield f"{name}, gathered", PhaseContext(module, phase, tuple(slots[:fixed]))
+        if phase.kind.frozen_blocks:
+            ragged = RaggedParts(module, data_mesh(jax.devices()[:1]))
+            yield f"{name}, ragged", PhaseContext(module, phase, ragged=ragged)
 
 
 def table(title: str, rows: dict[str, Any]) -> str:
@@ -149,11 +162,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows[name] = {**row, "compile_seconds": seconds, "memory_bytes": memory}
 
     for name, task in _contexts(work):
-        ideal = _ideal(work.module, task.phase, work.counts, task.capacities is not None)
-        add(name, _step(task), params, batch, key, ideal=ideal, capacities=task.capacities)
-        lost = float(calls[name]()[1])
+        add(name, _step(task), params, batch, key, capacities=task.capacities)
+        _, lost, shares = calls[name]()
         if lost:
-            raise SystemExit(f"{name}: {lost:g} tokens found no slot")
+            raise SystemExit(f"{name}: {float(lost):g} tokens found no slot")
+        shares = [float(share) for share in shares] if task.ragged else ()
+        leaves_out = bool(task.capacities or task.ragged)
+        rows[name]["ideal"] = _ideal(work.module, task.phase, work.counts, leaves_out, shares)
     dense = functools.partial(run_dense, work.module, flags.batch)
     add("forward only", dense, work.variables, images, ideal=1 / 3)
 

@@ -69,6 +69,7 @@ def get_config(arg=None):
     config.interpreter.tau = (10.0,)
     config.interpreter.learning_rate = 3e-3
     config.backbone.learning_rate = 1e-5
+    config.reduction.train_execution = "ragged"
     config.log_every = 20
     config.checkpoint_every = 50
     config.eval.maps_size = 200

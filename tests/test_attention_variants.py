@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import iared2_jax
+from iared2_jax.config import default_config
 from iared2_jax.errors import UsageError
+from iared2_jax.experiment.build import build_module, build_phases
 from iared2_jax.fast_inference import GroupPlan, Plan
 from iared2_jax.models.attention import attend
 from iared2_jax.models.attention_variants import VARIANTS, Linformer, Routing, Sinkhorn
@@ -221,6 +223,14 @@ def test_a_trained_vits_weights_fit(tmp_path, caplog):
             block["qkv"]["kernel"],
             variables["params"]["backbone"]["block_1"]["attn"]["qkv"]["kernel"],
         )
+
+
+def test_ragged_training_of_an_attention_that_goes_by_places_is_refused():
+    config = default_config()
+    config.model.name, config.model.attention = "vit_3_blocks", "linformer"
+    config.reduction.train_execution = "ragged"
+    with pytest.raises(UsageError, match=r"train_execution='ragged' needs .* dense attention"):
+        build_phases(config, build_module(config))
 
 
 def test_a_file_says_which_attention_it_has(tmp_path):

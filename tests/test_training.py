@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from iared2_jax.data.pipeline import shard_batch
 from iared2_jax.errors import UsageError
 from iared2_jax.experiment.build import build_model
+from iared2_jax.fast_inference.plan import even_plan
 from iared2_jax.models.parameters import declared
 from iared2_jax.token_reduction.create import create_module, init_variables
 from iared2_jax.token_reduction.estimators import ESTIMATORS
@@ -23,7 +24,14 @@ from iared2_jax.training import optimizers
 from iared2_jax.training.capacities import measure_capacities, recalled
 from iared2_jax.training.curriculum import dense_phase, phase_at, phases, trains_dense_first
 from iared2_jax.training.phases import PHASES, PhaseContext
-from iared2_jax.training.step import data_mesh, enter_phase, initial_state, make_train_step
+from iared2_jax.training.ragged import RaggedParts
+from iared2_jax.training.step import (
+    data_mesh,
+    enter_phase,
+    initial_state,
+    make_train_step,
+    runs_ragged,
+)
 
 SIZES = (1, 1, 1)
 MODULE = create_module("vit_3_blocks", groups=SIZES)
@@ -297,7 +305,7 @@ def test_a_step_that_fits_is_not_computed_again(tiny_config, batch, index):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator_has_the_same_gradient_gathered_as_masked(tiny_config, batch, name):
+def test_every_estimator_has_the_same_gradient_by_every_execution(tiny_config, batch, name):
     options = tiny_config.interpreter
     options.estimator, options.rollouts, options.answer = name, 2, "log_probability"
     options.log_prob_reduction, options.reward_denominator = "mean", "initial"
@@ -308,22 +316,24 @@ def test_every_estimator_has_the_same_gradient_gathered_as_masked(tiny_config, b
     batch["input"] = MODULE.input_spec.normalize(batch["input"])
     trainable, frozen = optimizers.split_trainable(variables["params"], phase.trains, module)
 
-    def gradient(capacities):
+    def gradient(**how):
         def loss(trainable):
-            context = PhaseContext(module, phase, capacities)
+            context = PhaseContext(module, phase, **how)
             params = optimizers.merge(trainable, frozen)
             return phase.kind.loss(context, params, batch, jax.random.key(0))
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
 
-    (value, metrics), masked = gradient(None)
-    (same, others), gathered = gradient((64,))
-    assert 0.1 < metrics["handed_rate"] < 0.95  # there is something to gather away
-    np.testing.assert_allclose(same, value, rtol=1e-4, atol=1e-4)
-    assert metrics.keys() == others.keys()
+    (value, metrics), masked = gradient()
+    assert 0.1 < metrics["handed_rate"] < 0.95  # there is something to leave out
     assert ("accuracy" in metrics) == ESTIMATORS[name].greedy
     assert max(float(jnp.abs(g).max()) for g in masked.values()) > 1e-5
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), masked, gathered)
+    ragged = RaggedParts(module, data_mesh(jax.devices()[:1]))
+    for how in ({"capacities": (64,)}, {"ragged": ragged}):
+        (same, others), gradients = gradient(**how)
+        np.testing.assert_allclose(same, value, rtol=1e-4, atol=1e-4)
+        assert_same_metrics(others, metrics)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), masked, gradients)
 
 
 @pytest.mark.slow
@@ -333,6 +343,48 @@ def test_gathered_training_over_8_devices(tiny_config, batch):
     masked = run_step(tiny_config, phase, batch)
     assert_same_update(masked, run_step(tiny_config, phase, batch, 8, capacities=(64, 64)))
     assert_same_update(masked, run_step(tiny_config, phase, batch, 8, capacities=(8, 8)))
+
+
+@pytest.mark.parametrize(("index", "devices"), [(4, 1), pytest.param(2, 8, marks=pytest.mark.slow)])
+def test_ragged_training_makes_the_update_of_masked(tiny_config, batch, index, devices):
+    """Every device sorts its own rows, and no token is without a place."""
+    plain_sgd(tiny_config)
+    tiny_config.model.init_bias = 0.05  # some go, most stay
+    phase = plan_of(tiny_config, "iared2")[index]
+    masked = run_step(tiny_config, phase, batch)
+    tiny_config.reduction.train_execution = "ragged"
+    ragged = run_step(tiny_config, phase, batch, devices)
+    assert ragged[2]["overflow"] == 0
+    assert_same_update(masked, ragged)
+
+
+def test_a_step_on_an_input_that_is_not_finite_is_not_applied_when_ragged(tiny_config, batch):
+    """Also where the tokens that are not finite were dropped before anything saw them."""
+    tiny_config.reduction.train_execution = "ragged"
+    phase = plan_of(tiny_config, "iared2")[2]
+    batch["input"] = MODULE.input_spec.normalize(batch["input"]).at[3, 0, 0].set(jnp.nan)
+    before, state, metrics = run_step(tiny_config, phase, batch)
+    assert metrics["bad_steps"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
+
+
+def test_only_what_needs_no_gradient_runs_ragged(tiny_config):
+    tiny_config.reduction.train_execution = "ragged"
+    plan = plan_of(tiny_config, "supervised+iared2")
+    ragged = [phase.name for phase in plan if runs_ragged(tiny_config, phase)]
+    assert ragged == ["interpreter 1", "interpreter 2", "interpreter 3"]
+    tiny_config.reduction.train_execution = "gathered"
+    assert not any(runs_ragged(tiny_config, phase) for phase in plan)
+
+
+@pytest.mark.parametrize("most", [5, 17, 65, 197, 257])
+@pytest.mark.parametrize("batch_size", [1, 6, 48, 768])
+def test_an_even_plan_holds_anything(batch_size, most):
+    plan = even_plan(batch_size, (most, most), "einsum")
+    plan.check(batch_size, (most, most))
+    rows, (smallest, *_) = plan.groups[0].rows, plan.groups[0].shapes
+    assert -(-batch_size // rows) <= 8 or rows == 8
+    assert smallest[1] <= most / 4 + 1
 
 
 def test_capacities_hold_the_sample_and_are_remembered(tiny_config, tmp_path, batch):

@@ -12,7 +12,7 @@ from iared2_jax.data.cutouts import CutoutOptions
 from iared2_jax.training.phases import PHASES
 
 MODES = ("train", "eval", "explain")
-TRAIN_EXECUTIONS = ("masked", "gathered")
+TRAIN_EXECUTIONS = ("masked", "gathered", "ragged")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -101,8 +101,10 @@ def default_config() -> ml_collections.ConfigDict:
     config.reduction.threshold = 0.5  # keep iff the score is above
     # Or a fixed budget: the share of the N tokens that each group keeps, the best-scoring ones.
     config.reduction.keep_ratios = ()
-    # How tokens that are dropped for good are left out of a training step: "masked" | "gathered",
-    # into as many slots as the phase's first images need. The same gradients (docs/performance.md).
+    # How dropped tokens are left out of a training step, for the same gradients
+    # (docs/performance.md): "masked", they are only masked | "gathered", the others move into as
+    # many slots as the phase's first images need | "ragged", as gathered, and in an interpreter's
+    # phase, whose blocks need no gradient, every rollout runs on what it keeps itself.
     config.reduction.train_execution = "masked"
 
     # Baselines beside the run, e.g. ("random", "attention_block_1"): the same start under each

@@ -1,6 +1,7 @@
 """Every map of the same images, by every protocol: segmentation, perturbation, sanity checks."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,9 @@ def compare_maps(
     for loaded in eval_batches(arrays, min(batch_size, len(pixels))):
         if stop is not None and stop.requested:
             raise Interrupted("the evaluation was stopped by a signal: nothing was written")
-        batch = _prepared(loaded, module, variables["original"], explained, replacement)
+        batch = _prepared(
+            loaded, module, variables["original"], explained, replacement if perturbation else None
+        )
         values, refused = _computed(sources, variables, batch.inputs, batch.classes)
         for name, reason in refused.items():
             if seen:  # had the model not this map, the first batch would have shown it
@@ -145,7 +148,8 @@ class _Batch:
     """Images whose maps are compared.
 
     inputs: normalised. counted: which are no padding. labels, masks: None where there are none.
-    ends: what the original model answers to whole images, and to those without a pixel left.
+    ends: what the original model answers to whole images, and to those without a pixel left; None
+      where nothing is taken away.
     classes: those that are explained.
     """
 
@@ -153,7 +157,7 @@ class _Batch:
     counted: Bool[np.ndarray, " b"]
     labels: Int[np.ndarray, " b"] | None
     masks: Bool[np.ndarray, "b ..."] | None
-    ends: Ends
+    ends: Ends | None
     classes: Int[Array, " b"]
 
 
@@ -162,14 +166,27 @@ def _prepared(
     module: IARed2,
     original: Variables,
     explained: str,
-    replacement: str,
+    replacement: str | None,
 ) -> _Batch:
-    """The batch of what `eval_batches` gives."""
+    """The batch of what `eval_batches` gives; replacement: None where nothing is taken away."""
     inputs = module.input_spec.normalize(jnp.asarray(loaded["pixels"]))
-    labels, ends = loaded.get("labels"), ends_of(module, original, inputs, replacement)
+    labels = loaded.get("labels")
+    ends = ends_of(module, original, inputs, replacement) if replacement else None
+    if explained == "label":
+        classes = labels
+    elif ends is not None:
+        classes = ends.whole.argmax(axis=-1)
+    else:
+        classes = _dense_logits(module, original, inputs).argmax(axis=-1)
     # Given as a target, so that the same compiled program does for another class.
-    classes = jnp.asarray(labels if explained == "label" else ends.whole.argmax(axis=-1), int)
+    classes = jnp.asarray(classes, int)
     return _Batch(inputs, loaded["counted"], labels, loaded.get("masks"), ends, classes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense_logits(module: IARed2, variables: Variables, inputs: Array) -> Array:
+    """Compiled once for all batches."""
+    return module.apply(variables, inputs, execution="dense")[0]
 
 
 def _computed(

@@ -161,4 +161,9 @@ def build_phases(config: ml_collections.ConfigDict, module: IARed2) -> list[Phas
     plan = phases(config, module.group_sizes, dataset_of(config).epoch_size)
     for phase in plan:
         phase.kind.check_module(module)
+    if config.reduction.train_execution == "ragged" and not module.shows_attention:
+        raise UsageError(
+            "config.reduction.train_execution='ragged' needs a model with dense attention: "
+            'another goes by the tokens\' places in whole images; use "gathered"'
+        )
     return plan

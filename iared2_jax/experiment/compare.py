@@ -49,7 +49,8 @@ def baseline_config(
     (mode "eval") if that one only trains interpreters, and keeps at least as many tokens in each
     group; all of the first, where the selector is the attention before the group, and all of every
     group for `DENSE_BASELINE`: what the fine-tuning does by itself. EViT and ToMe reduce tokens
-    where their papers do, so that they cost as much (`schedules.published_budget`).
+    where their papers do, so that they cost as much (`schedules.published_budget`). Of the maps,
+    only its scores are measured, and by masks alone.
 
     Args:
       weights: of the dense backbone, if it is not the one that `config` names.
@@ -83,6 +84,9 @@ def baseline_config(
     baseline.backbone.steps *= len(keep_ratios)  # one phase in place of one for each group
     baseline.backbone.epochs *= len(keep_ratios)
     baseline.eval.figures = 0
+    # Of its maps only its scores are in the comparison.
+    baseline.eval.maps = ("interpreter",) if config.eval.maps else ()
+    baseline.eval.perturbation = False
     baseline.eval.speed_batch = 0  # all methods are timed together, in the end
     return baseline.lock()
 

@@ -17,10 +17,12 @@ from jaxtyping import Bool, Float, Int
 from iared2_jax.fast_inference.forward import BoundModel, ForwardSpec
 from iared2_jax.fast_inference.group import Buffer, evidence_in_place, run_group
 from iared2_jax.fast_inference.plan import Plan
+from iared2_jax.token_reduction.compaction import kept_first
 from iared2_jax.token_reduction.groups import run_groups
-from iared2_jax.token_reduction.model import nan_where_not_finite, output_of
+from iared2_jax.token_reduction.model import IARed2, nan_where_not_finite, output_of
 from iared2_jax.token_reduction.output import Output
 from iared2_jax.token_reduction.selectors import Evidence, within_budget
+from iared2_jax.token_reduction.state import TokenState, all_alive
 from iared2_jax.typing import Array
 
 
@@ -137,7 +139,7 @@ def run_ragged(
     forward = forward.with_kernel(plan.attention_kernel)
     module = forward.module
     b, n = inputs.shape[0], module.input_spec.num_patches
-    tokens = module.apply(variables, inputs, method=lambda m, x: m.backbone.embed(x))
+    tokens = module.apply(variables, inputs, method="embed")
     alive = jnp.broadcast_to((jnp.arange(b) < size)[:, None], (b, n))
     if forward.equal_counts:
         alive = jnp.ones((b, n), bool)
@@ -151,14 +153,81 @@ def run_ragged(
     groups = range(1, module.num_groups + 1)
     state, records = run_groups(how, how.start(tokens, alive), groups, decide)
 
-    survivors = jnp.arange(n) < state.alive.sum(axis=1, keepdims=True)
-    logits, features, rows = module.apply(
-        variables,
-        state.buffer["tokens"],
-        survivors,
-        method=lambda m, *args: m.backbone.classify(*args),
-    )
+    logits, features, rows = _classified(module, variables, state)
     logits, features = (nan_where_not_finite(y, tokens) for y in (logits, features))
     rows = [jnp.moveaxis(_by_patch(state, jnp.moveaxis(row, 1, 2)), 2, 1) for row in rows]
     out = output_of(records, features, rows)
     return logits, out if forward.attention else out.replace(attention=()), how.shapes_used
+
+
+def _classified(
+    module: IARed2, variables: Mapping[str, Any], state: RaggedState
+) -> tuple[Array, Array, list[Array]]:
+    """What the backbone's end makes of the survivors: logits, features, CLS attention by place."""
+    method = lambda m, *args: m.backbone.classify(*args)  # noqa: E731
+    return module.apply(variables, state.buffer["tokens"], _at_first_places(state), method=method)
+
+
+def _at_first_places(state: RaggedState) -> Bool[Array, "b n"]:
+    """Which places of the buffer's rows hold survivors, behind a group: the first ones."""
+    return jnp.arange(state.alive.shape[1]) < state.alive.sum(axis=1, keepdims=True)
+
+
+# -- The two parts that training needs, as `IARed2.up_to` and `IARed2.onward` are by masked
+# -- execution. No gradient passes through them: the number of a loop's turns is known too late.
+
+
+def ragged_up_to(
+    forward: ForwardSpec,
+    plan: Plan,
+    variables: Mapping[str, Any],
+    group: int,
+    inputs: Float[Array, "b ..."],
+    thresholds: Float[Array, "b D"],
+) -> TokenState:
+    """The tokens at the entry of `group`, each image's survivors first; behind them, zeros."""
+    module = forward.module
+    tokens = module.apply(variables, inputs, method="embed")
+    state = all_alive(tokens, module.input_spec.num_patches)
+    if group == 1:
+        return state
+    how = Ragged(forward, plan, variables, None)
+
+    def decide(number: int, scores: Array, state: RaggedState) -> Array:
+        return within_budget(number, scores, state.alive, thresholds, None)
+
+    ragged, _ = run_groups(how, how.start(tokens, state.alive), range(1, group), decide)
+    alive, prefix = _at_first_places(ragged), module.num_prefix
+    here = jnp.pad(alive, ((0, 0), (prefix, 0)), constant_values=True)[..., None]
+    x = jnp.where(here, ragged.buffer["tokens"], 0)
+    # Masked execution makes all tokens of such an input NaN; here they may have been dropped.
+    finite = jnp.isfinite(tokens).all(axis=(1, 2), keepdims=True)
+    origin = kept_first(ragged.alive)[0]
+    return state._replace(x=jnp.where(finite, x, jnp.nan), alive=alive, origin=origin)
+
+
+def ragged_onward(
+    forward: ForwardSpec,
+    plan: Plan,
+    variables: Mapping[str, Any],
+    group: int,
+    x: Float[Array, "b t d"],
+    keep: Bool[Array, "b n"],
+    thresholds: Float[Array, "b D"],
+) -> Float[Array, "b classes"]:
+    """The logits from the entry of `group` on, whose keep mask is given."""
+    how = Ragged(forward, plan, variables, None)
+    b, n = keep.shape
+    buffer = {"tokens": x} | evidence_in_place(forward, variables, group, x)
+    places = jnp.broadcast_to(jnp.arange(n), (b, n))
+    state = RaggedState(buffer, keep, places, jnp.zeros(b, jnp.int32))
+
+    def decide(number: int, scores: Array, state: RaggedState) -> Array:
+        """The mask that is given, and later the interpreters' own."""
+        if number == group:
+            return state.alive
+        return within_budget(number, scores, state.alive, thresholds, None)
+
+    state, _ = run_groups(how, state, range(group, forward.module.num_groups + 1), decide)
+    logits = _classified(forward.module, variables, state)[0]
+    return nan_where_not_finite(logits, x)

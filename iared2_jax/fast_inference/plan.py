@@ -13,6 +13,7 @@ from iared2_jax.errors import UsageError
 from iared2_jax.files import write_json
 
 KINDS = ("padded", "packed")
+EVEN_EIGHTHS = (2, 3, 4, 5, 6, 8)  # of all tokens, the lengths of `even_plan`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,25 @@ class Plan:
         if self.planned_from:
             lines.append(f"  planned from {self.planned_from}")
         return "\n".join(lines)
+
+
+def even_plan(
+    batch_size: int, most_tokens: Sequence[int], attention_kernel: str, rows: int = 8
+) -> Plan:
+    """A plan made without counts, for what keeps now more, now less: lengths in even steps.
+
+    Args:
+      batch_size: images, or rollouts, per call and device.
+      most_tokens: that an image can have in each group, prefix included.
+      rows: images per sub-batch, of a batch of at most eight times as many; more of a larger one.
+    """
+    rows = min(batch_size, max(rows, batch_size // 8))
+
+    def group(most: int) -> GroupPlan:
+        lengths = sorted({-(-most * eighths // 8) for eighths in EVEN_EIGHTHS})
+        return GroupPlan("padded", rows, tuple((rows * length, length) for length in lengths))
+
+    return Plan(batch_size, tuple(map(group, most_tokens)), attention_kernel=attention_kernel)
 
 
 def needs(lengths: np.ndarray, rows: int, blocks: int = 1) -> np.ndarray:

@@ -30,6 +30,7 @@ from iared2_jax.training.step import (
     enter_phase,
     initial_state,
     make_train_step,
+    runs_ragged,
 )
 
 log = logging.getLogger(__name__)
@@ -212,8 +213,10 @@ def _batches(
 
 
 def _capacities(run: _Run, phase: Phase, params: Params) -> Capacities | None:
-    """Patch slots for gathered training; None where it is masked, or there is nothing to drop."""
-    gathered = run.config.reduction.train_execution == "gathered"
+    """Patch slots for gathered training; None where there are none, or there is nothing to drop."""
+    gathered = run.config.reduction.train_execution != "masked" and not runs_ragged(
+        run.config, phase
+    )
     if not gathered or not phase.kind.reduces or phase.keep_ratios:  # a budget is its own capacity
         return None
 
@@ -222,7 +225,9 @@ def _capacities(run: _Run, phase: Phase, params: Params) -> Capacities | None:
         first = run.batches(phase, phase.first_example)
         return measure_capacities(run.module, params, phase, first)
 
-    return recalled(run.workdir / "capacities.json", phase, measure)
+    slots = recalled(run.workdir / "capacities.json", phase, measure)
+    # Where some image keeps all, there is nothing to gather away.
+    return None if all(count == run.module.input_spec.num_patches for count in slots) else slots
 
 
 def _refuse_divergence(figures: dict[str, float], limit: int, phase: Phase, step: int) -> None:

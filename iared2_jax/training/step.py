@@ -18,6 +18,7 @@ from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training import optimizers
 from iared2_jax.training.phases import Batch, Metrics, Params, Phase, PhaseContext
 from iared2_jax.training.phases.base import Capacities
+from iared2_jax.training.ragged import RaggedParts
 
 
 @flax.struct.dataclass
@@ -84,6 +85,7 @@ def make_train_step(
       capacities: patch slots per group, for gathered training (`PhaseKind.loss`); None: masked. A
         batch that does not fit is computed again, masked, and shows in metrics["overflow"].
     """
+    ragged = RaggedParts(module, mesh) if runs_ragged(config, phase) else None
     optimizer = optimizers.make_optimizer(phase.options, phase.steps, module, phase.kind.rate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -91,7 +93,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if "input" in batch:  # a phase may have taken features in its place
             batch = {**batch, "input": module.input_spec.normalize(batch["input"])}
-        context = PhaseContext(module, phase, capacities, state.extra)
+        context = PhaseContext(module, phase, capacities, ragged, state.extra)
         grads, metrics = fitting_gradients(context, state.params, batch, key)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         trainable, frozen = optimizers.split_trainable(state.params, phase.trains, module)
@@ -125,6 +127,11 @@ def make_train_step(
         out_shardings=(replicated, replicated),
         donate_argnums=0,
     )
+
+
+def runs_ragged(config: ml_collections.ConfigDict, phase: Phase) -> bool:
+    """Whether the phase's blocks run ragged: no gradient passes through them, and it was asked."""
+    return config.reduction.train_execution == "ragged" and phase.kind.frozen_blocks
 
 
 def fitting_gradients(

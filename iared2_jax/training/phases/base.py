@@ -12,6 +12,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from iared2_jax.token_reduction.model import KEEP_ALL, IARed2
+from iared2_jax.training.ragged import RaggedParts
 from iared2_jax.typing import Array
 
 Params = dict[str, Any]
@@ -48,6 +49,8 @@ class PhaseKind:
       section: of the config, where its options are.
       mixes: whether its images may be mixed with each other (mixup, CutMix).
       reduces: whether tokens are dropped in it.
+      frozen_blocks: whether no gradient passes through any block in it, so that all of them may run
+        ragged.
       budgeted: whether a fixed budget, `config.reduction.keep_ratios`, goes with it, in training or
         when what it has trained is evaluated.
     """
@@ -55,6 +58,7 @@ class PhaseKind:
     section: str
     mixes: bool = True
     reduces: bool = True
+    frozen_blocks: bool = False
     budgeted: bool = False
 
     def options(self) -> dict[str, Any]:
@@ -229,6 +233,7 @@ class PhaseContext:
     Attributes:
       capacities: patch slots of each group whose masks are fixed (`PhaseKind.fixed_groups`); None:
         masked execution.
+      ragged: runs the blocks of a phase with `frozen_blocks`; None: they run as `capacities` says.
       extra: `TrainState.extra` as a step's loss finds it: what `PhaseKind.initial_extra` made when
         the phase began, and `next_extra` after every step since. {} in `PhaseKind.stream`.
     """
@@ -236,6 +241,7 @@ class PhaseContext:
     module: IARed2
     phase: Phase
     capacities: Capacities | None = None
+    ragged: RaggedParts | None = None
     extra: Any = dataclasses.field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 from iared2_jax.errors import UsageError, nearest
 from iared2_jax.token_reduction import estimators, policy
 from iared2_jax.token_reduction.estimators import ESTIMATORS, ControlVariate
+from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.training.phases.base import (
     Batch,
     Metrics,
@@ -36,6 +37,7 @@ class InterpreterPhase(PhaseKind):
 
     section = "interpreter"
     mixes = False  # its reward is for the right answer, which must be one
+    frozen_blocks = True
 
     def options(self) -> dict[str, Any]:
         """The reward (Eq. 2) and the policy gradient (Eq. 3). The paper does not give tau."""
@@ -139,7 +141,7 @@ class InterpreterPhase(PhaseKind):
         group, rollouts = phase.group, options.rollouts
         n, estimator = module.input_spec.num_patches, ESTIMATORS[options.estimator]
         apply = functools.partial(module.apply, {"params": params})
-        entry = apply(group, batch["input"], phase.thresholds, context.capacities, method="up_to")
+        entry = _entry(context, params, batch["input"])
         x, alive = jax.lax.stop_gradient(entry.x), entry.alive
         policy_logits = apply(group, x, alive, method="interpret")
 
@@ -255,6 +257,16 @@ def _budgeted(
     return rewards, ControlVariate(rewards=per_mask, mean=budget)
 
 
+def _entry(context: PhaseContext, params: Params, inputs: Array) -> TokenState:
+    """The tokens at the entry of the phase's group."""
+    module, group, thresholds = context.module, context.phase.group, context.phase.thresholds
+    if context.ragged:
+        return context.ragged.up_to(jax.lax.stop_gradient(params), group, inputs, thresholds)
+    return module.apply(
+        {"params": params}, group, inputs, thresholds, context.capacities, method="up_to"
+    )
+
+
 def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) -> Array:
     """The logits [b, k, classes] of `masks` [b, k, n] from the entry of the phase's group on."""
     module, phase, count = context.module, context.phase, masks.shape[1]
@@ -262,14 +274,13 @@ def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) ->
     thresholds = jnp.asarray(phase.thresholds, jnp.float32)
     if thresholds.ndim == 2:  # one each per image
         thresholds = jnp.repeat(thresholds, count, axis=0)
-    logits = module.apply(
-        {"params": params},
-        phase.group,
-        jnp.repeat(x, count, axis=0),
-        rearrange(masks, "b k n -> (b k) n"),
-        thresholds,
-        method="onward",
-    )
+    x, rows = jnp.repeat(x, count, axis=0), rearrange(masks, "b k n -> (b k) n")
+    if context.ragged:
+        params = jax.lax.stop_gradient(params)
+        logits = context.ragged.onward(params, phase.group, x, rows, thresholds)
+    else:
+        given = (phase.group, x, rows, thresholds)
+        logits = module.apply({"params": params}, *given, method="onward")
     return rearrange(logits, "(b k) c -> b k c", k=count)
 
 
