@@ -196,6 +196,10 @@ def test_a_baseline_has_the_runs_own_recipe(config):
     for option in ("learning_rate", "batch_size", "optimizer", "label_smoothing"):
         assert phase.options[option] == own[0].options[option]
     assert (phase.selector, phase.keep_ratios) == ("random", (0.5, 0.4))
+    # Of its maps, only its scores are compared.
+    assert (baseline.eval.maps, baseline.eval.perturbation) == (("interpreter",), False)
+    config.eval.maps = ()
+    assert compare.baseline_config(config, "random", (0.5, 0.4)).eval.maps == ()
     assert compare.kept_shares({"iared2": {"kept": [0.3501, 0.2]}}) == (0.351, 0.2)
     # Before the first block there is no attention to choose by.
     before = compare.baseline_config(config, "attention", (0.5, 0.4))

@@ -206,12 +206,14 @@ def test_figures_are_those_of_the_protocols(compared, reader):
         np.testing.assert_allclose(of["probability"], expected, rtol=1e-5)
 
 
-def test_only_what_is_asked_for_is_measured(reader):
+def test_only_what_is_asked_for_is_measured(reader, monkeypatch):
     module, variables = reader
     pixels, _, masks = scenes(4)
     compare = functools.partial(compare_maps, module, variables, pixels, batch_size=4)
     sources = {"marked": MapSource(marked)}
-    found = compare(sources=sources, masks=masks, perturbation=False, sanity=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("iared2_jax.evaluation.compare_maps.ends_of", lambda *_: pytest.fail("asked"))
+        found = compare(sources=sources, masks=masks, perturbation=False, sanity=False)
     assert found.keys() == {"left_out", "segmentation"}
     found = compare(sources=sources, sanity=False)
     assert found.keys() == {"left_out", "perturbation"}
@@ -234,7 +236,12 @@ def test_the_label_may_be_explained_in_the_place_of_the_prediction(reader):
             module, variables, pixels, labels=1 - labels, explained=explained, sanity=False,
             sources={"m": MapSource(note, explains_class=True)}, batch_size=4,
         )["perturbation"]["m"]["curves"]["positive"]  # fmt: skip
-    np.testing.assert_array_equal(asked, [labels, 1 - labels])
+    for explained in found:
+        compare_maps(
+            module, variables, pixels, labels=1 - labels, explained=explained, sanity=False,
+            sources={"m": MapSource(note, explains_class=True)}, batch_size=4, perturbation=False,
+        )  # fmt: skip
+    np.testing.assert_array_equal(asked, [labels, 1 - labels, labels, 1 - labels])
     first = [found[explained]["probability"][0] for explained in found]
     np.testing.assert_allclose(first, [1, 0], atol=0.05)
     for curves in found.values():  # the accuracy is that of the labels, whatever is explained

@@ -167,17 +167,16 @@ class Plan:
         return "\n".join(lines)
 
 
-def even_plan(
-    batch_size: int, most_tokens: Sequence[int], attention_kernel: str, rows: int = 8
-) -> Plan:
+def even_plan(batch_size: int, most_tokens: Sequence[int], attention_kernel: str) -> Plan:
     """A plan made without counts, for what keeps now more, now less: lengths in even steps.
+
+    A sub-batch is 8 images, or 16 where they are small; of more than 64, an eighth of the batch.
 
     Args:
       batch_size: images, or rollouts, per call and device.
       most_tokens: that an image can have in each group, prefix included.
-      rows: images per sub-batch, of a batch of at most eight times as many; more of a larger one.
     """
-    rows = min(batch_size, max(rows, batch_size // 8))
+    rows = min(batch_size, max(16 if max(most_tokens) <= 128 else 8, batch_size // 8))
 
     def group(most: int) -> GroupPlan:
         lengths = sorted({-(-most * eighths // 8) for eighths in EVEN_EIGHTHS})

@@ -1,6 +1,7 @@
 """A trained model beside its dense baseline, on one evaluation set."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from einops import rearrange
 
 from iared2_jax.data.image_files import EvalInputs
 from iared2_jax.evaluation import evaluators
+from iared2_jax.fast_inference.sub_batches import in_sub_batches, rows_in_cache
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 
@@ -58,9 +60,20 @@ class Comparison:
         return {**self.reduction, **how}
 
     def compiled(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
-        """`fn(variables, inputs, batch)`, jitted, with the inputs normalised on the device."""
-        spec = self.module.input_spec
-        return jax.jit(lambda v, batch: fn(v, spec.normalize(batch["pixels"]), batch))
+        """`fn(variables, inputs, batch)`, jitted, with the inputs normalised on the device.
+
+        On a CPU it runs some inputs at a time: what it returns has a row each.
+        """
+        module, platform = self.module, jax.default_backend()
+
+        def some(variables, batch):
+            return fn(variables, module.input_spec.normalize(batch["pixels"]), batch)
+
+        def all_of_them(variables, batch):
+            rows = rows_in_cache(module, len(batch["pixels"]), platform)
+            return in_sub_batches(functools.partial(some, variables), rows, batch)
+
+        return jax.jit(all_of_them)
 
     def collect(
         self, fn: Callable[..., Any], variables: dict[str, Any], **more: np.ndarray
@@ -85,7 +98,9 @@ class Comparison:
         def summed(variables, batch):
             crops = batch["crops"]
             flat = spec.normalize(rearrange(crops, "b v ... -> (b v) ..."))
-            logits = module.apply(variables, flat, **how)[0]
+            rows = rows_in_cache(module, len(flat), jax.default_backend())
+            forward = lambda inputs: module.apply(variables, inputs, **how)[0]  # noqa: E731
+            logits = in_sub_batches(forward, rows, flat)
             return {"top": evaluators.top_classes(logits.reshape(*crops.shape[:2], -1).sum(axis=1))}
 
         seen = evaluators.collect(
