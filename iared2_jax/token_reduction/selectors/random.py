@@ -51,7 +51,7 @@ def fingerprint(image: Float[Array, "..."]) -> Array:
 
 
 def _scrambled(places: Array) -> Array:
-    """32 bits for each place that look like chance: multiplied and folded onto themselves, twice."""
+    """32 bits for each place that look like chance: twice multiplied and folded."""
     for factor, shift in ((0x9E3779B1, 15), (0x85EBCA77, 13)):
         places = (places + jnp.uint32(1)) * jnp.uint32(factor)
         places = places ^ (places >> shift)
