@@ -17,7 +17,8 @@ Measured at 112 px (docs/results/cutouts): the trained head is right on 84.5% of
 head alone trained: 67.9% of 12 kinds (objects never seen), with interpreters 61.1, 63.5, 65.7% at
 62 to 67%. Larger, with interpreters alone (trained on an H100): 168 px, 93.7 to 94.2, 93.5, 93.8%
 at 70 to 71%; 224 px, 93.9 to 94.8, 94.2, 93.8% at 65 to 71%.
-Hardware: 2 CPU cores run the dense model at 39 to 45 images a second at 112 px, and at 7 at 224 px.
+Hardware: 2 CPU cores run the dense model at 39 to 60 images a second at 112 px, and at 7 to 12 at
+224 px. An interpreter's rollouts run ragged: at 224 px its step takes half as long as masked.
 
 Variants: `:interpreters` leaves the trunk's weights as they are (Table 4's way); `:kind` asks for
 the class of objects that training never saw, in place of which object it is; `:size=112` (px, a

@@ -87,11 +87,11 @@ class Preset:
 
 # Measured on cores that do nothing else.
 _CUTOUT_MINUTES = {
-    "head": 7,
-    "interpreters": 17,
+    "head": 3.5,
+    "interpreters": 6.5,
     "iared2": 23,
     "iared2 alone": 17,
-    "speed": 4,
+    "speed": 2.1,
     "maps": 25,
     "selector": 9,
     "dynamicvit": 20,
