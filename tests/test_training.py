@@ -380,7 +380,7 @@ def test_only_what_needs_no_gradient_runs_ragged(tiny_config):
 @pytest.mark.parametrize("most", [5, 17, 65, 197, 257])
 @pytest.mark.parametrize("batch_size", [1, 6, 48, 768])
 def test_an_even_plan_holds_anything(batch_size, most):
-    plan = even_plan(batch_size, (most, most), "einsum")
+    plan = even_plan(batch_size, (most, most))
     plan.check(batch_size, (most, most))
     rows, (smallest, *_) = plan.groups[0].rows, plan.groups[0].shapes
     assert -(-batch_size // rows) <= 8

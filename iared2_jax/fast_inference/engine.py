@@ -174,7 +174,8 @@ def _at_first_places(state: RaggedState) -> Bool[Array, "b n"]:
 
 
 # -- The two parts that training needs, as `IARed2.up_to` and `IARed2.onward` are by masked
-# -- execution. No gradient passes through them: the number of a loop's turns is known too late.
+# -- execution, with the model's own attention kernel. No gradient passes through them: the number
+# -- of a loop's turns is known too late.
 
 
 def ragged_up_to(

@@ -167,7 +167,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def even_plan(batch_size: int, most_tokens: Sequence[int], attention_kernel: str) -> Plan:
+def even_plan(batch_size: int, most_tokens: Sequence[int]) -> Plan:
     """A plan made without counts, for what keeps now more, now less: lengths in even steps.
 
     A sub-batch is 8 images, or 16 where they are small; of more than 64, an eighth of the batch.
@@ -182,7 +182,7 @@ def even_plan(batch_size: int, most_tokens: Sequence[int], attention_kernel: str
         lengths = sorted({-(-most * eighths // 8) for eighths in EVEN_EIGHTHS})
         return GroupPlan("padded", rows, tuple((rows * length, length) for length in lengths))
 
-    return Plan(batch_size, tuple(map(group, most_tokens)), attention_kernel=attention_kernel)
+    return Plan(batch_size, tuple(map(group, most_tokens)))
 
 
 def needs(lengths: np.ndarray, rows: int, blocks: int = 1) -> np.ndarray:

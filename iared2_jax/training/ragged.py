@@ -71,8 +71,7 @@ class RaggedParts:
     def _plan(self, rows: int) -> Plan:
         module = self.module
         most = module.num_prefix + module.input_spec.num_patches
-        kernel = module.backbone.attention_kernel
-        return even_plan(rows, (most,) * module.num_groups, kernel)
+        return even_plan(rows, (most,) * module.num_groups)
 
     def _per_row(self, thresholds: Thresholds, rows: Array) -> Float[Array, "b D"]:
         values = self.module.per_group(thresholds)
