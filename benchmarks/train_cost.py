@@ -2,14 +2,18 @@
 
     python -m benchmarks.train_cost --model=deit_s
 
+    python -m benchmarks.train_cost --model=dinov2_s14 --size=224 --batch=16 --rollouts=3 \
+      --phase=interpreter
+
 One step: forward, backward, SGD. Plain fine-tuning moves all blocks of the dense backbone. The
-interpreter's step has one sampled rollout and the greedy one. Masks keep tokens as drawn in
-benchmarks/workload.py, even spread.
+interpreter's step has one sampled rollout and the greedy one, or --rollouts sampled ones (RLOO).
+Masks keep tokens as drawn in benchmarks/workload.py, even spread.
 """
 
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +28,7 @@ from iared2_jax.config import default_config
 from iared2_jax.fast_inference.sub_batches import run_dense
 from iared2_jax.report.tables import as_text
 from iared2_jax.timing import interleaved
+from iared2_jax.token_reduction.estimators import ESTIMATORS
 from iared2_jax.token_reduction.model import KEEP_ALL
 from iared2_jax.training.optimizers import split_trainable
 from iared2_jax.training.phases import PHASES, PhaseContext
@@ -34,12 +39,14 @@ from iared2_jax.training.step import data_mesh, fitting_gradients
 LEARNING_RATE = 1e-6  # so small that all steps are alike
 
 
-def _phases(module) -> dict[str, Phase]:
+def _phases(module, kinds: Sequence[str], rollouts: int) -> dict[str, Phase]:
     groups = range(1, module.num_groups + 1)
-    made = {}
-    for kind in ("interpreter", "backbone"):
+    made, config = {}, default_config()
+    if rollouts > 1:
+        config.interpreter.estimator, config.interpreter.rollouts = "rloo", rollouts
+    for kind in kinds:
         for j in groups:
-            options, phase = default_config()[kind], PHASES[kind]
+            options, phase = config[kind], PHASES[kind]
             trains = phase.trains(options, j, module.num_groups)
             thresholds = phase.thresholds(0.5, j, module.num_groups)
             made[f"{kind} {j}"] = Phase(phase, j, trains, thresholds, 0, 1, 0, options)
@@ -57,7 +64,10 @@ def _step(task: PhaseContext):
         trainable, _ = split_trainable(params, task.phase.trains, task.module)
         grads, metrics = fitting_gradients(task, params, batch, key)
         moved = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, trainable, grads)
-        shares = [metrics[name] for name in ("keep_rate_sampled", "keep_rate") if name in metrics]
+        shares = []  # of each rollout, the sampled ones first
+        if "keep_rate_sampled" in metrics:
+            shares = [metrics["keep_rate_sampled"]] * task.phase.options.rollouts
+            shares += [metrics["keep_rate"]] * ESTIMATORS[task.phase.options.estimator].greedy
         return moved, metrics.get("overflow", 0.0), shares
 
     return step
@@ -96,17 +106,20 @@ def _ideal(
         onward = [groups_cost([share * n for _ in groups], groups[j - 1 :]) for share in shares]
         return (before + sum(onward)) / (3 * dense)
     after = groups_cost(kept, groups[j - 1 :])
-    # The blocks behind an interpreter run for two rollouts, and nothing goes back through them.
-    passes = 3 if any(part == "blocks" for part, _ in phase.trains) else 2
+    # The blocks behind an interpreter run for its rollouts, and nothing goes back through them.
+    rollouts = phase.options.get("rollouts", 1)
+    passes = 3 if any(part == "blocks" for part, _ in phase.trains) else max(2, rollouts)
     return (before + passes * after) / (3 * dense)
 
 
-def _contexts(work: Workload) -> Iterator[tuple[str, PhaseContext]]:
+def _contexts(
+    work: Workload, kinds: Sequence[str], rollouts: int
+) -> Iterator[tuple[str, PhaseContext]]:
     """Every step to be timed, by what the table calls it."""
     module = work.module
     n = module.input_spec.num_patches
     slots = [int(min(n, -(-count // 8) * 8)) for count in work.counts.max(0)]
-    for name, phase in _phases(module).items():
+    for name, phase in _phases(module, kinds, rollouts).items():
         if not phase.kind.reduces:
             yield name, PhaseContext(module, phase)
             continue
@@ -144,10 +157,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns what it wrote."""
     parser = common.parser(__doc__)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, help="of the images, px; else the variant's own")
+    parser.add_argument("--rollouts", type=int, default=1, help="sampled ones; above 1 by RLOO")
+    kinds = ("interpreter", "backbone")
+    parser.add_argument("--phase", choices=kinds, nargs="+", default=kinds)
     parser.add_argument("--rounds", type=int, default=7)
     flags = parser.parse_args(argv)
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    work = synthetic(flags.model, flags.batch, "even", dtype=dtype)
+    size = {"image_size": flags.size} if flags.size else {}
+    work = synthetic(flags.model, flags.batch, "even", dtype=dtype, **size)
     images, params = jnp.asarray(work.images), work.variables["params"]
     batch = {"input": images, "label": jnp.zeros(flags.batch, jnp.int32)}
     key = jax.random.key(0)
@@ -161,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         memory = common.memory(program)
         rows[name] = {**row, "compile_seconds": seconds, "memory_bytes": memory}
 
-    for name, task in _contexts(work):
+    for name, task in _contexts(work, flags.phase, flags.rollouts):
         add(name, _step(task), params, batch, key, capacities=task.capacities)
         _, lost, shares = calls[name]()
         if lost:
@@ -178,10 +196,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         row |= {"ms": 1e3 * timing.median, "p25_ms": 1e3 * timing.lower}
         row |= {"p75_ms": 1e3 * timing.upper}
         row["of_plain"] = timing.median / timings["plain fine-tuning"].median
-    title = f"{flags.model}, batch {flags.batch}, {jnp.dtype(dtype).name}, {work.source}"
+    px = "x".join(map(str, work.module.input_spec.size))
+    title = f"{flags.model}, {px}, batch {flags.batch}, {jnp.dtype(dtype).name}, {work.source}"
     print(table(title, rows), flush=True)
     result = {
-        "command": f"python -m benchmarks.train_cost --model={flags.model}",
+        "command": " ".join(
+            ["python -m benchmarks.train_cost", *(sys.argv[1:] if argv is None else argv)]
+        ),
         **common.environment(),
         "batch": flags.batch,
         "dtype": jnp.dtype(dtype).name,

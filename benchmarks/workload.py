@@ -112,10 +112,18 @@ def thresholds_for(
 
 
 def synthetic(
-    model: str, num_images: int, spread: str, kept: Sequence[float] = KEPT, dtype: Any = jnp.float32
+    model: str,
+    num_images: int,
+    spread: str,
+    kept: Sequence[float] = KEPT,
+    dtype: Any = jnp.float32,
+    **options: Any,
 ) -> Workload:
-    """A model with random weights on noise, its counts from a stated distribution."""
-    module, variables = create_model(model, groups=len(kept), dtype=dtype)
+    """A model with random weights on noise, its counts from a stated distribution.
+
+    options: of `create_model`, e.g. image_size.
+    """
+    module, variables = create_model(model, groups=len(kept), dtype=dtype, **options)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((num_images, *module.input_spec.shape), np.float32)
     counts = drawn_counts(num_images, module.input_spec.num_patches, SPREADS[spread], kept)

@@ -18,10 +18,10 @@ from iared2_jax.fast_inference.forward import BoundModel, ForwardSpec
 from iared2_jax.fast_inference.group import Buffer, evidence_in_place, run_group
 from iared2_jax.fast_inference.plan import Plan
 from iared2_jax.token_reduction.compaction import kept_first
-from iared2_jax.token_reduction.groups import run_groups
+from iared2_jax.token_reduction.groups import by_budget, given_at, run_groups
 from iared2_jax.token_reduction.model import IARed2, nan_where_not_finite, output_of
 from iared2_jax.token_reduction.output import Output
-from iared2_jax.token_reduction.selectors import Evidence, within_budget
+from iared2_jax.token_reduction.selectors import Evidence
 from iared2_jax.token_reduction.state import TokenState, all_alive
 from iared2_jax.typing import Array
 
@@ -146,11 +146,9 @@ def run_ragged(
     known = forward.selector.input_scores(inputs, tokens, BoundModel(module, variables))
     counts = module.keep_counts(forward.keep_ratios)
 
-    def decide(group: int, scores: Array, state: RaggedState) -> Array:
-        return within_budget(group, scores, state.alive, thresholds, counts)
-
     how = Ragged(forward, plan, variables, known)
     groups = range(1, module.num_groups + 1)
+    decide = by_budget(thresholds, counts)
     state, records = run_groups(how, how.start(tokens, alive), groups, decide)
 
     logits, features, rows = _classified(module, variables, state)
@@ -192,11 +190,7 @@ def ragged_up_to(
     state = all_alive(tokens, module.input_spec.num_patches)
     if group == 1:
         return state
-    how = Ragged(forward, plan, variables, None)
-
-    def decide(number: int, scores: Array, state: RaggedState) -> Array:
-        return within_budget(number, scores, state.alive, thresholds, None)
-
+    how, decide = Ragged(forward, plan, variables, None), by_budget(thresholds)
     ragged, _ = run_groups(how, how.start(tokens, state.alive), range(1, group), decide)
     alive, prefix = _at_first_places(ragged), module.num_prefix
     here = jnp.pad(alive, ((0, 0), (prefix, 0)), constant_values=True)[..., None]
@@ -217,18 +211,11 @@ def ragged_onward(
     thresholds: Float[Array, "b D"],
 ) -> Float[Array, "b classes"]:
     """The logits from the entry of `group` on, whose keep mask is given."""
-    how = Ragged(forward, plan, variables, None)
-    b, n = keep.shape
+    how, (b, n) = Ragged(forward, plan, variables, None), keep.shape
     buffer = {"tokens": x} | evidence_in_place(forward, variables, group, x)
     places = jnp.broadcast_to(jnp.arange(n), (b, n))
     state = RaggedState(buffer, keep, places, jnp.zeros(b, jnp.int32))
-
-    def decide(number: int, scores: Array, state: RaggedState) -> Array:
-        """The mask that is given, and later the interpreters' own."""
-        if number == group:
-            return state.alive
-        return within_budget(number, scores, state.alive, thresholds, None)
-
-    state, _ = run_groups(how, state, range(group, forward.module.num_groups + 1), decide)
+    groups = range(group, forward.module.num_groups + 1)
+    state, _ = run_groups(how, state, groups, given_at(group, by_budget(thresholds)))
     logits = _classified(forward.module, variables, state)[0]
     return nan_where_not_finite(logits, x)

@@ -83,6 +83,12 @@ def rows_in_cache(module: IARed2, batch_size: int, platform: str) -> int:
     return -(-batch_size // -(-batch_size // most))  # sub-batches of like size
 
 
+def as_caches_hold(module: IARed2, forward: Callable[..., Any], *arrays: Any) -> Any:
+    """`forward(*arrays)`, as many rows at a time as the caches hold: `in_sub_batches`."""
+    rows = rows_in_cache(module, len(jax.tree.leaves(arrays)[0]), jax.default_backend())
+    return in_sub_batches(forward, rows, *arrays)
+
+
 def in_sub_batches(forward: Callable[..., Any], rows: int, *arrays: Any) -> Any:
     """`forward(*arrays)`, `rows` images at a time: a whole batch may not fit into the caches.
 

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from iared2_jax.data.image_files import EvalInputs
 from iared2_jax.evaluation import evaluators
-from iared2_jax.fast_inference.sub_batches import in_sub_batches, rows_in_cache
+from iared2_jax.fast_inference.sub_batches import as_caches_hold
 from iared2_jax.signals import Stop
 from iared2_jax.token_reduction.model import IARed2
 
@@ -64,16 +64,12 @@ class Comparison:
 
         On a CPU it runs some inputs at a time: what it returns has a row each.
         """
-        module, platform = self.module, jax.default_backend()
+        module = self.module
 
         def some(variables, batch):
             return fn(variables, module.input_spec.normalize(batch["pixels"]), batch)
 
-        def all_of_them(variables, batch):
-            rows = rows_in_cache(module, len(batch["pixels"]), platform)
-            return in_sub_batches(functools.partial(some, variables), rows, batch)
-
-        return jax.jit(all_of_them)
+        return jax.jit(lambda v, batch: as_caches_hold(module, functools.partial(some, v), batch))
 
     def collect(
         self, fn: Callable[..., Any], variables: dict[str, Any], **more: np.ndarray
@@ -98,9 +94,7 @@ class Comparison:
         def summed(variables, batch):
             crops = batch["crops"]
             flat = spec.normalize(rearrange(crops, "b v ... -> (b v) ..."))
-            rows = rows_in_cache(module, len(flat), jax.default_backend())
-            forward = lambda inputs: module.apply(variables, inputs, **how)[0]  # noqa: E731
-            logits = in_sub_batches(forward, rows, flat)
+            logits = as_caches_hold(module, lambda x: module.apply(variables, x, **how)[0], flat)
             return {"top": evaluators.top_classes(logits.reshape(*crops.shape[:2], -1).sum(axis=1))}
 
         seen = evaluators.collect(

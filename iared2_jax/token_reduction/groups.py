@@ -14,11 +14,32 @@ from jaxtyping import Bool, Float, Int
 from iared2_jax.token_reduction.compaction import compacted, to_grid
 from iared2_jax.token_reduction.reducers.base import Reducer
 from iared2_jax.token_reduction.selectors.base import Evidence, Selector
+from iared2_jax.token_reduction.selectors.budgets import within_budget
 from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
 
 # (group, scores [b, k], state) -> which tokens the group keeps [b, k].
 Decide = Callable[[int, Array, Any], Array]
+
+
+def by_budget(thresholds: Float[Array, "... D"], counts: Sequence[int] | None = None) -> Decide:
+    """Every group keeps what is above its threshold, or as many as `counts` has for it."""
+
+    def decide(group: int, scores: Array, state: Any) -> Array:
+        """The tokens that the group keeps, of those that are there."""
+        return within_budget(group, scores, state.alive, thresholds, counts)
+
+    return decide
+
+
+def given_at(first: int, later: Decide) -> Decide:
+    """Group `first` keeps what is alive at its entry, a mask that is given; later ones decide."""
+
+    def decide(group: int, scores: Array, state: Any) -> Array:
+        """The mask that is given, and then what `later` says."""
+        return state.alive if group == first else later(group, scores, state)
+
+    return decide
 
 
 class GroupRecord(NamedTuple):

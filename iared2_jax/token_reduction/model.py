@@ -17,6 +17,8 @@ from iared2_jax.token_reduction.groups import (
     GatheredExecution,
     GroupRecord,
     MaskedExecution,
+    by_budget,
+    given_at,
     run_groups,
 )
 from iared2_jax.token_reduction.interpreter import Interpreter
@@ -29,7 +31,6 @@ from iared2_jax.token_reduction.selectors import (
     asked_selector,
     get_selector,
     keep_counts,
-    within_budget,
 )
 from iared2_jax.token_reduction.state import TokenState, all_alive
 from iared2_jax.typing import Array
@@ -326,7 +327,7 @@ class IARed2(nn.Module):
             runner = MaskedExecution(self, selector, None, reducer)
         else:
             runner = GatheredExecution(self, selector, None, reducer, capacities, keep_best=False)
-        decide = self._by_threshold(thresholds)
+        decide = by_budget(self.per_group(thresholds))
         state, records = run_groups(runner, state, range(1, group), decide)
         return state._replace(overflow=sum((r.overflow for r in records), state.overflow * 0))
 
@@ -339,12 +340,7 @@ class IARed2(nn.Module):
     ) -> Float[Array, "b classes"]:
         """The logits, by masked execution from the entry of `group`, whose keep mask is given."""
         runner = MaskedExecution(self, get_selector("interpreter"), None, get_reducer("drop"))
-        own = self._by_threshold(thresholds)
-
-        def decide(number: int, scores: Array, state: TokenState) -> Array:
-            """The mask that is given, and later the interpreters' own."""
-            return state.alive if number == group else own(number, scores, state)
-
+        decide = given_at(group, by_budget(self.per_group(thresholds)))
         state = all_alive(x, keep.shape[1])._replace(alive=keep)
         state, _ = run_groups(runner, state, range(group, self.num_groups + 1), decide)
         return self.backbone.classify(state.x, state.alive)[0]
@@ -472,10 +468,6 @@ class IARed2(nn.Module):
                 )
         selector.check(self, keep_ratios)
 
-    def _by_threshold(self, thresholds: Thresholds) -> Callable[[int, Array, TokenState], Array]:
-        values = self.per_group(thresholds)
-        return lambda group, scores, state: within_budget(group, scores, state.alive, values, None)
-
     def _check_inputs(self, inputs: Array) -> None:
         self.input_spec.check(inputs)
         if not jnp.issubdtype(inputs.dtype, jnp.floating):
@@ -510,13 +502,14 @@ def _as_given_or_within(
     counts: tuple[int, ...] | None,
 ) -> Decide:
     """A group's decision: the mask that is given for it, else by thresholds or a fixed budget."""
+    own = by_budget(thresholds, counts)
 
     def decide(group: int, scores: Array, state: TokenState) -> Array:
         """The tokens that the group keeps, of those that are there."""
         given = keep[group - 1]
         if given is not None:
             return state.alive & jnp.take_along_axis(given, state.origin, axis=1)
-        return within_budget(group, scores, state.alive, thresholds, counts)
+        return own(group, scores, state)
 
     return decide
 

@@ -214,10 +214,9 @@ def _batches(
 
 def _capacities(run: _Run, phase: Phase, params: Params) -> Capacities | None:
     """Patch slots for gathered training; None where there are none, or there is nothing to drop."""
-    gathered = run.config.reduction.train_execution != "masked" and not runs_ragged(
-        run.config, phase
-    )
-    if not gathered or not phase.kind.reduces or phase.keep_ratios:  # a budget is its own capacity
+    masked = run.config.reduction.train_execution == "masked" or not phase.kind.reduces
+    # A budget is its own capacity.
+    if masked or phase.keep_ratios or runs_ragged(run.config, phase):
         return None
 
     def measure() -> Capacities:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 
 from iared2_jax.fast_inference.engine import ragged_onward, ragged_up_to
 from iared2_jax.fast_inference.forward import ForwardSpec
-from iared2_jax.fast_inference.plan import Plan, even_plan
+from iared2_jax.fast_inference.plan import even_plan
 from iared2_jax.token_reduction.model import IARed2, Thresholds
 from iared2_jax.token_reduction.state import TokenState
 from iared2_jax.typing import Array
@@ -39,13 +39,7 @@ class RaggedParts:
         self, params: Params, group: int, inputs: Float[Array, "b ..."], thresholds: Thresholds
     ) -> TokenState:
         """The tokens at the entry of `group`: an image's survivors first, zeros behind them."""
-
-        def part(params, inputs, thresholds):
-            plan = self._plan(inputs.shape[0])
-            variables = {"params": params}
-            return ragged_up_to(self._forward, plan, variables, group, inputs, thresholds)
-
-        return self._on_each_device(part, params, inputs, self._per_row(thresholds, inputs))
+        return self._on_each_device(ragged_up_to, params, group, thresholds, inputs)
 
     def onward(
         self,
@@ -56,34 +50,31 @@ class RaggedParts:
         thresholds: Thresholds,
     ) -> Float[Array, "b classes"]:
         """The logits from the entry of `group` on, whose keep mask is given."""
+        return self._on_each_device(ragged_onward, params, group, thresholds, x, keep)
 
-        def part(params, x, keep, thresholds):
-            plan = self._plan(x.shape[0])
-            variables = {"params": params}
-            return ragged_onward(self._forward, plan, variables, group, x, keep, thresholds)
-
-        return self._on_each_device(part, params, x, keep, self._per_row(thresholds, x))
-
-    @property
-    def _forward(self) -> ForwardSpec:
-        return ForwardSpec(self.module)
-
-    def _plan(self, rows: int) -> Plan:
+    def _on_each_device(
+        self,
+        part: Callable[..., Any],
+        params: Params,
+        group: int,
+        thresholds: Thresholds,
+        *rows: Array,
+    ) -> Any:
+        """What a part of the engine makes of rows: every device counts and sorts its own."""
         module = self.module
         most = module.num_prefix + module.input_spec.num_patches
-        return even_plan(rows, (most,) * module.num_groups)
 
-    def _per_row(self, thresholds: Thresholds, rows: Array) -> Float[Array, "b D"]:
-        values = self.module.per_group(thresholds)
-        return jnp.broadcast_to(values, (rows.shape[0], self.module.num_groups))
+        def own(params, thresholds, *rows):
+            plan = even_plan(len(thresholds), (most,) * module.num_groups)
+            return part(ForwardSpec(module), plan, {"params": params}, group, *rows, thresholds)
 
-    def _on_each_device(self, part: Callable[..., Any], params: Params, *rows: Array) -> Any:
-        """What `part` makes of `params` and `rows`: every device counts and sorts its own."""
+        values = module.per_group(thresholds)
+        values = jnp.broadcast_to(values, (len(rows[0]), module.num_groups))
         sharded = jax.shard_map(
-            part,
+            own,
             mesh=self.mesh,
-            in_specs=(P(), *(P("data") for _ in rows)),
+            in_specs=(P(), *(P("data") for _ in (values, *rows))),
             out_specs=P("data"),
             check_vma=False,  # the loops start from constants, which vary over no axis
         )
-        return sharded(params, *rows)
+        return sharded(*jax.lax.stop_gradient((params, values, *rows)))

@@ -261,7 +261,7 @@ def _entry(context: PhaseContext, params: Params, inputs: Array) -> TokenState:
     """The tokens at the entry of the phase's group."""
     module, group, thresholds = context.module, context.phase.group, context.phase.thresholds
     if context.ragged:
-        return context.ragged.up_to(jax.lax.stop_gradient(params), group, inputs, thresholds)
+        return context.ragged.up_to(params, group, inputs, thresholds)
     return module.apply(
         {"params": params}, group, inputs, thresholds, context.capacities, method="up_to"
     )
@@ -276,7 +276,6 @@ def _run_masks(context: PhaseContext, params: Params, x: Array, masks: Array) ->
         thresholds = jnp.repeat(thresholds, count, axis=0)
     x, rows = jnp.repeat(x, count, axis=0), rearrange(masks, "b k n -> (b k) n")
     if context.ragged:
-        params = jax.lax.stop_gradient(params)
         logits = context.ragged.onward(params, phase.group, x, rows, thresholds)
     else:
         given = (phase.group, x, rows, thresholds)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from iared2_jax.errors import UsageError
-from iared2_jax.fast_inference.sub_batches import in_sub_batches, rows_in_cache
+from iared2_jax.fast_inference.sub_batches import as_caches_hold
 from iared2_jax.token_reduction.model import IARed2
 from iared2_jax.training.phases.base import (
     Batch,
@@ -108,13 +108,13 @@ def _features_of(
     """What the head reads of the first `count` examples, with their labels (and soft targets)."""
     module, variables = context.module, {"params": params}
 
-    @functools.partial(jax.jit, static_argnames="rows")
-    def features(variables: dict[str, Params], inputs: Array, rows: int) -> Array:
+    @functools.partial(jax.jit, static_argnames="alone")
+    def features(variables: dict[str, Params], inputs: Array, alone: bool) -> Array:
         def some(inputs):
             pixels = module.input_spec.normalize(inputs)
             return module.apply(variables, pixels, execution="dense")[1].features
 
-        return in_sub_batches(some, rows, inputs)
+        return as_caches_hold(module, some, inputs) if alone else some(inputs)
 
     parts: list[dict[str, Any]] = []
     while sum(len(part["label"]) for part in parts) < count:
@@ -122,8 +122,7 @@ def _features_of(
         inputs = batch.pop("input")
         # What lies on several devices is not taken apart again.
         alone = not isinstance(inputs, jax.Array) or len(inputs.sharding.device_set) == 1
-        rows = rows_in_cache(module, len(inputs), jax.default_backend()) if alone else 0
-        batch["features"] = features(variables, inputs, rows=rows)
+        batch["features"] = features(variables, inputs, alone=alone)
         if not parts:
             _check_head(module, variables, batch["features"], count)
         parts.append(jax.device_get(batch))
