@@ -3,7 +3,7 @@
     python -m benchmarks.train_cost --model=deit_s
 
     python -m benchmarks.train_cost --model=dinov2_s14 --size=224 --batch=16 --rollouts=3 \
-      --phase=interpreter
+      --phase=interpreter --rounds=3
 
 One step: forward, backward, SGD. Plain fine-tuning moves all blocks of the dense backbone. The
 interpreter's step has one sampled rollout and the greedy one, or --rollouts sampled ones (RLOO).
